@@ -1,0 +1,238 @@
+"""What the user says: :class:`LowBitConfig`, validated before any long work."""
+
+import copy
+import dataclasses
+import difflib
+import re
+from typing import Any
+
+from transformers.utils.quantization_config import MetalConfig
+
+from .backends import check_backend
+from .formats import FORMATS, Format, parse_format
+from .methods import BEST, Method, make_method, methods
+from .version import __version__
+
+QUANT_METHOD = "lowbit"
+LOADING_OPTIONS = ("dequantize", "backend")
+# Options that a rule may change for the layers that it matches.
+LAYER_OPTIONS = (
+    "bits",
+    "format",
+    "method",
+    "group_size",
+    "symmetric",
+    "zeros",
+    "scale_dtype",
+    "codebook",
+    "method_options",
+)
+_FORMAT_OPTIONS = ("group_size", "symmetric", "zeros", "scale_dtype", "codebook")
+
+
+class LowBitConfig(MetalConfig):
+    """How to quantize a model, or how to load one that is packed already.
+
+    Args:
+        bits: 1 to 8, or 1.58 for ternary weights.
+        format: "int" (default), "nf", "fp4", "codebook" or "ternary"; see ``docs/format.md``.
+        method: "rtn", "hqq" or "lloyd"; by default the best measured one for the format.
+        group_size: Consecutive inputs that share a scale: 16 to 1024 by powers of two, or "row". Default 64 (32 for
+            "fp4", "row" for "ternary" and for a codebook per row).
+        symmetric: For "int": no zero points. Default False, but True at 1 bit.
+        zeros: For "int": zero points as "int" (default) or "float"; "float" is the default of method "hqq".
+        scale_dtype: "float16", "bfloat16", "float32", "log8", "e8m0" or "e4m3"; the default depends on the format.
+        codebook: For "codebook": one table per "tensor" (default) or "row".
+        method_options: Options of the method, such as ``{"range": "minmax"}`` for "rtn".
+        rules: Ordered regular expressions over whole module names, each with a dict of the options above that differ for the
+            modules it matches, or None to keep them in float. The first match decides. Embeddings and output heads, kept by
+            default, are packed where a rule asks for it.
+        modules_to_not_convert: Names to keep in float, as in other quantization configs; replaces the default (output
+            heads, tied weights).
+        dequantize: Loading option: give back a plain model in float.
+        backend: Loading option: "auto", "torch", "triton" or "native".
+
+    Loading options are honoured for a packed repo; everything else then comes from the repo, and a contradiction is an error.
+
+    Raises:
+        ValueError: for any value or combination that cannot work, naming the value and the cure.
+    """
+
+    # MetalConfig is the base only because transformers takes loading options from a fixed list of config classes
+    # (LOADING_ATTRIBUTES_CONFIG_TYPES); of those it is the smallest, and nothing else in transformers asks for it.
+
+    def __init__(
+        self,
+        bits: float | None = None,
+        format: str | None = None,
+        method: str | None = None,
+        group_size: int | str | None = None,
+        symmetric: bool | None = None,
+        zeros: str | None = None,
+        scale_dtype: str | None = None,
+        codebook: str | None = None,
+        method_options: dict[str, Any] | None = None,
+        rules: dict[str, dict[str, Any] | None] | None = None,
+        modules_to_not_convert: list[str] | None = None,
+        dequantize: bool | None = None,
+        backend: str | None = None,
+        **kwargs: Any,
+    ):
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
+        saved = {key: kwargs.pop(key, None) for key in ("layers", "version")}
+        kwargs.pop("quant_method", None)
+        if kwargs:
+            option = next(iter(kwargs))
+            close = difflib.get_close_matches(option, arguments, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f": it takes {', '.join(arguments)}"
+            raise ValueError(f"LowBitConfig has no option {option!r}{hint}")
+        self.quant_method = QUANT_METHOD
+        self.layers: dict[str, str] | None = saved["layers"]
+        self.version: str = saved["version"] or __version__
+        self.given = {k: copy.deepcopy(v) for k, v in arguments.items() if v is not None}
+        self.requested: dict[str, Any] | None = None  # of a user's config, when this one came from a packed repo
+
+        self.bits = 4 if bits is None else bits
+        self.format = format or ("ternary" if self.bits == 1.58 else "int")
+        self.method = method or BEST.get(self.format, "rtn")
+        self.group_size = group_size
+        self.symmetric, self.zeros, self.scale_dtype, self.codebook = symmetric, zeros, scale_dtype, codebook
+        self.method_options = method_options or {}
+        self.rules = rules or {}
+        self.modules_to_not_convert = modules_to_not_convert
+        self.dequantize = bool(dequantize)
+        self.backend = check_backend(backend or "auto")
+        self.post_init()
+
+    def post_init(self) -> None:
+        """Checks every option and every rule by building what it asks for."""
+        self.resolve()
+        if not isinstance(self.rules, dict):
+            raise ValueError(f"rules={self.rules!r} must be a dict of regular expressions, in order")
+        for pattern, options in self.rules.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"rule {pattern!r} is not a regular expression: {error}") from None
+            if options is None:
+                continue
+            if not isinstance(options, dict):
+                raise ValueError(f"rule {pattern!r} must be a dict of options or None (keep in float), not {options!r}")
+            for option in options:
+                if option not in LAYER_OPTIONS:
+                    raise ValueError(f"rule {pattern!r} has no option {option!r}: it takes {', '.join(LAYER_OPTIONS)}")
+            try:
+                self.resolve(options)
+            except ValueError as error:
+                raise ValueError(f"rule {pattern!r}: {error}") from None
+        for text in (self.layers or {}).values():
+            parse_format(text)
+
+    def resolve(self, overrides: dict[str, Any] | None = None) -> tuple[Format, Method]:
+        """The format and the method that these options, changed by ``overrides`` (a rule), stand for."""
+        options = {k: getattr(self, k) for k in LAYER_OPTIONS}
+        if overrides:
+            # Another width or format leaves the old format's defaults behind.
+            options.update(overrides)
+            if "format" not in overrides and "bits" in overrides and 1.58 in (overrides["bits"], self.bits):
+                options["format"] = "ternary" if overrides["bits"] == 1.58 else "int"
+            if options["format"] != self.format:
+                for key in _FORMAT_OPTIONS:
+                    options[key] = overrides.get(key)
+            if "method" not in overrides and options["format"] != self.format:
+                options["method"] = BEST.get(options["format"], "rtn")
+                options["method_options"] = overrides.get("method_options") or {}
+        bits, format_name, method_name = options["bits"], options["format"], options["method"]
+        if format_name not in FORMATS:
+            raise ValueError(f"format={format_name!r} is unknown: use one of {', '.join(FORMATS)}")
+        if isinstance(bits, bool) or not isinstance(bits, (int, float)):
+            raise ValueError(f"bits={bits!r} is not a number: use bits=1 to 8, or 1.58 for ternary weights")
+        if not 1 <= bits <= 8:
+            raise ValueError(f"bits={bits!r} is out of range: use bits=1 to 8, or 1.58 for ternary weights")
+        if bits != int(bits) and bits != 1.58:
+            raise ValueError(
+                f"bits={bits!r}: fractional budgets are not available yet; use a whole number, 1.58, or rules per layer"
+            )
+        cls = FORMATS[format_name]
+        arguments = {"bits": bits if bits == 1.58 else int(bits)}
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in _FORMAT_OPTIONS:
+            if options[key] is None:
+                continue
+            if key not in known:
+                raise ValueError(f"format {format_name!r} has no option {key!r}")
+            arguments[key] = options[key]
+        if arguments.get("group_size") == "row":
+            arguments["group_size"] = -1
+        elif "group_size" in arguments and (
+            isinstance(arguments["group_size"], (bool, str)) or arguments["group_size"] == 0
+        ):
+            raise ValueError(f"group_size={options['group_size']!r} is not possible: use a power of two, or 'row'")
+        if format_name == "int":
+            arguments.setdefault("symmetric", arguments["bits"] == 1)
+            if arguments["symmetric"] and options["zeros"] is not None:
+                raise ValueError("a symmetric grid has no zero points: drop zeros=, or use symmetric=False")
+            if method_name == "hqq" and not arguments["symmetric"]:
+                arguments.setdefault("zeros", "float")
+        if format_name == "codebook" and arguments.get("codebook") == "row":
+            arguments.setdefault("group_size", -1)
+        if method_name not in methods():
+            raise ValueError(f"method={method_name!r} is unknown: use one of {', '.join(sorted(methods()))}")
+        if format_name not in methods()[method_name].formats:
+            fitting = sorted(n for n, m in methods().items() if format_name in m.formats)
+            raise ValueError(
+                f"method {method_name!r} does not make format {format_name!r}: use {' or '.join(map(repr, fitting))}"
+            )
+        try:
+            return cls(**arguments), make_method(method_name, options["method_options"])
+        except TypeError as error:
+            raise ValueError(f"options {arguments} do not fit format {format_name!r}: {error}") from None
+
+    # -- transformers' side --------------------------------------------------------------------------------------------
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What transformers copies from a user's config onto the one of a packed repo."""
+        options = {k: getattr(self, k) for k in LOADING_OPTIONS if k in self.given}
+        return {**options, "requested": {k: v for k, v in self.given.items() if k not in LOADING_OPTIONS}}
+
+    def check_requested(self) -> None:
+        """Compares a packed repo's settings with what the user asked for when loading it.
+
+        Raises:
+            ValueError: naming each setting that differs.
+        """
+        differences = [
+            f"{key}={wanted!r} (the repo has {getattr(self, key)!r})"
+            for key, wanted in (self.requested or {}).items()
+            if getattr(self, key) != wanted
+        ]
+        if differences:
+            raise ValueError(
+                f"this repo is packed already, with other settings than you ask for: {', '.join(differences)}. Load it "
+                "without these options, or quantize the original model"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved in ``config.json``: the settings that were given or resolved, without loading options."""
+        saved = {
+            "quant_method": self.quant_method,
+            "version": self.version,
+            "bits": self.bits,
+            "format": self.format,
+            "method": self.method,
+            "layers": self.layers,
+        }
+        for key in (*_FORMAT_OPTIONS, "method_options", "rules", "modules_to_not_convert"):
+            saved[key] = getattr(self, key)
+        return {k: copy.deepcopy(v) for k, v in saved.items() if v not in (None, {})}
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        """A config from :meth:`to_dict`'s result; refuses settings of a version that this one does not know."""
+        try:
+            return super().from_dict(config_dict, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        except ValueError as error:
+            version = config_dict.get("version", __version__)
+            if version == __version__:
+                raise
+            raise ValueError(f"this repo was packed by hf_lowbit {version}, this is {__version__}: {error}") from error

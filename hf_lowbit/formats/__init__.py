@@ -1,0 +1,41 @@
+"""Formats: what is stored for a weight. One format, one file; :mod:`.base` is the contract.
+
+``docs/format.md`` specifies each of them bit by bit.
+"""
+
+import dataclasses
+import functools
+
+from .base import Format, Quantized
+from .codebook import CodebookFormat
+from .fp4 import Fp4Format
+from .integer import IntFormat
+from .nf import NormalFloatFormat
+from .ternary import TernaryFormat
+
+FORMATS: dict[str, type[Format]] = {
+    cls.name: cls for cls in (IntFormat, NormalFloatFormat, Fp4Format, CodebookFormat, TernaryFormat)
+}
+
+__all__ = ["FORMATS", "Format", "Quantized", "parse_format"]
+
+
+@functools.cache
+def parse_format(spec: str) -> Format:
+    """The format that ``spec`` (:attr:`Format.spec`) stands for.
+
+    Raises:
+        ValueError: if the text is not one that this version of the package can read.
+    """
+    name, _, text = spec.partition(":")
+    if name not in FORMATS:
+        raise ValueError(f"unknown format {name!r}: this version reads {', '.join(FORMATS)}")
+    kinds = {f.name: f.type for f in dataclasses.fields(FORMATS[name])}
+    options = {}
+    for item in text.split(","):
+        key, _, value = item.partition("=")
+        if key not in kinds:
+            raise ValueError(f"format {name!r} has no option {key!r}")
+        kind = kinds[key]
+        options[key] = value == "True" if kind is bool else kind(value)
+    return FORMATS[name](**options)

@@ -1,0 +1,58 @@
+"""What formats with a table share: ``w = scale * levels[code]``.
+
+``levels`` is a constant of the format (:mod:`.nf`, :mod:`.fp4`) or learned and stored (:mod:`.codebook`). Codes lie in the
+same bit planes as integers.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .base import Format
+from .planes import lanes_per_row, pack_planes, unpack_planes
+
+
+@dataclass(frozen=True)
+class LookupFormat(Format):
+    """Base of the table formats."""
+
+    def levels(self) -> torch.Tensor | None:
+        """The constant table (1, 2**bits), float32 on the CPU, or None if it is learned."""
+        return None
+
+    def packed_tensor(self, shape):
+        return (shape[0], lanes_per_row(shape[1], self.bits)), torch.int16
+
+    def pack_codes(self, codes):
+        return pack_planes(codes, self.bits)
+
+    def unpack_codes(self, packed, in_features):
+        return unpack_planes(packed, self.bits, in_features)
+
+    def table(self, levels: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """``levels`` or the constant table, on ``device``, (1, L) or (N, L)."""
+        return (self.levels() if levels is None else levels).to(device)
+
+    def fit(self, groups, shrink=1.0, levels=None):
+        reach = self.table(levels, groups.device).abs().amax(-1, keepdim=True)
+        scales = shrink * groups.abs().amax(-1) / torch.where(reach > 0, reach, 1)
+        return scales, None
+
+    def encode_groups(self, groups, scales, zeros=None, levels=None):
+        table = self.table(levels, groups.device)
+        if scales is not None:
+            groups = groups * torch.where(scales == 0, 0, 1 / scales).unsqueeze(-1)
+        ordered, order = table.sort(-1)
+        edges = (ordered[:, 1:] + ordered[:, :-1]) / 2
+        if table.shape[0] == 1:
+            return order[0].to(torch.uint8)[torch.bucketize(groups, edges[0])]
+        flat = groups.reshape(groups.shape[0], -1).contiguous()
+        return order.gather(1, torch.searchsorted(edges.contiguous(), flat)).to(torch.uint8).view_as(groups)
+
+    def decode_groups(self, codes, scales, zeros=None, levels=None):
+        table = self.table(levels, codes.device)
+        if table.shape[0] == 1:
+            values = table[0][codes.int()]
+        else:
+            values = table.gather(1, codes.reshape(codes.shape[0], -1).long()).view(codes.shape)
+        return values if scales is None else values * scales.unsqueeze(-1)

@@ -1,0 +1,71 @@
+"""The contract of a method: how codes are chosen.
+
+A method gets a float weight ``(N, K)`` and a :class:`~hf_lowbit.formats.Format`, and returns a
+:class:`~hf_lowbit.formats.Quantized`. It knows nothing of packing, files, modules or devices. Most data-free methods only
+choose the *grid* and round to its nearest point: they subclass :class:`GridMethod` and write ``fit``, and are then run in
+chunks of rows so that a huge matrix needs little extra memory. Any other method subclasses :class:`Method`.
+
+Options of a method are the keyword arguments of its constructor; ``LowBitConfig(method_options={...})`` is checked against them.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+
+from ..formats import Format, Quantized
+
+# Weights of one chunk of rows in GridMethod. A method holds about ten float32 temporaries of this size: 40 MB.
+CHUNK_WEIGHTS = 2**20
+
+
+class Method(ABC):
+    """Base of all methods."""
+
+    name: ClassVar[str]
+    formats: ClassVar[tuple[str, ...]]
+    """Names of the formats whose codes this method can choose."""
+    needs_calibration: ClassVar[bool] = False
+
+    @abstractmethod
+    def quantize(self, weight: torch.Tensor, format: Format, statistics: Any = None) -> Quantized:
+        """Chooses codes and scales for ``weight`` (N, K), floating point, on its device.
+
+        Scales must be ones that the format can store (:meth:`Format.storable_scales`). ``weight`` is not changed. The result
+        depends on the arguments alone.
+        """
+
+
+class GridMethod(Method):
+    """A method that chooses scales (and zeros, and levels) and then rounds every weight to the nearest point."""
+
+    def prepare(self, weight: torch.Tensor, format: Format) -> torch.Tensor | None:
+        """Levels (1, L) shared by the whole matrix, for formats that learn them per tensor."""
+        return None
+
+    @abstractmethod
+    def fit(self, rows: torch.Tensor, format: Format, levels: torch.Tensor | None):
+        """The grid of ``rows`` (n, K), float32: ``(scales (n, G), zeros (n, G) or None, levels (n, L) or None)``.
+
+        Levels are returned only by formats with a table per row.
+        """
+
+    @torch.no_grad()
+    def quantize(self, weight, format, statistics=None):
+        size = max(1, CHUNK_WEIGHTS // max(1, weight.shape[1]))
+        shared = self.prepare(weight, format)
+        grids = [self.fit(rows.to(torch.float32), format, shared) for rows in weight.split(size)]
+        scales, zeros, levels = (None if g[0] is None else torch.cat(g) for g in zip(*grids, strict=True))
+        if scales is not None:
+            scales = format.storable_scales(scales)  # over the whole matrix: some codecs have one range per tensor
+        codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+        for i in range(0, weight.shape[0], size):
+            part = slice(i, i + size)
+            parts = (None if t is None else t[part] for t in (scales, zeros, levels))
+            codes[part] = self.round(weight[part].to(torch.float32), format, shared, *parts)
+        return Quantized(codes, scales, zeros, shared if levels is None else levels)
+
+    def round(self, rows, format, shared, scales, zeros, levels) -> torch.Tensor:
+        """Nearest codes (n, K) of ``rows`` (n, K)."""
+        table = shared if levels is None else levels
+        return format.by_group(lambda g, s, z: format.encode_groups(g, s, z, table), rows, scales, zeros)

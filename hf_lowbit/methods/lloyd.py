@@ -1,0 +1,69 @@
+"""``method="lloyd"``: learned levels by one-dimensional k-means (Lloyd, 1982; Max, 1960), for ``format="codebook"``.
+
+With a table per tensor, weights are first divided by the largest magnitude of their group; Lloyd's two steps then run on a
+histogram of the normalised weights in which each counts by its squared scale, which is what it adds to the squared error. With
+a table per row they run on the row's weights themselves. Both start from quantiles, are deterministic, and never increase the error.
+"""
+
+import torch
+
+from .base import CHUNK_WEIGHTS, GridMethod
+
+BINS = 8192
+
+
+class Lloyd(GridMethod):
+    """Lloyd-Max levels.
+
+    Args:
+        iterations: Number of Lloyd iterations.
+    """
+
+    name = "lloyd"
+    formats = ("codebook",)
+
+    def __init__(self, iterations: int = 50):
+        self.iterations = iterations
+
+    def prepare(self, weight, format):
+        if format.codebook == "row":
+            return None
+        mass = torch.zeros(BINS, dtype=torch.float64, device=weight.device)
+        size = max(1, CHUNK_WEIGHTS // max(1, weight.shape[1]))
+        for rows in weight.split(size):
+            rows = rows.to(torch.float32)
+            scales = format.by_group(lambda g: g.abs().amax(-1), rows)
+            inverse = torch.where(scales == 0, 0, 1 / scales)
+            bins = format.by_group(lambda g, i: (g * i.unsqueeze(-1) + 1) * (BINS / 2), rows, inverse)
+            power = format.by_group(lambda g, s: s.square().unsqueeze(-1).expand_as(g), rows, scales)
+            index = bins.long().clamp_(0, BINS - 1).reshape(-1)
+            mass.index_add_(0, index, power.reshape(-1).to(torch.float64))
+        centres = (torch.arange(BINS, device=weight.device, dtype=torch.float64) + 0.5) * (2 / BINS) - 1
+        return format.storable_levels(self.lloyd(centres[None], mass[None], 2**format.bits).to(torch.float32))
+
+    def fit(self, rows, format, levels):
+        if format.codebook == "tensor":
+            return (*format.by_group(lambda g: format.fit(g, levels=torch.ones_like(levels)), rows), None)
+        points = rows.sort(dim=1).values.to(torch.float64)
+        table = self.lloyd(points, torch.ones_like(points), 2**format.bits)
+        return None, None, format.storable_levels(table.to(torch.float32))
+
+    def lloyd(self, points: torch.Tensor, mass: torch.Tensor, count: int) -> torch.Tensor:
+        """Levels (R, count), ascending, for sorted ``points`` (R, P) of weight ``mass`` (R, P), float64.
+
+        The cells of a one-dimensional quantizer are intervals, so prefix sums give every cell's mean at once.
+        """
+        total = torch.nn.functional.pad(mass.cumsum(1), (1, 0))
+        moment = torch.nn.functional.pad((mass * points).cumsum(1), (1, 0))
+        # Start where a companding quantizer would put its levels: quantiles of the density to the power 1/3.
+        compressed = total.diff(dim=1).pow(1 / 3).cumsum(1)
+        targets = (torch.arange(count, device=points.device, dtype=torch.float64) + 0.5) / count * compressed[:, -1:]
+        levels = points.gather(1, torch.searchsorted(compressed, targets).clamp_(max=points.shape[1] - 1))
+        for _ in range(self.iterations):
+            edges = torch.searchsorted(points, ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous())
+            edges = torch.nn.functional.pad(edges, (1, 1))
+            edges[:, -1] = points.shape[1]
+            weight = total.gather(1, edges).diff(dim=1)
+            means = moment.gather(1, edges).diff(dim=1) / weight.clamp_min(1e-300)
+            levels = torch.where(weight > 0, means, levels).sort(dim=1).values
+        return levels

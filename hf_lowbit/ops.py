@@ -1,0 +1,151 @@
+"""The ops that packed modules call, as ``torch.library`` ops with fake implementations and gradients.
+
+Each takes a packed weight as plain tensors: ``weight`` (N, lanes), int16, and its ``companions`` in the order of
+:meth:`Format.suffixes`, with the text of the format, which makes them traceable by ``torch.compile`` and exportable. They pick
+a kernel through :mod:`.backends`; autograd keeps packed tensors only.
+"""
+
+import torch
+from torch import Tensor
+
+from . import reference  # noqa: F401  (registers the plain PyTorch kernels)
+from .backends import select
+
+_SCHEMAS = {
+    "linear": "(Tensor x, Tensor weight, Tensor[] companions, Tensor? bias, str format, int in_features,"
+    " str backend='auto') -> Tensor",
+    "input_gradient": "(Tensor gradient, Tensor weight, Tensor[] companions, str format, int in_features,"
+    " str backend='auto') -> Tensor",
+    "dequantize": "(Tensor weight, Tensor[] companions, str format, int in_features, ScalarType dtype,"
+    " str backend='auto') -> Tensor",
+    "embedding": "(Tensor index, Tensor weight, Tensor[] companions, str format, int in_features, ScalarType dtype,"
+    " str backend='auto') -> Tensor",
+}
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"lowbit::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+@torch.library.impl("lowbit::linear", "CompositeExplicitAutograd")
+def _linear(x, weight, companions, bias, format, in_features, backend="auto"):
+    kernel = select("linear", format, x.device.type, x.dtype, backend)
+    return kernel.run(x, weight, companions, bias, format, in_features)
+
+
+@torch.library.impl("lowbit::input_gradient", "CompositeExplicitAutograd")
+def _input_gradient(gradient, weight, companions, format, in_features, backend="auto"):
+    kernel = select("input_gradient", format, gradient.device.type, gradient.dtype, backend)
+    return kernel.run(gradient, weight, companions, format, in_features)
+
+
+@torch.library.impl("lowbit::dequantize", "CompositeExplicitAutograd")
+def _dequantize(weight, companions, format, in_features, dtype, backend="auto"):
+    kernel = select("dequantize", format, weight.device.type, dtype, backend)
+    return kernel.run(weight, companions, format, in_features, dtype)
+
+
+@torch.library.impl("lowbit::embedding", "CompositeExplicitAutograd")
+def _embedding(index, weight, companions, format, in_features, dtype, backend="auto"):
+    kernel = select("embedding", format, weight.device.type, dtype, backend)
+    return kernel.run(index, weight, companions, format, in_features, dtype)
+
+
+@torch.library.register_fake("lowbit::linear")
+def _(x, weight, companions, bias, format, in_features, backend="auto"):
+    torch._check(x.shape[-1] == in_features, lambda: f"input has {x.shape[-1]} features, the weight {in_features}")
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("lowbit::input_gradient")
+def _(gradient, weight, companions, format, in_features, backend="auto"):
+    return gradient.new_empty((*gradient.shape[:-1], in_features))
+
+
+@torch.library.register_fake("lowbit::dequantize")
+def _(weight, companions, format, in_features, dtype, backend="auto"):
+    return weight.new_empty((weight.shape[0], in_features), dtype=dtype)
+
+
+@torch.library.register_fake("lowbit::embedding")
+def _(index, weight, companions, format, in_features, dtype, backend="auto"):
+    return weight.new_empty((*index.shape, in_features), dtype=dtype)
+
+
+def _save_packed(ctx, inputs, output):
+    _, weight, companions, bias, ctx.format, ctx.in_features, ctx.backend = inputs
+    ctx.save_for_backward(weight, *companions)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_backward(ctx, gradient):
+    weight, *companions = ctx.saved_tensors
+    x_gradient = bias_gradient = None
+    if ctx.needs_input_grad[0]:
+        x_gradient = torch.ops.lowbit.input_gradient(
+            gradient, weight, companions, ctx.format, ctx.in_features, ctx.backend
+        )
+    if ctx.needs_input_grad[3]:
+        bias_gradient = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return x_gradient, None, [None] * len(companions), bias_gradient, None, None, None
+
+
+torch.library.register_autograd("lowbit::linear", _linear_backward, setup_context=_save_packed)
+
+
+def _save_packed_gradient(ctx, inputs, output):
+    _, weight, companions, ctx.format, ctx.in_features, ctx.backend = inputs
+    ctx.save_for_backward(weight, *companions)
+
+
+def _input_gradient_backward(ctx, gradient):
+    weight, *companions = ctx.saved_tensors
+    again = torch.ops.lowbit.linear(gradient, weight, companions, None, ctx.format, ctx.in_features, ctx.backend)
+    return again, None, [None] * len(companions), None, None, None
+
+
+torch.library.register_autograd("lowbit::input_gradient", _input_gradient_backward, setup_context=_save_packed_gradient)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    companions: list[Tensor],
+    bias: Tensor | None,
+    format: str,
+    in_features: int,
+    backend: str = "auto",
+) -> Tensor:
+    """``x @ W.T + bias`` with a packed ``W``.
+
+    Args:
+        x: (..., K), floating point; the result has its dtype. Differentiable.
+        weight: (N, lanes), int16.
+        companions: The other stored tensors of the format.
+        bias: (N,) or None; cast to the dtype of ``x``. Differentiable.
+        format: Text of the format.
+        in_features: ``K``.
+        backend: "auto" or the backend to force.
+
+    Returns:
+        (..., N).
+    """
+    return torch.ops.lowbit.linear(x, weight, companions, bias, format, in_features, backend)
+
+
+def dequantize(
+    weight: Tensor, companions: list[Tensor], format: str, in_features: int, dtype: torch.dtype, backend: str = "auto"
+) -> Tensor:
+    """``W`` (N, K) in ``dtype``; arguments as in :func:`linear`."""
+    return torch.ops.lowbit.dequantize(weight, companions, format, in_features, dtype, backend)
+
+
+def embedding(
+    index: Tensor,
+    weight: Tensor,
+    companions: list[Tensor],
+    format: str,
+    in_features: int,
+    dtype: torch.dtype,
+    backend: str = "auto",
+) -> Tensor:
+    """``W[index]`` (..., K) in ``dtype`` for ``index`` (...), integer; other arguments as in :func:`linear`."""
+    return torch.ops.lowbit.embedding(index, weight, companions, format, in_features, dtype, backend)

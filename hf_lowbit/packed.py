@@ -1,0 +1,58 @@
+"""What packed modules have in common: parameters laid out by a format, and their way back to floats."""
+
+import torch
+from torch import nn
+
+from . import ops
+from .formats import Format
+
+
+class PackedMixin:
+    """Holds a packed weight as ``weight`` and its companions as ``weight_<what>``, frozen parameters of fixed dtype."""
+
+    format: Format
+    spec: str
+    in_features: int
+    backend: str
+
+    def register_packed(self, format: Format, shape: tuple[int, int], backend: str, device=None) -> None:
+        """Creates the (uninitialised) parameters for a weight of ``shape`` (N, K)."""
+        self.format, self.spec, self.backend = format, format.spec, backend
+        self.packed_shape = tuple(shape)
+        tensors = format.empty(shape, device=device)
+        self.packed_names = tuple("weight" + suffix for suffix in tensors)
+        for suffix, tensor in tensors.items():
+            setattr(self, "weight" + suffix, nn.Parameter(tensor, requires_grad=False))
+
+    def companions(self) -> list[torch.Tensor]:
+        """The stored tensors besides ``weight``, in the order in which ops take them."""
+        return [getattr(self, name) for name in self.packed_names[1:]]
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """All stored tensors by suffix."""
+        return {name.removeprefix("weight"): getattr(self, name) for name in self.packed_names}
+
+    def set_packed(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Replaces the packed weight by ``tensors``, by suffix, as :meth:`Format.pack` returns them."""
+        for suffix, tensor in tensors.items():
+            setattr(self, "weight" + suffix, nn.Parameter(tensor, requires_grad=False))
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight (N, K) in ``dtype``."""
+        return ops.dequantize(self.weight, self.companions(), self.spec, self.packed_shape[1], dtype, self.backend)
+
+    def freeze_packed(self) -> None:
+        """Switches gradients of the packed tensors off; loaders switch them on for float companions."""
+        for name in self.packed_names:
+            getattr(self, name).requires_grad_(False)
+
+    def _apply(self, fn, recurse=True):
+        # `.to(dtype)` and friends move the packed tensors but must not change what they mean.
+        before = {name: getattr(self, name).data for name in self.packed_names}
+        super()._apply(fn, recurse)
+        for name, data in before.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+        return self

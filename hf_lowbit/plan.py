@@ -1,0 +1,300 @@
+"""Which modules of a model are packed, in which format, and why the others are not.
+
+The same plan serves loading, conversion from disk to disk, and inspection. It is made from the model's skeleton (which may lie
+on the ``meta`` device) and the config. What it decided is written into the config as ``layers``, with layer numbers replaced by
+``*``, so that a packed repo says itself what is packed and does not depend on how defaults are resolved later.
+"""
+
+import functools
+import inspect
+import re
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .config import LowBitConfig
+from .formats import Format, parse_format
+from .methods import Method
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One module to pack: its format, its method (None for a packed repo) and its float weight's (N, K)."""
+
+    name: str
+    format: Format
+    method: Method | None
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One module or parameter that stays in float: its bytes and the reason."""
+
+    name: str
+    nbytes: int
+    reason: str
+    expected: bool = True
+
+
+@dataclass
+class Plan:
+    """The decision for a whole model."""
+
+    packed: dict[str, Packed] = field(default_factory=dict)
+    kept: list[Kept] = field(default_factory=list)
+    tied: dict[str, str] = field(default_factory=dict)
+    """Packed modules whose tensors are another one's: ``{module: source module}``."""
+
+    def layers(self) -> dict[str, str]:
+        """Formats by module name, numbers replaced by ``*`` where all that match agree."""
+        return _compress({name: p.format.spec for name, p in self.packed.items()}, [k.name for k in self.kept])
+
+    def coverage(self) -> dict:
+        """Totals: packed weights, bytes and bits per weight, and every kept module with its bytes and reason."""
+        own = [p for name, p in self.packed.items() if name not in self.tied]
+        weights = sum(p.shape[0] * p.shape[1] for p in own)
+        packed_bytes = sum(p.format.nbytes(p.shape) for p in own)
+        kept = [k for k in self.kept if k.nbytes]
+        return {
+            "packed_modules": len(self.packed),
+            "packed_weights": weights,
+            "packed_bytes": packed_bytes,
+            "bits_per_packed_weight": 8 * packed_bytes / weights if weights else 0.0,
+            "kept_bytes": sum(k.nbytes for k in kept),
+            "kept": [{"name": k.name, "bytes": k.nbytes, "reason": k.reason} for k in kept],
+        }
+
+    def report(self) -> str:
+        """The coverage as text, kept modules grouped by reason."""
+        c = self.coverage()
+        lines = [
+            f"packed {c['packed_modules']} modules: {c['packed_weights'] / 1e6:.1f} M weights in "
+            f"{c['packed_bytes'] / 1e6:.1f} MB ({c['bits_per_packed_weight']:.2f} bits per weight); kept "
+            f"{c['kept_bytes'] / 1e6:.1f} MB in float:"
+        ]
+        reasons: dict[str, list[dict]] = {}
+        for entry in c["kept"]:
+            reasons.setdefault(entry["reason"], []).append(entry)
+        for reason, entries in sorted(reasons.items(), key=lambda item: -sum(e["bytes"] for e in item[1])):
+            names = ", ".join(dict.fromkeys(_wildcard(e["name"]) for e in entries))
+            lines.append(f"  {sum(e['bytes'] for e in entries) / 1e6:.1f} MB, {reason}: {names}")
+        return "\n".join(lines)
+
+
+def make_plan(model: nn.Module, config: LowBitConfig) -> Plan:
+    """The plan for ``model`` (a ``PreTrainedModel``, float, possibly on ``meta``).
+
+    Raises:
+        ValueError: for a rule that matches nothing or asks for what cannot be packed, naming the module and the cure.
+    """
+    if config.layers is not None:
+        return _replay_plan(model, config)
+    plan, used = Plan(), set()
+    prefix = getattr(model, "base_model_prefix", "")
+    skipped = _default_skips(model, config)
+    tied = {k.removesuffix(".weight"): v.removesuffix(".weight") for k, v in _tied_weights(model).items()}
+    decisions: dict[str, Packed | Kept] = {}
+    for name, module in model.named_modules():
+        kind = _kind(module)
+        if kind is None:
+            continue
+        pattern, options = _matching_rule(config, name, prefix)
+        used.add(pattern)
+        shape = tuple(module.weight.shape) if kind != "conv1d" else tuple(reversed(module.weight.shape))
+        nbytes = module.weight.numel() * module.weight.element_size()
+
+        def keep(reason, expected=True, name=name, nbytes=nbytes):
+            decisions[name] = Kept(name, nbytes, reason, expected)
+
+        obstacle = _obstacle(model, name, module)
+        asked = pattern is not None and options is not None
+        if pattern is not None and options is None:
+            keep(f"rule {pattern!r}")
+        elif obstacle is not None:
+            if asked and obstacle[1]:
+                raise ValueError(f"rule {pattern!r} asks to pack {name!r}, which is not possible: {obstacle[0]}")
+            keep(obstacle[0], expected=False)
+        elif kind == "embedding" and not asked:
+            keep("embedding; pack it by a rule")
+        elif name in skipped and not asked:
+            keep(skipped[name])
+        else:
+            format, method = config.resolve(options)
+            if format.nbytes(shape) >= 2 * shape[0] * shape[1]:
+                keep(f"packing {shape[0]}x{shape[1]} would not make it smaller than 16 bits")
+            else:
+                decisions[name] = Packed(name, format, method, shape)
+    # Tied modules share one tensor: whatever one of them is packed as, all are.
+    for name, source in tied.items():
+        first, second = decisions.get(source), decisions.get(name)
+        chosen = next((d for d in (second, first) if isinstance(d, Packed)), None)
+        if chosen is None or first is None or second is None:
+            continue
+        for other in (source, name):
+            decisions[other] = Packed(other, chosen.format, chosen.method, chosen.shape)
+        plan.tied[name] = source
+    for name, decision in decisions.items():
+        if isinstance(decision, Packed):
+            plan.packed[name] = decision
+        elif name not in tied:
+            plan.kept.append(decision)
+    unused = [p for p in config.rules if p not in used]
+    if unused:
+        names = ", ".join(dict.fromkeys(_wildcard(n) for n in decisions)) or "none at all"
+        raise ValueError(f"rule {unused[0]!r} matches no module that could be packed. There are: {names}")
+    _keep_the_rest(model, plan, decisions)
+    return plan
+
+
+def _replay_plan(model: nn.Module, config: LowBitConfig) -> Plan:
+    """The plan that a packed repo's ``layers`` describe, for this model class."""
+    plan = Plan()
+    prefix = getattr(model, "base_model_prefix", "")
+    patterns = [
+        (re.compile(r"\d+".join(map(re.escape, pattern.split("*")))), parse_format(spec))
+        for pattern, spec in config.layers.items()
+    ]
+    for name, module in model.named_modules():
+        kind = _kind(module)
+        if kind is None:
+            continue
+        found = next((f for p, f in patterns if any(p.fullmatch(n) for n in _names(name, prefix))), None)
+        if found is None:
+            plan.kept.append(
+                Kept(name, module.weight.numel() * module.weight.element_size(), "kept when it was packed")
+            )
+        else:
+            shape = tuple(module.weight.shape) if kind != "conv1d" else tuple(reversed(module.weight.shape))
+            plan.packed[name] = Packed(name, found, None, shape)
+    for name, source in _tied_weights(model).items():
+        name, source = name.removesuffix(".weight"), source.removesuffix(".weight")
+        if name in plan.packed and source in plan.packed:
+            plan.tied[name] = source
+        plan.kept = [k for k in plan.kept if k.name != name]
+    _keep_the_rest(model, plan, {**plan.packed, **{k.name: k for k in plan.kept}})
+    return plan
+
+
+def _keep_the_rest(model, plan, decisions):
+    """Adds every other parameter to the kept ones: fused experts by name, the small ones as one entry."""
+    seen, small = {id(p) for n in decisions for p in [model.get_submodule(n).weight]}, 0
+    for name, parameter in model.named_parameters():
+        if id(parameter) in seen:
+            continue
+        nbytes = parameter.numel() * parameter.element_size()
+        if parameter.ndim == 3 and "expert" in name:
+            plan.kept.append(Kept(name, nbytes, "fused experts are not packed yet", expected=False))
+        elif parameter.ndim >= 2 and nbytes >= 2**16:
+            plan.kept.append(Kept(name, nbytes, "not a linear layer"))
+        else:
+            small += nbytes
+    if small:
+        plan.kept.append(Kept("norms, biases and other small parameters", small, "small"))
+
+
+def _kind(module: nn.Module) -> str | None:
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, Conv1D):
+        return "conv1d"
+    return "embedding" if isinstance(module, nn.Embedding) else None
+
+
+def _names(name: str, prefix: str) -> tuple[str, ...]:
+    """A module's name as it is, with and without the base model's prefix."""
+    return (name, name.removeprefix(prefix + "."), f"{prefix}.{name}") if prefix else (name,)
+
+
+def _matching_rule(config: LowBitConfig, name: str, prefix: str):
+    for pattern, options in config.rules.items():
+        if any(re.fullmatch(pattern, n) for n in _names(name, prefix)):
+            return pattern, options
+    return None, None
+
+
+def _tied_weights(model) -> dict[str, str]:
+    """``{target: source}`` of tied weights, by full parameter name."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _default_skips(model, config: LowBitConfig) -> dict[str, str]:
+    """Module names that stay in float unless a rule asks for them, with the reason."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    if config.modules_to_not_convert is not None:
+        wanted = config.modules_to_not_convert
+        skipped = {
+            n: "modules_to_not_convert" for n, _ in model.named_modules() if not should_convert_module(n, wanted)
+        }
+    else:
+        heads = set(get_keys_to_not_convert(model)) if hasattr(model, "get_output_embeddings") else set()
+        skipped = {
+            n: "output head or tied weight; pack it by a rule"
+            for n, _ in model.named_modules()
+            if n and not should_convert_module(n, [re.escape(h) for h in heads])
+        }
+    for patterns in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        for word in getattr(model, patterns, None) or ():
+            for name, _ in model.named_modules():
+                if re.search(rf"(^|\.){word}(\.|$)", name):
+                    skipped.setdefault(name, "the model keeps it in float32")
+    return skipped
+
+
+def _obstacle(model: nn.Module, name: str, module: nn.Module) -> tuple[str, bool] | None:
+    """Why ``module`` cannot be packed at all, or None; with whether that is an error when it was asked for."""
+    kind = _kind(module)
+    if kind == "embedding":
+        own = type(module).forward is not nn.Embedding.forward
+        if own and "super().forward" not in _source(type(module).forward):
+            return f"{type(module).__name__} looks its rows up in its own way", True
+        if module.max_norm is not None or module.sparse:
+            return "the embedding renormalises rows or has sparse gradients", True
+        return None
+    if kind == "linear" and type(module).forward is not nn.Linear.forward:
+        return f"{type(module).__name__} has a forward of its own", True
+    parent_name, _, attribute = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if isinstance(parent, nn.MultiheadAttention) or _reads_weight(type(parent), attribute):
+        return f"{type(parent).__name__} reads its weight directly", True
+    return None
+
+
+@functools.cache
+def _source(thing) -> str:
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        return ""
+
+
+@functools.cache
+def _reads_weight(parent: type, attribute: str) -> bool:
+    """Whether the class of the parent uses ``self.<attribute>.weight``, which is packed codes then."""
+    if attribute.isdigit() or parent.__module__.startswith("torch."):
+        return False
+    # A check that spares integer weights, as T5's, is harmless only for int8: count every use.
+    return re.search(rf"self\.{re.escape(attribute)}\.weight\b", _source(parent)) is not None
+
+
+def _wildcard(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def _compress(specs: dict[str, str], others: list[str]) -> dict[str, str]:
+    """Replaces numbers in the keys of ``specs`` by ``*`` where that stays true of ``specs`` and ``others``."""
+    groups: dict[str, dict[str, str]] = {}
+    for name, spec in specs.items():
+        groups.setdefault(_wildcard(name), {})[name] = spec
+    mixed = {_wildcard(name) for name in others}
+    result = {}
+    for pattern, members in groups.items():
+        if len(set(members.values())) == 1 and pattern not in mixed:
+            result[pattern] = next(iter(members.values()))
+        else:
+            result.update(members)
+    return result

@@ -1,0 +1,237 @@
+"""Transformers' hooks, and nothing else: how a model is quantized or loaded by ``from_pretrained``.
+
+The order in which transformers calls them:
+
+1. ``__init__`` and ``validate_environment`` refuse what cannot work, before anything is read.
+2. ``_process_model_before_weight_loading`` gets the model on the ``meta`` device. A plan is made (:mod:`.plan`) and every
+   module in it is replaced by an empty packed one (:mod:`.linear`, :mod:`.embedding`). For a packed repo the headers of its
+   files are compared with these modules here, before a byte of a weight is read.
+3. While the checkpoint streams in, ``param_needs_quantization`` picks the weights of packed modules, and the op from
+   ``get_quantize_ops`` turns each into its packed tensors, on its own device. One float weight is alive at a time.
+4. ``_process_model_after_weight_loading`` checks that nothing is missing, freezes what was loaded and reports the coverage.
+"""
+
+import torch
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+
+from .backends import select
+from .config import LowBitConfig
+from .plan import Packed, Plan, make_plan
+from .version import __version__
+
+logger = logging.get_logger(__name__)
+
+
+class LowBitHfQuantizer(HfQuantizer):
+    """Quantizes while loading, or loads what is packed.
+
+    Attributes:
+        plan: What is packed and what is kept, after loading has begun.
+        coverage: The same as totals, see :meth:`hf_lowbit.plan.Plan.coverage`.
+    """
+
+    requires_calibration = False
+    quantization_config: LowBitConfig
+    # The companions of a packed weight, for tensor- and expert-parallel plans.
+    serialized_names = {
+        "weight": ["weight", "weight_scales", "weight_scales_range", "weight_zeros", "weight_codebook", "weight_like"]
+    }
+
+    def __init__(self, quantization_config: LowBitConfig, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        self.plan: Plan | None = None
+        self.failure: Exception | None = None
+        if self.pre_quantized:
+            quantization_config.check_requested()
+            if quantization_config.layers is None:
+                raise ValueError("the repo's quantization_config has no 'layers': it was not written by hf_lowbit")
+
+    @property
+    def coverage(self) -> dict:
+        """Totals of what was packed and kept."""
+        return self.plan.coverage() if self.plan is not None else {}
+
+    def validate_environment(self, *args, device_map=None, **kwargs):
+        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if not self.pre_quantized and "disk" in places:
+            raise ValueError(
+                "quantizing on the fly to a 'disk' device is not possible: quantize to a folder first "
+                "(`hf-lowbit quantize SRC DST`), then load that folder with the same device_map"
+            )
+
+    # -- before loading ------------------------------------------------------------------------------------------------
+
+    def check_backend(self, device_map) -> None:
+        """Refuses a forced backend that cannot run the planned formats, before anything is loaded."""
+        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map or "cpu"}
+        devices = {
+            torch.device(p if isinstance(p, (str, torch.device)) else f"cuda:{p}").type
+            for p in places
+            if p not in ("disk", "auto", "balanced", "balanced_low_0", "sequential")
+        }
+        for spec in {p.format.spec for p in self.plan.packed.values()}:
+            for device in devices:
+                select("linear", spec, device, torch.float32, self.quantization_config.backend)
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
+        self.plan = make_plan(model, self.quantization_config)
+        if not self.plan.packed:
+            logger.warning(
+                "hf_lowbit found nothing to pack in %s: there is no nn.Linear or Conv1D", type(model).__name__
+            )
+        self.check_backend(device_map)
+        replace_modules(model, self.plan, self.quantization_config.backend)
+        if self.pre_quantized:
+            from .storage.headers import check_checkpoint
+
+            check_checkpoint(model, self.plan, checkpoint_files)
+        else:
+            self.quantization_config.layers = self.plan.layers()
+        return model
+
+    # -- while loading -------------------------------------------------------------------------------------------------
+
+    def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
+        if self.failure is not None:
+            # Transformers turns an exception inside an op into a log line, and asks this question right after one that
+            # returned a tensor of another shape: the place to stop the load with the error itself.
+            failure, self.failure = self.failure, None
+            raise failure
+        module, _, tensor = param_name.rpartition(".")
+        return not self.pre_quantized and tensor == "weight" and module in self.plan.packed
+
+    def get_quantize_ops(self):
+        return LowBitQuantize(self)
+
+    # -- after loading -------------------------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for name in self.plan.packed:
+            module = model.get_submodule(name)
+            for tensor in module.packed_names:
+                parameter = getattr(module, tensor)
+                if not getattr(parameter, "_is_hf_initialized", False) and parameter.device.type != "meta":
+                    raise ValueError(f"the checkpoint has no tensor {name}.{tensor}: it is incomplete")
+            module.freeze_packed()
+        unexpected = [k for k in self.plan.kept if not k.expected]
+        log = logger.warning_once if unexpected else logger.info
+        log(self.plan.report())
+        if self.quantization_config.dequantize:
+            restore_modules(model, model.config.dtype)
+            self.remove_quantization_config(model)
+        return model
+
+    def _dequantize(self, model, dtype=None):
+        return restore_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+    # -- what transformers asks ----------------------------------------------------------------------------------------
+
+    def param_element_size(self, model, param_name, param):
+        # Sizes for device maps: packed parameters have their final shape and dtype already.
+        return param.element_size()
+
+    def is_serializable(self):
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model):
+        return None, {"quantized_with": f"hf_lowbit {__version__}"}
+
+
+class LowBitQuantize(ConversionOps):
+    """The op that turns one float weight into its packed tensors while a checkpoint is loaded."""
+
+    def __init__(self, hf_quantizer: LowBitHfQuantizer):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict, model=None, **kwargs):
+        """``{full name: weight}`` to ``{full name + suffix: packed tensor}``."""
+        ((name, weight),) = input_dict.items()
+        weight = weight[0] if isinstance(weight, list) else weight
+        module = model.get_submodule(name.removesuffix(".weight"))
+        try:
+            packed = quantize_weight(
+                weight.T if getattr(module, "transposed", False) else weight,
+                self.hf_quantizer.plan.packed[name.removesuffix(".weight")],
+                name,
+            )
+        except Exception as error:
+            self.hf_quantizer.failure = error  # raised by param_needs_quantization, see there
+            return {name: weight.new_empty(0)}
+        tensors = {name + suffix: tensor for suffix, tensor in packed.items()}
+        if hasattr(module, "weight_like"):
+            tensors[name + "_like"] = weight.new_empty(0)
+        return tensors
+
+
+@torch.no_grad()
+def quantize_weight(weight: torch.Tensor, planned: Packed, name: str) -> dict[str, torch.Tensor]:
+    """Packs ``weight`` (N, K), floating point, as ``planned``.
+
+    Returns:
+        The packed tensors by suffix, on the device of ``weight``.
+
+    Raises:
+        ValueError: for a weight that is not float, not finite, or of another shape than planned, naming ``name``.
+    """
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"{name} is {weight.dtype}, not floating point: is this repo quantized already, by something else?"
+        )
+    if tuple(weight.shape) != tuple(planned.shape):
+        raise ValueError(
+            f"{name} has shape {tuple(weight.shape)} in the checkpoint, the config says {tuple(planned.shape)}"
+        )
+    if not torch.isfinite(weight).all():
+        bad = weight.numel() - int(torch.isfinite(weight).sum())
+        raise ValueError(
+            f"{name} has {bad} NaN or infinite values: the checkpoint is damaged, or overflowed in its dtype"
+        )
+    try:
+        return planned.format.pack(planned.method.quantize(weight, planned.format))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def replace_modules(model: torch.nn.Module, plan: Plan, backend: str) -> None:
+    """Puts an empty packed module in the place of every planned one, and extends the model's ties to the companions."""
+    from .embedding import LowBitEmbedding
+    from .linear import LowBitLinear
+
+    for name, planned in plan.packed.items():
+        module = model.get_submodule(name)
+        cls = LowBitEmbedding if isinstance(module, torch.nn.Embedding) else LowBitLinear
+        model.set_submodule(name, cls.like(module, planned.format, backend))
+    for name, source in plan.tied.items():
+        for suffix in plan.packed[name].format.suffixes():
+            model.all_tied_weights_keys[f"{name}.weight{suffix}"] = f"{source}.weight{suffix}"
+
+
+def restore_modules(model: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.nn.Module:
+    """Puts a plain float module in the place of every packed one, one at a time."""
+    from .packed import PackedMixin
+
+    names = [name for name, module in model.named_modules() if isinstance(module, PackedMixin)]
+    for name in names:
+        module = model.get_submodule(name)
+        plain = module.to_float(dtype)
+        if hasattr(module, "_hf_hook"):
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(plain, module._hf_hook)
+        model.set_submodule(name, plain)
+    ties = getattr(model, "all_tied_weights_keys", None)
+    if names and ties:
+        for key in [k for k in ties if not k.endswith(".weight") and k.rpartition(".")[0] in names]:
+            del ties[key]
+        model.tie_weights(recompute_mapping=False)
+    return model

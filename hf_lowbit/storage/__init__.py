@@ -1,0 +1,1 @@
+"""Files: what lies on disk, checked before it is trusted."""

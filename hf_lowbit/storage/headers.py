@@ -1,0 +1,86 @@
+"""Headers of safetensors files: names, shapes and dtypes without reading a weight.
+
+The header is parsed by the safetensors library, which checks that its offsets are ordered, dense and inside the file.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from safetensors import SafetensorError, safe_open
+
+from ..packed import PackedMixin
+from ..plan import Plan
+
+DTYPE_NAMES = {
+    "torch.int16": "I16",
+    "torch.uint8": "U8",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.float32": "F32",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_headers(files: Iterable[str]) -> dict[str, Entry]:
+    """Every tensor in ``files``, by name.
+
+    Raises:
+        ValueError: for a file that is missing, truncated or whose header contradicts its size, naming the file.
+    """
+    entries = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118  (not a dict)
+                    view = handle.get_slice(name)
+                    entries[name] = Entry(str(file), tuple(view.get_shape()), view.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{os.path.basename(str(file))} cannot be read ({error}): it is truncated or damaged"
+            ) from error
+    return entries
+
+
+def check_checkpoint(model, plan: Plan, files: Iterable[str] | None) -> None:
+    """Compares the packed modules of ``model`` with what the checkpoint's headers say.
+
+    Raises:
+        ValueError: for a packed tensor that is missing or has another shape or dtype, naming it. Modules that the checkpoint
+            knows by another name are left to transformers' own check.
+    """
+    if not files or not all(str(f).endswith(".safetensors") for f in files):
+        return
+    entries, prefix = read_headers(files), getattr(model, "base_model_prefix", "")
+    for name in plan.packed:
+        module = model.get_submodule(name)
+        assert isinstance(module, PackedMixin)
+        for alias in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}", plan.tied.get(name, name)):
+            if f"{alias}.weight" in entries:
+                break
+        else:
+            if (
+                name not in plan.tied
+                and name not in plan.tied.values()
+                and any(k.startswith(name + ".") for k in entries)
+            ):
+                raise ValueError(f"the checkpoint has no tensor {name}.weight: it is incomplete")
+            continue
+        for tensor in module.packed_names:
+            parameter, entry = getattr(module, tensor), entries.get(f"{alias}.{tensor}")
+            if entry is None:
+                raise ValueError(f"the checkpoint has no tensor {alias}.{tensor}: it is incomplete")
+            expected = (tuple(parameter.shape), DTYPE_NAMES[str(parameter.dtype)])
+            if (entry.shape, entry.dtype) != expected:
+                raise ValueError(
+                    f"{alias}.{tensor} is {entry.dtype} of shape {entry.shape} in {os.path.basename(entry.file)}, but the "
+                    f"config says {module.spec}, which needs {expected[1]} of shape {expected[0]}"
+                )
