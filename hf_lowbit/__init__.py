@@ -3,8 +3,9 @@
     from hf_lowbit import LowBitConfig
     model = AutoModelForCausalLM.from_pretrained(repo, quantization_config=LowBitConfig(bits=3))
 
-Importing the package registers it with transformers. Where torch is still being imported (see :mod:`._autoload`), or nothing of
-transformers has been imported yet, registration waits for ``transformers.quantizers``; public names are loaded on first use.
+Importing the package registers it with transformers. Where torch is still being imported (see :mod:`._autoload`), or
+nothing of transformers has been imported yet, registration waits for ``transformers.quantizers``; public names are
+loaded on first use.
 """
 
 import importlib

@@ -1,8 +1,9 @@
 """Loads packed repos in processes that never import this package.
 
-Transformers has no entry points for quantizers, but torch runs those of the group ``torch.backends`` when it is imported. The
-one of this package puts a finder in front of ``sys.meta_path`` that waits for ``transformers.quantizers`` and registers when that
-has been imported. It costs one class and one list insertion, imports neither transformers nor anything else, and never raises.
+Transformers has no entry points for quantizers, but torch runs those of the group ``torch.backends`` when it is
+imported. The one of this package puts a finder in front of ``sys.meta_path`` that waits for
+``transformers.quantizers`` and registers when that has been imported. It costs one class and one list insertion,
+imports neither transformers nor anything else, and never raises.
 
 Switched off by ``HF_LOWBIT_AUTOLOAD=0``, or by torch's own ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``.
 """

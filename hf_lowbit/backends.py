@@ -1,12 +1,14 @@
 """Which code runs a packed weight: kernels declare what they can do, one loop selects.
 
-A backend is a family of kernels: ``triton`` (GPUs), ``native`` (CPUs), ``torch`` (anywhere). A :class:`Kernel` is a frozen
-record with the function that runs it; :func:`select` takes the first one in order of preference that has no objection, and
-:func:`explain` gives every objection, which is what ``hf-lowbit doctor`` prints. A user forces a backend with
-``LowBitConfig(backend=...)`` or the environment variable ``HF_LOWBIT_BACKEND``; one that cannot run then is an error, not a fallback.
+A backend is a family of kernels: ``triton`` (GPUs), ``native`` (CPUs), ``torch`` (anywhere). A :class:`Kernel` is a
+frozen record with the function that runs it; :func:`select` takes the first one in order of preference that has no
+objection, and :func:`explain` gives every objection, which is what ``hf-lowbit doctor`` prints. A user forces a
+backend with ``LowBitConfig(backend=...)`` or the environment variable ``HF_LOWBIT_BACKEND``; one that cannot run then
+is an error, not a fallback.
 """
 
 import functools
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +77,14 @@ class Kernel:
 
 
 KERNELS: list[Kernel] = []
+KERNEL_MODULES = (".reference",)
+
+
+def kernels() -> list[Kernel]:
+    """All kernels, in order of preference; imports the modules that register them."""
+    for module in KERNEL_MODULES:
+        importlib.import_module(module, __package__)
+    return KERNELS
 
 
 def register_kernel(kernel: Kernel) -> Kernel:
@@ -107,13 +117,13 @@ def explain(problem: Problem, backend: str = "auto") -> list[tuple[str, str | No
     """For every backend, the reason why it is passed over for ``problem``, or None if it can run."""
     wanted, result = requested_backend(backend), []
     for name in BACKENDS:
-        kernels = [k for k in KERNELS if k.backend == name and k.op == problem.op]
+        candidates = [k for k in kernels() if k.backend == name and k.op == problem.op]
         if wanted not in ("auto", name):
             reason: str | None = f"backend {wanted!r} was asked for"
-        elif not kernels:
+        elif not candidates:
             reason = f"has no kernel for {problem.op!r} in this version"
         else:
-            objections = [k.objection(problem) for k in kernels]
+            objections = [k.objection(problem) for k in candidates]
             reason = None if None in objections else "; ".join(o for o in objections if o)
         result.append((name, reason))
     return result
@@ -127,7 +137,7 @@ def select(op: str, format: str, device: str, dtype: torch.dtype, backend: str =
         RuntimeError: if none can, with every kernel's reason.
     """
     problem, wanted = Problem(op, format, device, dtype), requested_backend(backend)
-    for kernel in KERNELS:
+    for kernel in kernels():
         if wanted in ("auto", kernel.backend) and kernel.objection(problem) is None:
             return kernel
     reasons = "; ".join(f"{name}: {reason}" for name, reason in explain(problem, backend))

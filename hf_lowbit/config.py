@@ -44,15 +44,16 @@ class LowBitConfig(MetalConfig):
         scale_dtype: "float16", "bfloat16", "float32", "log8", "e8m0" or "e4m3"; the default depends on the format.
         codebook: For "codebook": one table per "tensor" (default) or "row".
         method_options: Options of the method, such as ``{"range": "minmax"}`` for "rtn".
-        rules: Ordered regular expressions over whole module names, each with a dict of the options above that differ for the
-            modules it matches, or None to keep them in float. The first match decides. Embeddings and output heads, kept by
-            default, are packed where a rule asks for it.
+        rules: Ordered regular expressions over whole module names, each with a dict of the options above that differ
+            for the modules it matches, or None to keep them in float. The first match decides. Embeddings and output
+            heads, kept by default, are packed where a rule asks for it.
         modules_to_not_convert: Names to keep in float, as in other quantization configs; replaces the default (output
             heads, tied weights).
         dequantize: Loading option: give back a plain model in float.
         backend: Loading option: "auto", "torch", "triton" or "native".
 
-    Loading options are honoured for a packed repo; everything else then comes from the repo, and a contradiction is an error.
+    Loading options are honoured for a packed repo; everything else then comes from the repo, and a contradiction is
+    an error.
 
     Raises:
         ValueError: for any value or combination that cannot work, naming the value and the cure.

@@ -13,16 +13,16 @@ from .packed import PackedMixin
 class LowBitEmbedding(PackedMixin, nn.Embedding):
     """An embedding whose table stays packed; made by :meth:`like`.
 
-    ``weight_like`` is an empty parameter that carries the dtype of the rows it returns. It is saved, and it comes first,
-    because ``PreTrainedModel.dtype`` reads the first float parameter.
+    ``weight_like`` is an empty parameter that carries the dtype of the rows it returns. It is saved, and it comes
+    first, because ``PreTrainedModel.dtype`` reads the first float parameter.
     """
 
     @classmethod
     def like(cls, module: nn.Embedding, format: Format, backend: str = "auto") -> "LowBitEmbedding":
         """An uninitialised packed table in the place of ``module``, on its device.
 
-        A subclass of ``nn.Embedding`` whose own forward calls ``super().forward`` (a scaled embedding, as in Gemma) keeps it:
-        the result is then an instance of a class that inherits from both.
+        A subclass of ``nn.Embedding`` whose own forward calls ``super().forward`` (a scaled embedding, as in Gemma)
+        keeps it: the result is then an instance of a class that inherits from both.
         """
         packed = copy.copy(module)
         packed.__dict__ = module.__dict__.copy()

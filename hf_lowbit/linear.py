@@ -64,7 +64,7 @@ class LowBitLinear(PackedMixin, nn.Linear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if not x.is_floating_point():
             raise TypeError(
-                f"a packed linear got an input of {x.dtype}: the model casts it to `weight.dtype`, which is that of the "
+                f"a packed linear got an input of {x.dtype}: the model casts it to `weight.dtype`, that is that of the "
                 "packed codes; keep this layer in float by a rule {name: None}"
             )
         return ops.linear(x, self.weight, self.companions(), self.bias, self.spec, self.in_features, self.backend)

@@ -1,14 +1,13 @@
 """The ops that packed modules call, as ``torch.library`` ops with fake implementations and gradients.
 
 Each takes a packed weight as plain tensors: ``weight`` (N, lanes), int16, and its ``companions`` in the order of
-:meth:`Format.suffixes`, with the text of the format, which makes them traceable by ``torch.compile`` and exportable. They pick
-a kernel through :mod:`.backends`; autograd keeps packed tensors only.
+:meth:`Format.suffixes`, with the text of the format, which makes them traceable by ``torch.compile`` and exportable.
+They pick a kernel through :mod:`.backends`; autograd keeps packed tensors only.
 """
 
 import torch
 from torch import Tensor
 
-from . import reference  # noqa: F401  (registers the plain PyTorch kernels)
 from .backends import select
 
 _SCHEMAS = {

@@ -1,8 +1,9 @@
 """Which modules of a model are packed, in which format, and why the others are not.
 
-The same plan serves loading, conversion from disk to disk, and inspection. It is made from the model's skeleton (which may lie
-on the ``meta`` device) and the config. What it decided is written into the config as ``layers``, with layer numbers replaced by
-``*``, so that a packed repo says itself what is packed and does not depend on how defaults are resolved later.
+The same plan serves loading, conversion from disk to disk, and inspection. It is made from the model's skeleton
+(which may lie on the ``meta`` device) and the config. What it decided is written into the config as ``layers``, with
+layer numbers replaced by ``*``, so that a packed repo says itself what is packed and does not depend on how defaults
+are resolved later.
 """
 
 import functools

@@ -3,13 +3,16 @@
 The order in which transformers calls them:
 
 1. ``__init__`` and ``validate_environment`` refuse what cannot work, before anything is read.
-2. ``_process_model_before_weight_loading`` gets the model on the ``meta`` device. A plan is made (:mod:`.plan`) and every
-   module in it is replaced by an empty packed one (:mod:`.linear`, :mod:`.embedding`). For a packed repo the headers of its
-   files are compared with these modules here, before a byte of a weight is read.
+2. ``_process_model_before_weight_loading`` gets the model on the ``meta`` device. A plan is made (:mod:`.plan`) and
+   every module in it is replaced by an empty packed one (:mod:`.linear`, :mod:`.embedding`). For a packed repo the
+   headers of its files are compared with these modules here, before a byte of a weight is read.
 3. While the checkpoint streams in, ``param_needs_quantization`` picks the weights of packed modules, and the op from
    ``get_quantize_ops`` turns each into its packed tensors, on its own device. One float weight is alive at a time.
-4. ``_process_model_after_weight_loading`` checks that nothing is missing, freezes what was loaded and reports the coverage.
+4. ``_process_model_after_weight_loading`` checks that nothing is missing, freezes what was loaded and reports the
+   coverage.
 """
+
+from typing import ClassVar
 
 import torch
 from transformers.core_model_loading import ConversionOps
@@ -35,7 +38,7 @@ class LowBitHfQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: LowBitConfig
     # The companions of a packed weight, for tensor- and expert-parallel plans.
-    serialized_names = {
+    serialized_names: ClassVar[dict[str, list[str]]] = {
         "weight": ["weight", "weight_scales", "weight_scales_range", "weight_zeros", "weight_codebook", "weight_like"]
     }
 

@@ -1,7 +1,7 @@
 """The plain PyTorch backend: correct on every device, and the specification of every faster kernel.
 
-A weight is dequantized a chunk of rows at a time and used at once, so that no more than :data:`CHUNK_WEIGHTS` dequantized
-values are alive, whatever the size of the layer.
+A weight is dequantized a chunk of rows at a time and used at once, so that no more than :data:`CHUNK_WEIGHTS`
+dequantized values are alive, whatever the size of the layer.
 """
 
 import torch

@@ -1,18 +1,20 @@
 """The contract of a format: what is stored for one weight matrix, and what it means.
 
-A format is a small frozen record (bits, group size, how scales are stored, ...) with pure functions over plain tensors. It
-says nothing about how codes are chosen; that is a method's work. A weight ``(N, K)`` = (out_features, in_features) becomes
+A format is a small frozen record (bits, group size, how scales are stored, ...) with pure functions over plain
+tensors. It says nothing about how codes are chosen; that is a method's work. A weight ``(N, K)`` = (out_features,
+in_features) becomes
 
 - ``codes`` (N, K), uint8: an index on the grid for every weight;
-- ``scales`` (N, G) and, where the grid is asymmetric, ``zeros`` (N, G), float32, for ``G`` groups of consecutive inputs;
+- ``scales`` (N, G) and, where the grid is asymmetric, ``zeros`` (N, G), float32, for ``G`` groups of consecutive
+  inputs;
 - ``levels`` (1, L) or (N, L), float32, for formats that learn their table;
 
-together a :class:`Quantized`, which ``pack`` turns into the tensors that are saved, named by the suffix that they add to the
-parameter's name: ``""`` is the packed weight itself, ``"_scales"`` its scales, and so on. ``tensors`` gives their shapes, so
-that modules can be laid out on the ``meta`` device and files can be checked before they are read.
+together a :class:`Quantized`, which ``pack`` turns into the tensors that are saved, named by the suffix that they add
+to the parameter's name: ``""`` is the packed weight itself, ``"_scales"`` its scales, and so on. ``tensors`` gives
+their shapes, so that modules can be laid out on the ``meta`` device and files can be checked before they are read.
 
-Where the group size does not divide ``K``, the last group is shorter; nothing is padded for it. Where the packing's block does
-not divide ``K``, the packed row is padded, and ``nbytes`` counts it.
+Where the group size does not divide ``K``, the last group is shorter; nothing is padded for it. Where the packing's
+block does not divide ``K``, the packed row is padded, and ``nbytes`` counts it.
 """
 
 import dataclasses
@@ -59,7 +61,7 @@ class Format:
     def __post_init__(self):
         if self.group_size != -1 and self.group_size not in GROUP_SIZES:
             raise ValueError(
-                f"group_size={self.group_size!r} is not possible: use one of {', '.join(map(str, GROUP_SIZES))}, or 'row'"
+                f"group_size={self.group_size!r} is not possible: use {', '.join(map(str, GROUP_SIZES))}, or 'row'"
             )
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scale_dtype={self.scale_dtype!r} is unknown: use one of {', '.join(SCALE_DTYPES)}")
@@ -166,10 +168,10 @@ class Format:
         return signed(self.scale_dtype)
 
     def by_group(self, function: Callable[..., Any], matrix: torch.Tensor, *companions: torch.Tensor | None):
-        """Applies ``function`` to ``matrix`` (N, K) cut into groups, with the matching columns of ``companions`` (N, G).
+        """Applies ``function`` to the groups of ``matrix`` (N, K) and the columns of ``companions`` (N, G) that match.
 
-        ``function`` sees (N, G, g) and companions (N, G), and returns one tensor or a tuple (None allowed) of (N, G, g) or
-        (N, G). A shorter last group is a call of its own; results are put together again as (N, K) and (N, G).
+        ``function`` sees (N, G, g) and companions (N, G), and returns one tensor or a tuple (None allowed) of (N, G,
+        g) or (N, G). A shorter last group is a call of its own; results are put together again as (N, K) and (N, G).
         """
         rows, columns = matrix.shape
         size = columns if self.group_size == -1 else self.group_size

@@ -1,8 +1,8 @@
 """``format="codebook"``: a learned table of ``2**bits`` levels, per tensor or per row.
 
-``codebook="tensor"``: one table for the matrix over weights normalised by group scales (as FLUTE runs them). ``codebook="row"``:
-one table for each output feature that holds the values themselves, with no scales (weight clustering, as in eDKM). The table
-is stored as ``weight_codebook``, float16, in ascending order.
+``codebook="tensor"``: one table for the matrix over weights normalised by group scales (as FLUTE runs them).
+``codebook="row"``: one table for each output feature that holds the values themselves, with no scales (weight
+clustering, as in eDKM). The table is stored as ``weight_codebook``, float16, in ascending order.
 """
 
 from dataclasses import dataclass

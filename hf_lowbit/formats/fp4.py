@@ -1,7 +1,8 @@
 """``format="fp4"``: E2M1 floats with block scales (OCP Microscaling v1.0; NVFP4).
 
-A code is ``sign << 3 | magnitude`` with magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6. Blocks of 32 have a power-of-two scale (MXFP4),
-blocks of 16 an E4M3 scale under one float32 per tensor (NVFP4); other scale dtypes and block sizes are possible.
+A code is ``sign << 3 | magnitude`` with magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6. Blocks of 32 have a power-of-two scale
+(MXFP4), blocks of 16 an E4M3 scale under one float32 per tensor (NVFP4); other scale dtypes and block sizes are
+possible.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """What formats with a table share: ``w = scale * levels[code]``.
 
-``levels`` is a constant of the format (:mod:`.nf`, :mod:`.fp4`) or learned and stored (:mod:`.codebook`). Codes lie in the
-same bit planes as integers.
+``levels`` is a constant of the format (:mod:`.nf`, :mod:`.fp4`) or learned and stored (:mod:`.codebook`). Codes lie
+in the same bit planes as integers.
 """
 
 from dataclasses import dataclass

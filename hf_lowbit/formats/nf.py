@@ -1,8 +1,8 @@
 """``format="nf"``: normal-float tables of 2 to 4 bits with 8-bit scales (QLoRA, Dettmers et al., 2023, appendix E).
 
-The levels are quantiles of the standard normal, scaled to reach +-1: ``2**(bits-1)`` on the positive side and one fewer on the
-negative, with an exact zero between them. The outermost probability is one minus the mean of ``1/(2*(2**bits - 1))`` and
-``1/(2*2**bits)``, which gives QLoRA's 0.9677083 at four bits.
+The levels are quantiles of the standard normal, scaled to reach +-1: ``2**(bits-1)`` on the positive side and one
+fewer on the negative, with an exact zero between them. The outermost probability is one minus the mean of
+``1/(2*(2**bits - 1))`` and ``1/(2*2**bits)``, which gives QLoRA's 0.9677083 at four bits.
 """
 
 import functools

@@ -1,12 +1,13 @@
 """Bit planes: how small unsigned codes become 16-bit lanes, and back.
 
-A row of ``K`` codes is cut into blocks of 64 (the last one padded with code 0). A plane of ``p`` bits, p in {1, 2, 4, 8},
-stores one block in ``L = 4 * p`` lanes of 16 bits: field ``j`` of lane ``l`` (bits ``p*j`` to ``p*j + p - 1``) holds value
-``k = L*j + l``. One shift and one mask therefore give ``L`` *consecutive* values, which suits vector units, and two
-neighbouring lanes read as one 32-bit word give two neighbouring values, which suits half-precision pairs on GPUs.
+A row of ``K`` codes is cut into blocks of 64 (the last one padded with code 0). A plane of ``p`` bits, p in {1, 2, 4,
+8}, stores one block in ``L = 4 * p`` lanes of 16 bits: field ``j`` of lane ``l`` (bits ``p*j`` to ``p*j + p - 1``)
+holds value ``k = L*j + l``. One shift and one mask therefore give ``L`` *consecutive* values, which suits vector
+units, and two neighbouring lanes read as one 32-bit word give two neighbouring values, which suits half-precision
+pairs on GPUs.
 
-Other widths are sums of planes with no padding bits: 3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1, most significant plane first. A
-packed row is the concatenation of its planes, so each plane is one contiguous run and can be read alone.
+Other widths are sums of planes with no padding bits: 3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1, most significant plane
+first. A packed row is the concatenation of its planes, so each plane is one contiguous run and can be read alone.
 """
 
 import torch
@@ -70,8 +71,8 @@ def bytes_per_row(count: int, bits: int) -> int:
 def pack_stream(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Packs ``values`` (N, C), integers below ``2**bits``, into a dense little-endian bit stream per row, uint8.
 
-    Bit ``i`` of value ``c`` is bit ``(c*bits + i) % 8`` of byte ``(c*bits + i) // 8``. Used for small companions, such as zero
-    points, where padding to whole blocks would cost more than it helps.
+    Bit ``i`` of value ``c`` is bit ``(c*bits + i) % 8`` of byte ``(c*bits + i) // 8``. Used for small companions,
+    such as zero points, where padding to whole blocks would cost more than it helps.
     """
     rows, count = values.shape
     size = bytes_per_row(count, bits)

@@ -3,13 +3,13 @@
 Five codecs behind two functions, because a scale of 16 bits costs a quarter of a bit per weight at groups of 64:
 
 - ``float32``, ``float16``, ``bfloat16``: as they are.
-- ``log8``: 8 bits on a logarithmic grid with one range per tensor, ``scale = 2**(low + step*code)``. It plays the part of
-  QLoRA's double quantization (Dettmers et al., 2023, section 3) at 8/group bits per weight.
+- ``log8``: 8 bits on a logarithmic grid with one range per tensor, ``scale = 2**(low + step*code)``. It plays the
+  part of QLoRA's double quantization (Dettmers et al., 2023, section 3) at 8/group bits per weight.
 - ``e8m0``: a power of two, 8 bits (OCP Microscaling formats, v1.0).
 - ``e4m3``: an 8-bit float times one float32 per tensor (the block scale of NVFP4).
 
-Encoding rounds *up* where the grid is coarse, so that the largest weight of a group is never clipped. A method must choose
-its codes with the scales that :func:`storable` returns, which are the ones a reader will see.
+Encoding rounds *up* where the grid is coarse, so that the largest weight of a group is never clipped. A method must
+choose its codes with the scales that :func:`storable` returns, which are the ones a reader will see.
 """
 
 import torch
@@ -43,7 +43,7 @@ def encode_scales(scales: torch.Tensor, scale_dtype: str) -> dict[str, torch.Ten
         stored = scales.to(_FLOATS[scale_dtype])
         if not scales.is_meta and not torch.isfinite(stored).all():
             raise ValueError(
-                f"a scale of {scales.abs().max():.3g} does not fit {scale_dtype}; use scale_dtype='float32' or 'bfloat16'"
+                f"a scale of {scales.abs().max():.3g} does not fit {scale_dtype}; use scale_dtype='float32'"
             )
         return {"_scales": stored}
     if scale_dtype == "log8":

@@ -1,9 +1,10 @@
 """``format="ternary"``: weights in {-1, 0, 1} times a scale, ten to a 16-bit lane: 1.6 bits each.
 
-A row of ``K`` codes (0, 1, 2 for -1, 0, 1) is one block of ``L = ceil(K/10)`` lanes, padded with code 0: digit ``j`` of lane
-``l``, most significant first, is value ``k = L*j + l``. A lane holds ``v = ceil(n * 2**16 / 3**10)`` for the number ``n`` that its
-ten digits spell in base 3, so that digit ``j`` is ``(3 * (v * 3**j mod 2**16)) >> 16``: two multiplications and no division.
-(``v`` exceeds ``n * 2**16 / 3**10`` by less than one, and ``3**10 < 2**16``, so the fraction never carries into a digit.)
+A row of ``K`` codes (0, 1, 2 for -1, 0, 1) is one block of ``L = ceil(K/10)`` lanes, padded with code 0: digit ``j``
+of lane ``l``, most significant first, is value ``k = L*j + l``. A lane holds ``v = ceil(n * 2**16 / 3**10)`` for the
+number ``n`` that its ten digits spell in base 3, so that digit ``j`` is ``(3 * (v * 3**j mod 2**16)) >> 16``: two
+multiplications and no division. (``v`` exceeds ``n * 2**16 / 3**10`` by less than one, and ``3**10 < 2**16``, so the
+fraction never carries into a digit.)
 """
 
 from dataclasses import dataclass

@@ -1,11 +1,13 @@
 """The contract of a method: how codes are chosen.
 
 A method gets a float weight ``(N, K)`` and a :class:`~hf_lowbit.formats.Format`, and returns a
-:class:`~hf_lowbit.formats.Quantized`. It knows nothing of packing, files, modules or devices. Most data-free methods only
-choose the *grid* and round to its nearest point: they subclass :class:`GridMethod` and write ``fit``, and are then run in
-chunks of rows so that a huge matrix needs little extra memory. Any other method subclasses :class:`Method`.
+:class:`~hf_lowbit.formats.Quantized`. It knows nothing of packing, files, modules or devices. Most data-free methods
+only choose the *grid* and round to its nearest point: they subclass :class:`GridMethod` and write ``fit``, and are
+then run in chunks of rows so that a huge matrix needs little extra memory. Any other method subclasses
+:class:`Method`.
 
-Options of a method are the keyword arguments of its constructor; ``LowBitConfig(method_options={...})`` is checked against them.
+Options of a method are the keyword arguments of its constructor; ``LowBitConfig(method_options={...})`` is checked
+against them.
 """
 
 from abc import ABC, abstractmethod
@@ -31,8 +33,8 @@ class Method(ABC):
     def quantize(self, weight: torch.Tensor, format: Format, statistics: Any = None) -> Quantized:
         """Chooses codes and scales for ``weight`` (N, K), floating point, on its device.
 
-        Scales must be ones that the format can store (:meth:`Format.storable_scales`). ``weight`` is not changed. The result
-        depends on the arguments alone.
+        Scales must be ones that the format can store (:meth:`Format.storable_scales`). ``weight`` is not changed. The
+        result depends on the arguments alone.
         """
 
 

@@ -1,13 +1,14 @@
 """``method="hqq"``: half-quadratic quantization, without data (Badri & Shaji, 2023).
 
-Minimises ``sum |w - deq(quant(w))|^p`` with ``p < 1`` over the grid, so that a few outliers may keep a large error and the bulk
-of the weights gets a small one. The problem is split with an auxiliary error ``e``:
+Minimises ``sum |w - deq(quant(w))|^p`` with ``p < 1`` over the grid, so that a few outliers may keep a large error
+and the bulk of the weights gets a small one. The problem is split with an auxiliary error ``e``:
 
 1. ``e = shrink_p(w - deq)``, the proximal step of ``|.|^p``: values are pulled towards zero by ``|x|^(p-1) / beta``;
 2. the grid is refitted to ``w - e`` in the least-squares sense; ``beta`` grows by ``kappa``.
 
-The original fits the zero point alone, which must then be a float: ``zeros="float"``. With ``fit_scale=True`` the scale is
-fitted too, jointly. With integer zero points (or none) only the scale can move. The best grid seen is kept per group.
+The original fits the zero point alone, which must then be a float: ``zeros="float"``. With ``fit_scale=True`` the
+scale is fitted too, jointly. With integer zero points (or none) only the scale can move. The best grid seen is kept
+per group.
 """
 
 import torch

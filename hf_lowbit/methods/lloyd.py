@@ -1,8 +1,9 @@
 """``method="lloyd"``: learned levels by one-dimensional k-means (Lloyd, 1982; Max, 1960), for ``format="codebook"``.
 
-With a table per tensor, weights are first divided by the largest magnitude of their group; Lloyd's two steps then run on a
-histogram of the normalised weights in which each counts by its squared scale, which is what it adds to the squared error. With
-a table per row they run on the row's weights themselves. Both start from quantiles, are deterministic, and never increase the error.
+With a table per tensor, weights are first divided by the largest magnitude of their group; Lloyd's two steps then run
+on a histogram of the normalised weights in which each counts by its squared scale, which is what it adds to the
+squared error. With a table per row they run on the row's weights themselves. Both start from quantiles, are
+deterministic, and never increase the error.
 """
 
 import torch

@@ -1,11 +1,12 @@
 """``method="rtn"``: round to nearest.
 
-``range="minmax"``: the grid of each group spans its smallest and largest weight (or its largest magnitude). The baseline that
-every paper compares with.
+``range="minmax"``: the grid of each group spans its smallest and largest weight (or its largest magnitude). The
+baseline that every paper compares with.
 
-``range="mse"`` (default): the range that minimises the group's squared error. The span is shrunk step by step, every candidate
-is rounded, and the best is refined by alternating two exact steps: the least-squares scale for the codes, ``s = <w, u>/<u, u>``
-with ``u`` the codes' values at scale one, and the nearest codes for that scale. Neither can increase the error.
+``range="mse"`` (default): the range that minimises the group's squared error. The span is shrunk step by step, every
+candidate is rounded, and the best is refined by alternating two exact steps: the least-squares scale for the codes,
+``s = <w, u>/<u, u>`` with ``u`` the codes' values at scale one, and the nearest codes for that scale. Neither can
+increase the error.
 """
 
 import torch

@@ -54,8 +54,8 @@ def check_checkpoint(model, plan: Plan, files: Iterable[str] | None) -> None:
     """Compares the packed modules of ``model`` with what the checkpoint's headers say.
 
     Raises:
-        ValueError: for a packed tensor that is missing or has another shape or dtype, naming it. Modules that the checkpoint
-            knows by another name are left to transformers' own check.
+        ValueError: for a packed tensor that is missing or has another shape or dtype, naming it. Modules that the
+            checkpoint knows by another name are left to transformers' own check.
     """
     if not files or not all(str(f).endswith(".safetensors") for f in files):
         return
@@ -81,6 +81,6 @@ def check_checkpoint(model, plan: Plan, files: Iterable[str] | None) -> None:
             expected = (tuple(parameter.shape), DTYPE_NAMES[str(parameter.dtype)])
             if (entry.shape, entry.dtype) != expected:
                 raise ValueError(
-                    f"{alias}.{tensor} is {entry.dtype} of shape {entry.shape} in {os.path.basename(entry.file)}, but the "
-                    f"config says {module.spec}, which needs {expected[1]} of shape {expected[0]}"
+                    f"{alias}.{tensor} is {entry.dtype} of shape {entry.shape} in {os.path.basename(entry.file)}, but "
+                    f"the config says {module.spec}, which needs {expected[1]} of shape {expected[0]}"
                 )
