@@ -93,7 +93,7 @@ def register_kernel(kernel: Kernel) -> Kernel:
         raise ValueError(f"backend={kernel.backend!r} is unknown: use one of {', '.join(BACKENDS)}")
     KERNELS.append(kernel)
     KERNELS.sort(key=lambda k: BACKENDS.index(k.backend))
-    select.cache_clear()
+    _select.cache_clear()
     return kernel
 
 
@@ -129,16 +129,20 @@ def explain(problem: Problem, backend: str = "auto") -> list[tuple[str, str | No
     return result
 
 
-@functools.lru_cache(maxsize=4096)
 def select(op: str, format: str, device: str, dtype: torch.dtype, backend: str = "auto") -> Kernel:
     """The kernel that runs this problem.
 
     Raises:
         RuntimeError: if none can, with every kernel's reason.
     """
-    problem, wanted = Problem(op, format, device, dtype), requested_backend(backend)
+    return _select(Problem(op, format, device, dtype), requested_backend(backend))
+
+
+@functools.lru_cache(maxsize=4096)
+def _select(problem: Problem, wanted: str) -> Kernel:
+    op, format, device, dtype = problem.op, problem.format, problem.device, problem.dtype
     for kernel in kernels():
         if wanted in ("auto", kernel.backend) and kernel.objection(problem) is None:
             return kernel
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in explain(problem, backend))
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in explain(problem, wanted))
     raise RuntimeError(f"no backend can run {op} of {format} on {device} in {dtype} ({reasons})")

@@ -40,8 +40,10 @@ def input_gradient(gradient, weight, companions, format, in_features):
     result = None
     for part, rows in _chunks(parse_format(format), weight, companions, in_features, gradient.dtype):
         share = gradient[..., part] @ rows
+        if result is None and part.stop < weight.shape[0]:
+            share = share.to(torch.promote_types(share.dtype, torch.float32))  # many shares: add in float32
         result = share if result is None else result.add_(share)
-    return result
+    return result.to(gradient.dtype)
 
 
 def dequantize(weight, companions, format, in_features, dtype):

@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 from .base import Format, Quantized
 from .codebook import CodebookFormat
@@ -16,6 +17,8 @@ from .ternary import TernaryFormat
 FORMATS: dict[str, type[Format]] = {
     cls.name: cls for cls in (IntFormat, NormalFloatFormat, Fp4Format, CodebookFormat, TernaryFormat)
 }
+
+_TRUTH = {"True": True, "False": False}
 
 __all__ = ["FORMATS", "Format", "Quantized", "parse_format"]
 
@@ -31,11 +34,17 @@ def parse_format(spec: str) -> Format:
     if name not in FORMATS:
         raise ValueError(f"unknown format {name!r}: this version reads {', '.join(FORMATS)}")
     kinds = {f.name: f.type for f in dataclasses.fields(FORMATS[name])}
-    options = {}
+    options: dict[str, Any] = {}
     for item in text.split(","):
         key, _, value = item.partition("=")
         if key not in kinds:
-            raise ValueError(f"format {name!r} has no option {key!r}")
-        kind = kinds[key]
-        options[key] = value == "True" if kind is bool else kind(value)
+            raise ValueError(f"format {spec!r}: {name!r} has no option {key!r}, it has {', '.join(kinds)}")
+        if key in options:
+            raise ValueError(f"format {spec!r} gives {key!r} twice")
+        try:
+            options[key] = _TRUTH[value] if kinds[key] is bool else kinds[key](value)
+        except (KeyError, ValueError):
+            raise ValueError(f"format {spec!r}: {value!r} is not a value of {key!r}") from None
+    if "bits" not in options:
+        raise ValueError(f"format {spec!r} does not say its bits")
     return FORMATS[name](**options)

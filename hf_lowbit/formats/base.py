@@ -41,6 +41,12 @@ class Quantized:
     levels: torch.Tensor | None = None
 
 
+def inverse(scales: torch.Tensor) -> torch.Tensor:
+    """``1 / scales``, or 0 where that is not finite: a group whose scale is 0 has nothing to divide."""
+    result = 1 / scales
+    return torch.where(result.isfinite(), result, 0)
+
+
 @dataclass(frozen=True)
 class Format:
     """Base of all formats. Subclasses say how codes become values; everything else is shared.
@@ -120,10 +126,16 @@ class Format:
     def unpack_codes(self, packed: torch.Tensor, in_features: int) -> torch.Tensor:
         raise NotImplementedError
 
-    def select_rows(self, stored: Tensors, rows: torch.Tensor) -> Tensors:
-        """The stored tensors of the output features ``rows`` (R,), int64, alone."""
+    def select_rows(self, stored: Tensors, rows: torch.Tensor | slice) -> Tensors:
+        """The stored tensors of the output features ``rows``, (R,) integer or a slice, alone.
+
+        Raises:
+            IndexError: for a row that does not exist; negative ones do not.
+        """
         whole = self.whole_tensor_suffixes()
-        return {suffix: t if suffix in whole else t[rows] for suffix, t in stored.items()}
+        # index_select, unlike indexing, refuses negative rows, as nn.Embedding does.
+        take = (lambda t: t[rows]) if isinstance(rows, slice) else (lambda t: t.index_select(0, rows))
+        return {suffix: t if suffix in whole else take(t) for suffix, t in stored.items()}
 
     def whole_tensor_suffixes(self) -> frozenset[str]:
         """Suffixes of stored tensors whose first dimension is not the rows."""

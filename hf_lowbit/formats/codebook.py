@@ -49,7 +49,7 @@ class CodebookFormat(LookupFormat):
 
     def pack(self, quantized: Quantized) -> Tensors:
         stored = super().pack(quantized) if self.has_scales else {"": self.pack_codes(quantized.codes)}
-        return {**stored, "_codebook": quantized.levels.to(torch.float16)}
+        return {**stored, "_codebook": self.storable_levels(quantized.levels).to(torch.float16)}
 
     def unpack(self, stored: Tensors, shape) -> Quantized:
         levels = stored["_codebook"].to(torch.float32)
@@ -62,12 +62,12 @@ class CodebookFormat(LookupFormat):
     def whole_tensor_suffixes(self):
         return super().whole_tensor_suffixes() | ({"_codebook"} if self.codebook == "tensor" else frozenset())
 
-    def select_rows(self, stored, rows):
-        return super().select_rows(stored, rows)
-
     def storable_scales(self, scales):
         return None if scales is None else super().storable_scales(scales)
 
     def storable_levels(self, levels: torch.Tensor) -> torch.Tensor:
-        """``levels`` after the rounding of storage, float32."""
-        return levels.to(torch.float16).to(torch.float32)
+        """``levels`` after the rounding of storage, float32; raises ``ValueError`` when they do not fit."""
+        stored = levels.to(torch.float16)
+        if not levels.is_meta and not torch.isfinite(stored).all():
+            raise ValueError(f"a level of {levels.abs().max():.3g} does not fit float16; use codebook='tensor'")
+        return stored.to(torch.float32)

@@ -12,6 +12,7 @@ import torch
 from .lookup import LookupFormat
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+NEGATIVE_ZERO = 8  # read, never written
 
 
 @dataclass(frozen=True)
@@ -30,4 +31,8 @@ class Fp4Format(LookupFormat):
             raise ValueError(f"format='fp4' has 4 bits, not {self.bits!r}")
 
     def levels(self):
-        return torch.tensor([[*MAGNITUDES, *(-m for m in MAGNITUDES)]])
+        return torch.tensor([[*MAGNITUDES, *(-m for m in MAGNITUDES)]], device="cpu")
+
+    def encode_groups(self, groups, scales, zeros=None, levels=None):
+        codes = super().encode_groups(groups, scales, zeros, levels)
+        return torch.where(codes == NEGATIVE_ZERO, 0, codes)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import Format, Quantized, Tensors
+from .base import Format, Quantized, Tensors, inverse
 from .planes import PLANES, bytes_per_row, lanes_per_row, pack_planes, pack_stream, unpack_planes, unpack_stream
+
+MAX_FLOAT_ZERO = 2**11
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class IntFormat(Format):
         if self.zeros == "int":  # an integer zero point inside the grid needs a range that spans zero
             high, low = high.clamp_min(0), low.clamp_max(0)
         scales = (high - low) / self.max_code
+        if self.zeros == "float":  # keep a group far from zero where float16 resolves its zero point to half a step
+            scales = torch.where(scales > 0, torch.maximum(scales, torch.maximum(high, -low) / MAX_FLOAT_ZERO), 0)
         # A constant group has no range: one step of its own size represents it exactly.
         scales = torch.where(scales > 0, scales, high.abs())
         safe = torch.where(scales > 0, scales, 1)
@@ -108,8 +112,7 @@ class IntFormat(Format):
 
     def encode_groups(self, groups, scales, zeros=None, levels=None):
         zeros = self.fixed_zero if self.symmetric else zeros.unsqueeze(-1)
-        inverse = torch.where(scales == 0, 0, 1 / scales).unsqueeze(-1)
-        return torch.round(groups * inverse + zeros).clamp_(0, self.max_code).to(torch.uint8)
+        return torch.round(groups * inverse(scales).unsqueeze(-1) + zeros).clamp_(0, self.max_code).to(torch.uint8)
 
     def decode_groups(self, codes, scales, zeros=None, levels=None):
         zeros = self.fixed_zero if self.symmetric else zeros.unsqueeze(-1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .base import Format
+from .base import Format, inverse
 from .planes import lanes_per_row, pack_planes, unpack_planes
 
 
@@ -41,7 +41,7 @@ class LookupFormat(Format):
     def encode_groups(self, groups, scales, zeros=None, levels=None):
         table = self.table(levels, groups.device)
         if scales is not None:
-            groups = groups * torch.where(scales == 0, 0, 1 / scales).unsqueeze(-1)
+            groups = groups * inverse(scales).unsqueeze(-1)
         ordered, order = table.sort(-1)
         edges = (ordered[:, 1:] + ordered[:, :-1]) / 2
         if table.shape[0] == 1:

@@ -20,10 +20,11 @@ def normal_float_levels(bits: int) -> torch.Tensor:
     outer = 1 - (1 / (2 * (2**bits - 1)) + 1 / (2 * 2**bits)) / 2
 
     def quantiles(count: int) -> torch.Tensor:
-        p = torch.linspace(outer, 0.5, count + 1, dtype=torch.float64)[:-1]
+        p = torch.linspace(outer, 0.5, count + 1, dtype=torch.float64, device="cpu")[:-1]
         return torch.erfinv(2 * p - 1)
 
-    levels = torch.cat([-quantiles(half - 1), torch.zeros(1, dtype=torch.float64), quantiles(half)]).sort().values
+    zero = torch.zeros(1, dtype=torch.float64, device="cpu")
+    levels = torch.cat([-quantiles(half - 1), zero, quantiles(half)]).sort().values
     return (levels / levels.abs().max()).to(torch.float32).unsqueeze(0)
 
 

@@ -40,7 +40,7 @@ def pack_planes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     for plane in PLANES[bits]:
         low -= plane
         lanes = 4 * plane
-        fields = ((codes >> low) & (2**plane - 1)).view(rows, blocks, 16 // plane, lanes).to(torch.int16)
+        fields = ((codes >> low) & (2**plane - 1)).reshape(rows, blocks, 16 // plane, lanes).to(torch.int16)
         word = fields[:, :, 0]
         for j in range(1, 16 // plane):
             word = word | (fields[:, :, j] << (plane * j))

@@ -1,14 +1,16 @@
 """How the group scales of a packed weight are stored.
 
-Five codecs behind two functions, because a scale of 16 bits costs a quarter of a bit per weight at groups of 64:
+Six codecs behind two functions, because a scale of 16 bits costs a quarter of a bit per weight at groups of 64:
 
 - ``float32``, ``float16``, ``bfloat16``: as they are.
-- ``log8``: 8 bits on a logarithmic grid with one range per tensor, ``scale = 2**(low + step*code)``. It plays the
-  part of QLoRA's double quantization (Dettmers et al., 2023, section 3) at 8/group bits per weight.
+- ``log8``: 8 bits on a logarithmic grid with one range per tensor, ``scale = 2**(low + step*(code - 1))``, and code 0
+  for a scale of exactly 0. It plays the part of QLoRA's double quantization (Dettmers et al., 2023, section 3) at
+  8/group bits per weight.
 - ``e8m0``: a power of two, 8 bits (OCP Microscaling formats, v1.0).
 - ``e4m3``: an 8-bit float times one float32 per tensor (the block scale of NVFP4).
 
-Encoding rounds *up* where the grid is coarse, so that the largest weight of a group is never clipped. A method must
+``log8`` and ``e8m0`` round *up*, so that the largest weight of a group is never clipped; the others to nearest. A
+method must
 choose its codes with the scales that :func:`storable` returns, which are the ones a reader will see.
 """
 
@@ -17,7 +19,7 @@ import torch
 SCALE_DTYPES = ("float16", "bfloat16", "float32", "log8", "e8m0", "e4m3")
 _FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _E4M3_MAX = 448.0
-_LOG8_OCTAVES = 24.0  # scales further below the largest one are stored as 2**-24 of it
+_LOG8_OCTAVES = 24.0  # smaller positive scales are stored as 2**-24 of the largest one
 
 
 def signed(scale_dtype: str) -> bool:
@@ -51,8 +53,9 @@ def encode_scales(scales: torch.Tensor, scale_dtype: str) -> dict[str, torch.Ten
         low = torch.maximum(
             torch.log2(torch.where(scales > 0, scales, scales.amax()).amin().clamp_min(2.0**-126)), high - _LOG8_OCTAVES
         )
-        step = (high - low).clamp_min(1e-6) / 255
-        code = torch.ceil((torch.log2(scales.clamp_min(2.0**-126)) - low) / step - 1e-3).clamp(0, 255)
+        step = (high - low).clamp_min(1e-6) / 254
+        code = torch.ceil((torch.log2(scales.clamp_min(2.0**-126)) - low) / step - 1e-3).clamp(0, 254) + 1
+        code = torch.where(scales > 0, code, 0)
         return {"_scales": code.to(torch.uint8), "_scales_range": torch.stack([low, step]).to(torch.float32)}
     if scale_dtype == "e8m0":
         mantissa, exponent = torch.frexp(scales.clamp_min(2.0**-126))  # mantissa in [0.5, 1); 0.5 is an exact power
@@ -69,8 +72,11 @@ def decode_scales(stored: dict[str, torch.Tensor], scale_dtype: str) -> torch.Te
     if scale_dtype in _FLOATS:
         return scales.to(torch.float32)
     if scale_dtype == "log8":
+        # Through a table, because exp2 of an element may depend, by a bit, on its place in a vector register.
         low, step = stored["_scales_range"].to(torch.float32).unbind()
-        return torch.exp2(low + step * scales.to(torch.float32))
+        exponents = torch.arange(-1, 255, dtype=torch.float32, device=scales.device)
+        table = torch.where(exponents < 0, 0, torch.exp2(low + step * exponents))
+        return table[scales.int()]
     if scale_dtype == "e8m0":
         return torch.exp2(scales.to(torch.float32) - 127)
     return scales.view(torch.float8_e4m3fn).to(torch.float32) * stored["_scales_range"].to(torch.float32)

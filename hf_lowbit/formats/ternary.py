@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .base import Format
+from .base import Format, inverse
 
 DIGITS = 10
 
@@ -54,8 +54,7 @@ class TernaryFormat(Format):
         return shrink * groups.abs().mean(-1), None  # BitNet b1.58's absmean
 
     def encode_groups(self, groups, scales, zeros=None, levels=None):
-        inverse = torch.where(scales == 0, 0, 1 / scales).unsqueeze(-1)
-        return (torch.round(groups * inverse).clamp_(-1, 1) + 1).to(torch.uint8)
+        return (torch.round(groups * inverse(scales).unsqueeze(-1)).clamp_(-1, 1) + 1).to(torch.uint8)
 
     def decode_groups(self, codes, scales, zeros=None, levels=None):
         return (codes.to(torch.float32) - 1) * scales.unsqueeze(-1)
