@@ -10,62 +10,63 @@ from torch import Tensor
 
 from .backends import select
 
+# `backend` has no default here: autograd would be given one input less whenever it is "auto".
 _SCHEMAS = {
     "linear": "(Tensor x, Tensor weight, Tensor[] companions, Tensor? bias, str format, int in_features,"
-    " str backend='auto') -> Tensor",
+    " str backend) -> Tensor",
     "input_gradient": "(Tensor gradient, Tensor weight, Tensor[] companions, str format, int in_features,"
-    " str backend='auto') -> Tensor",
+    " str backend) -> Tensor",
     "dequantize": "(Tensor weight, Tensor[] companions, str format, int in_features, ScalarType dtype,"
-    " str backend='auto') -> Tensor",
+    " str backend) -> Tensor",
     "embedding": "(Tensor index, Tensor weight, Tensor[] companions, str format, int in_features, ScalarType dtype,"
-    " str backend='auto') -> Tensor",
+    " str backend) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"lowbit::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @torch.library.impl("lowbit::linear", "CompositeExplicitAutograd")
-def _linear(x, weight, companions, bias, format, in_features, backend="auto"):
+def _linear(x, weight, companions, bias, format, in_features, backend):
     kernel = select("linear", format, x.device.type, x.dtype, backend)
     return kernel.run(x, weight, companions, bias, format, in_features)
 
 
 @torch.library.impl("lowbit::input_gradient", "CompositeExplicitAutograd")
-def _input_gradient(gradient, weight, companions, format, in_features, backend="auto"):
+def _input_gradient(gradient, weight, companions, format, in_features, backend):
     kernel = select("input_gradient", format, gradient.device.type, gradient.dtype, backend)
     return kernel.run(gradient, weight, companions, format, in_features)
 
 
 @torch.library.impl("lowbit::dequantize", "CompositeExplicitAutograd")
-def _dequantize(weight, companions, format, in_features, dtype, backend="auto"):
+def _dequantize(weight, companions, format, in_features, dtype, backend):
     kernel = select("dequantize", format, weight.device.type, dtype, backend)
     return kernel.run(weight, companions, format, in_features, dtype)
 
 
 @torch.library.impl("lowbit::embedding", "CompositeExplicitAutograd")
-def _embedding(index, weight, companions, format, in_features, dtype, backend="auto"):
+def _embedding(index, weight, companions, format, in_features, dtype, backend):
     kernel = select("embedding", format, weight.device.type, dtype, backend)
     return kernel.run(index, weight, companions, format, in_features, dtype)
 
 
 @torch.library.register_fake("lowbit::linear")
-def _(x, weight, companions, bias, format, in_features, backend="auto"):
+def _(x, weight, companions, bias, format, in_features, backend):
     torch._check(x.shape[-1] == in_features, lambda: f"input has {x.shape[-1]} features, the weight {in_features}")
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("lowbit::input_gradient")
-def _(gradient, weight, companions, format, in_features, backend="auto"):
+def _(gradient, weight, companions, format, in_features, backend):
     return gradient.new_empty((*gradient.shape[:-1], in_features))
 
 
 @torch.library.register_fake("lowbit::dequantize")
-def _(weight, companions, format, in_features, dtype, backend="auto"):
+def _(weight, companions, format, in_features, dtype, backend):
     return weight.new_empty((weight.shape[0], in_features), dtype=dtype)
 
 
 @torch.library.register_fake("lowbit::embedding")
-def _(index, weight, companions, format, in_features, dtype, backend="auto"):
+def _(index, weight, companions, format, in_features, dtype, backend):
     return weight.new_empty((*index.shape, in_features), dtype=dtype)
 
 
