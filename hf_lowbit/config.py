@@ -30,6 +30,16 @@ LAYER_OPTIONS = (
 _FORMAT_OPTIONS = ("group_size", "symmetric", "zeros", "scale_dtype", "codebook")
 
 
+def _ordered(rules) -> dict[str, dict[str, Any] | None]:
+    """Rules as a dict in their order; raises ``ValueError`` for anything but a dict or pairs."""
+    pairs = list(rules.items()) if isinstance(rules, dict) else rules or []
+    if not isinstance(pairs, (list, tuple)) or not all(
+        isinstance(p, (list, tuple)) and len(p) == 2 and isinstance(p[0], str) for p in pairs
+    ):
+        raise ValueError(f"rules={rules!r} must be a dict of regular expressions, in order")
+    return dict(pairs)
+
+
 class LowBitConfig(MetalConfig):
     """How to quantize a model, or how to load one that is packed already.
 
@@ -46,7 +56,7 @@ class LowBitConfig(MetalConfig):
         method_options: Options of the method, such as ``{"range": "minmax"}`` for "rtn".
         rules: Ordered regular expressions over whole module names, each with a dict of the options above that differ
             for the modules it matches, or None to keep them in float. The first match decides. Embeddings and output
-            heads, kept by default, are packed where a rule asks for it.
+            heads, kept by default, are packed where a rule asks for it. Pairs in a list mean the same.
         modules_to_not_convert: Names to keep in float, as in other quantization configs; replaces the default (output
             heads, tied weights).
         dequantize: Loading option: give back a plain model in float.
@@ -73,7 +83,7 @@ class LowBitConfig(MetalConfig):
         scale_dtype: str | None = None,
         codebook: str | None = None,
         method_options: dict[str, Any] | None = None,
-        rules: dict[str, dict[str, Any] | None] | None = None,
+        rules: dict[str, dict[str, Any] | None] | list[tuple[str, dict[str, Any] | None]] | None = None,
         modules_to_not_convert: list[str] | None = None,
         dequantize: bool | None = None,
         backend: str | None = None,
@@ -91,6 +101,8 @@ class LowBitConfig(MetalConfig):
         self.layers: dict[str, str] | None = saved["layers"]
         self.version: str = saved["version"] or __version__
         self.given = {k: copy.deepcopy(v) for k, v in arguments.items() if v is not None}
+        if rules is not None:
+            self.given["rules"] = _ordered(rules)
         self.requested: dict[str, Any] | None = None  # of a user's config, when this one came from a packed repo
 
         self.bits = 4 if bits is None else bits
@@ -99,7 +111,7 @@ class LowBitConfig(MetalConfig):
         self.group_size = group_size
         self.symmetric, self.zeros, self.scale_dtype, self.codebook = symmetric, zeros, scale_dtype, codebook
         self.method_options = method_options or {}
-        self.rules = rules or {}
+        self.rules = _ordered(rules)
         self.modules_to_not_convert = modules_to_not_convert
         self.dequantize = bool(dequantize)
         self.backend = check_backend(backend or "auto")
@@ -108,8 +120,6 @@ class LowBitConfig(MetalConfig):
     def post_init(self) -> None:
         """Checks every option and every rule by building what it asks for."""
         self.resolve()
-        if not isinstance(self.rules, dict):
-            raise ValueError(f"rules={self.rules!r} must be a dict of regular expressions, in order")
         for pattern, options in self.rules.items():
             try:
                 re.compile(pattern)
@@ -205,7 +215,7 @@ class LowBitConfig(MetalConfig):
         differences = [
             f"{key}={wanted!r} (the repo has {getattr(self, key)!r})"
             for key, wanted in (self.requested or {}).items()
-            if getattr(self, key) != wanted
+            if getattr(self, key) != wanted or (key == "rules" and list(self.rules) != list(wanted))
         ]
         if differences:
             raise ValueError(
@@ -225,7 +235,9 @@ class LowBitConfig(MetalConfig):
         }
         for key in (*_FORMAT_OPTIONS, "method_options", "rules", "modules_to_not_convert"):
             saved[key] = getattr(self, key)
-        return {k: copy.deepcopy(v) for k, v in saved.items() if v not in (None, {})}
+        saved["rules"] = [[pattern, options] for pattern, options in self.rules.items()]  # JSON would sort a dict
+        optional = ("layers", "method_options", "rules")
+        return {k: copy.deepcopy(v) for k, v in saved.items() if v is not None and (v or k not in optional)}
 
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):

@@ -33,6 +33,8 @@ class LowBitEmbedding(PackedMixin, nn.Embedding):
         packed.weight_like = nn.Parameter(like, requires_grad=False)
         packed.float_class = original
         packed.register_packed(format, tuple(module.weight.shape), backend, module.weight.device)
+        # Transformers must not initialise codes that the checkpoint lacks, but only it can fill buffers of a subclass.
+        packed._is_hf_initialized = original is nn.Embedding
         return packed
 
     @property
@@ -51,7 +53,7 @@ class LowBitEmbedding(PackedMixin, nn.Embedding):
         plain.__dict__ = {k: v for k, v in self.__dict__.items() if not k.startswith("packed_")}
         plain._parameters = {"weight": nn.Parameter(self.dequantize(dtype or self.weight_like.dtype))}
         plain.__class__ = self.float_class
-        for name in ("format", "spec", "backend", "float_class"):
+        for name in ("format", "spec", "backend", "float_class", "_is_hf_initialized"):
             del plain.__dict__[name]
         return plain
 

@@ -40,6 +40,7 @@ class LowBitLinear(PackedMixin, nn.Linear):
             "bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         )
         self.register_packed(format, (out_features, in_features), backend, device)
+        self._is_hf_initialized = True  # transformers must not initialise codes that the checkpoint lacks
 
     @classmethod
     def like(cls, module: nn.Module, format: Format, backend: str = "auto") -> "LowBitLinear":

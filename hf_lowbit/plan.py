@@ -180,8 +180,9 @@ def _replay_plan(model: nn.Module, config: LowBitConfig) -> Plan:
 def _keep_the_rest(model, plan, decisions):
     """Adds every other parameter to the kept ones: fused experts by name, the small ones as one entry."""
     seen, small = {id(p) for n in decisions for p in [model.get_submodule(n).weight]}, 0
+    tied = _tied_weights(model)  # on the meta device, tied parameters are still two
     for name, parameter in model.named_parameters():
-        if id(parameter) in seen:
+        if id(parameter) in seen or name in tied:
             continue
         nbytes = parameter.numel() * parameter.element_size()
         if parameter.ndim == 3 and "expert" in name:
@@ -258,10 +259,11 @@ def _obstacle(model: nn.Module, name: str, module: nn.Module) -> tuple[str, bool
         return None
     if kind == "linear" and type(module).forward is not nn.Linear.forward:
         return f"{type(module).__name__} has a forward of its own", True
-    parent_name, _, attribute = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    if isinstance(parent, nn.MultiheadAttention) or _reads_weight(type(parent), attribute):
-        return f"{type(parent).__name__} reads its weight directly", True
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        owner = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(owner, nn.MultiheadAttention) or _reads_weight(type(owner), tuple(parts[depth:])):
+            return f"{type(owner).__name__} reads its weight directly", True
     return None
 
 
@@ -274,12 +276,13 @@ def _source(thing) -> str:
 
 
 @functools.cache
-def _reads_weight(parent: type, attribute: str) -> bool:
-    """Whether the class of the parent uses ``self.<attribute>.weight``, which is packed codes then."""
-    if attribute.isdigit() or parent.__module__.startswith("torch."):
-        return False
+def _reads_weight(owner: type, path: tuple[str, ...]) -> bool:
+    """Whether the class of a module uses ``self.<path>.weight``, which is packed codes then."""
     # A check that spares integer weights, as T5's, is harmless only for int8: count every use.
-    return re.search(rf"self\.{re.escape(attribute)}\.weight\b", _source(parent)) is not None
+    steps = "".join(r"\[[^\]]*\]" if part.isdigit() else rf"\.{re.escape(part)}" for part in path)
+    pattern = re.compile(rf"self{steps}\.weight\b")
+    own = (c for c in owner.__mro__ if not c.__module__.startswith(("torch.", "builtins", "transformers.modeling_")))
+    return any(pattern.search(_source(c)) for c in own)
 
 
 def _wildcard(name: str) -> str:

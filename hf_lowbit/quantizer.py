@@ -8,23 +8,26 @@ The order in which transformers calls them:
    headers of its files are compared with these modules here, before a byte of a weight is read.
 3. While the checkpoint streams in, ``param_needs_quantization`` picks the weights of packed modules, and the op from
    ``get_quantize_ops`` turns each into its packed tensors, on its own device. One float weight is alive at a time.
-4. ``_process_model_after_weight_loading`` checks that nothing is missing, freezes what was loaded and reports the
-   coverage.
+4. ``_process_model_after_weight_loading`` checks that nothing is missing, gives modules that the checkpoint does not
+   have (a new head) their float form back, freezes what was loaded and reports the coverage.
 """
 
+import copy
 from typing import ClassVar
 
 import torch
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from .backends import select
 from .config import LowBitConfig
-from .plan import Packed, Plan, make_plan
+from .packed import PackedMixin
+from .plan import Kept, Packed, Plan, make_plan
+from .storage.headers import check_checkpoint
 from .version import __version__
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("transformers.hf_lowbit")  # follows transformers' verbosity
 
 
 class LowBitHfQuantizer(HfQuantizer):
@@ -43,13 +46,17 @@ class LowBitHfQuantizer(HfQuantizer):
     }
 
     def __init__(self, quantization_config: LowBitConfig, **kwargs):
-        super().__init__(quantization_config, **kwargs)
+        # A copy: what is written into it below must not reach the next model that the user loads with the same one.
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        quantization_config = self.quantization_config
         self.plan: Plan | None = None
         self.failure: Exception | None = None
         if self.pre_quantized:
             quantization_config.check_requested()
             if quantization_config.layers is None:
                 raise ValueError("the repo's quantization_config has no 'layers': it was not written by hf_lowbit")
+        else:
+            quantization_config.layers = None
 
     @property
     def coverage(self) -> dict:
@@ -63,6 +70,8 @@ class LowBitHfQuantizer(HfQuantizer):
                 "quantizing on the fly to a 'disk' device is not possible: quantize to a folder first "
                 "(`hf-lowbit quantize SRC DST`), then load that folder with the same device_map"
             )
+        if self.quantization_config.dequantize and "disk" in places:
+            raise ValueError("dequantizing to a 'disk' device is not possible: load without offloading, and save")
 
     # -- before loading ------------------------------------------------------------------------------------------------
 
@@ -86,12 +95,7 @@ class LowBitHfQuantizer(HfQuantizer):
             )
         self.check_backend(device_map)
         replace_modules(model, self.plan, self.quantization_config.backend)
-        if self.pre_quantized:
-            from .storage.headers import check_checkpoint
-
-            check_checkpoint(model, self.plan, checkpoint_files)
-        else:
-            self.quantization_config.layers = self.plan.layers()
+        check_checkpoint(model, self.plan, checkpoint_files)
         return model
 
     # -- while loading -------------------------------------------------------------------------------------------------
@@ -111,13 +115,17 @@ class LowBitHfQuantizer(HfQuantizer):
     # -- after loading -------------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        for name in self.plan.packed:
-            module = model.get_submodule(name)
-            for tensor in module.packed_names:
-                parameter = getattr(module, tensor)
-                if not getattr(parameter, "_is_hf_initialized", False) and parameter.device.type != "meta":
-                    raise ValueError(f"the checkpoint has no tensor {name}.{tensor}: it is incomplete")
-            module.freeze_packed()
+        new = [name for name in self.plan.packed if not self.is_loaded(model, name)]
+        for name in new:
+            weight = self.plan.packed.pop(name).shape
+            nbytes = weight[0] * weight[1] * model.dtype.itemsize
+            self.plan.kept.append(Kept(name, nbytes, "new: not in the checkpoint"))
+        if new:
+            restore_modules(model, model.dtype, new)
+            model.initialize_weights()  # of what is not initialised yet
+        if not self.pre_quantized:
+            self.quantization_config.layers = self.plan.layers()
+        keep_packed_layout(model)
         unexpected = [k for k in self.plan.kept if not k.expected]
         log = logger.warning_once if unexpected else logger.info
         log(self.plan.report())
@@ -126,8 +134,37 @@ class LowBitHfQuantizer(HfQuantizer):
             self.remove_quantization_config(model)
         return model
 
+    def is_loaded(self, model, name: str) -> bool:
+        """Whether the module ``name`` came whole from the checkpoint; False for one that the checkpoint lacks.
+
+        Raises:
+            ValueError: for one of which a part is missing or has another dtype, naming it.
+        """
+        module = model.get_submodule(name)
+        missing = []
+        for suffix, (_, dtype) in module.format.tensors(module.packed_shape).items():
+            parameter = getattr(module, "weight" + suffix)
+            if parameter.device.type == "meta":  # offloaded
+                continue
+            if not getattr(parameter, "_is_hf_initialized", False):
+                missing.append("weight" + suffix)
+            elif parameter.dtype != dtype and parameter.dtype != torch.float32:
+                raise ValueError(f"{name}.weight{suffix} is {parameter.dtype} in the checkpoint, not {dtype}")
+            else:
+                # Where a model keeps a module in float32, transformers casts its scales, which loses nothing.
+                parameter.data = parameter.data.to(dtype)
+        if missing and (self.pre_quantized or "weight" not in missing):
+            raise ValueError(f"the checkpoint has no tensor {name}.{missing[0]}: it is incomplete")
+        bias = getattr(module, "bias", None)
+        if bias is not None and bias.device.type != "meta" and not getattr(bias, "_is_hf_initialized", False):
+            torch.nn.init.zeros_(bias)  # as transformers does, which has warned of it
+        module.freeze_packed()
+        return not missing
+
     def _dequantize(self, model, dtype=None):
-        return restore_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        restore_modules(model, dtype)
+        return model if dtype in (None, model.dtype) else model.to(dtype)
 
     # -- what transformers asks ----------------------------------------------------------------------------------------
 
@@ -158,21 +195,22 @@ class LowBitQuantize(ConversionOps):
 
     def convert(self, input_dict, model=None, **kwargs):
         """``{full name: weight}`` to ``{full name + suffix: packed tensor}``."""
-        ((name, weight),) = input_dict.items()
-        weight = weight[0] if isinstance(weight, list) else weight
-        module = model.get_submodule(name.removesuffix(".weight"))
-        try:
-            packed = quantize_weight(
-                weight.T if getattr(module, "transposed", False) else weight,
-                self.hf_quantizer.plan.packed[name.removesuffix(".weight")],
-                name,
-            )
-        except Exception as error:
-            self.hf_quantizer.failure = error  # raised by param_needs_quantization, see there
-            return {name: weight.new_empty(0)}
-        tensors = {name + suffix: tensor for suffix, tensor in packed.items()}
-        if hasattr(module, "weight_like"):
-            tensors[name + "_like"] = weight.new_empty(0)
+        tensors = {}
+        for name, weight in input_dict.items():  # several where a checkpoint fuses what the model has apart
+            weight = weight[0] if isinstance(weight, list) else weight
+            planned = self.hf_quantizer.plan.packed.get(name.removesuffix(".weight"))
+            if planned is None:
+                tensors[name] = weight
+                continue
+            module = model.get_submodule(planned.name)
+            try:
+                packed = quantize_weight(weight.T if getattr(module, "transposed", False) else weight, planned, name)
+            except Exception as error:
+                self.hf_quantizer.failure = error  # raised by param_needs_quantization, see there
+                return {name: weight.new_empty(0)}
+            tensors.update({name + suffix: tensor for suffix, tensor in packed.items()})
+            if hasattr(module, "weight_like"):
+                tensors[name + "_like"] = weight.new_empty(0)
         return tensors
 
 
@@ -219,13 +257,36 @@ def replace_modules(model: torch.nn.Module, plan: Plan, backend: str) -> None:
             model.all_tied_weights_keys[f"{name}.weight{suffix}"] = f"{source}.weight{suffix}"
 
 
-def restore_modules(model: torch.nn.Module, dtype: torch.dtype | None = None) -> torch.nn.Module:
-    """Puts a plain float module in the place of every packed one, one at a time."""
-    from .packed import PackedMixin
+def keep_packed_layout(model: torch.nn.Module) -> None:
+    """Makes ``save_pretrained`` write packed tensors as they are, where it would fuse or split float ones.
 
-    names = [name for name, module in model.named_modules() if isinstance(module, PackedMixin)]
+    A few models rearrange the weights of a checkpoint while loading and put them back for saving. On packed tensors
+    that is wrong, and not needed: the model's own names load too.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    packed = [n for n in names if isinstance(model.get_submodule(n.rpartition(".")[0]), PackedMixin)]
+    model._weight_conversions = [
+        conversion
+        for conversion in getattr(model, "_weight_conversions", None) or []
+        if isinstance(conversion, WeightRenaming)
+        or not any(conversion.reverse_transform().rename_source_key(name)[1] for name in packed)
+    ]
+
+
+def restore_modules(
+    model: torch.nn.Module, dtype: torch.dtype | None = None, names: list[str] | None = None
+) -> torch.nn.Module:
+    """Puts a plain float module in the place of every packed one (or of those in ``names``), one at a time.
+
+    Raises:
+        ValueError: for a module that is offloaded to disk.
+    """
+    if names is None:
+        names = [name for name, module in model.named_modules() if isinstance(module, PackedMixin)]
     for name in names:
         module = model.get_submodule(name)
+        if module.weight.device.type == "meta":
+            raise ValueError(f"{name} is offloaded: load the model without offloading to dequantize it")
         plain = module.to_float(dtype)
         if hasattr(module, "_hf_hook"):
             from accelerate.hooks import add_hook_to_module

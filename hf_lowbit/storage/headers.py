@@ -51,16 +51,16 @@ def read_headers(files: Iterable[str]) -> dict[str, Entry]:
 
 
 def check_checkpoint(model, plan: Plan, files: Iterable[str] | None) -> None:
-    """Compares the packed modules of ``model`` with what the checkpoint's headers say.
+    """Reads the checkpoint's headers, and where it is packed already, compares the modules of ``model`` with them.
 
     Raises:
-        ValueError: for a packed tensor that is missing or has another shape or dtype, naming it. Modules that the
-            checkpoint knows by another name are left to transformers' own check.
+        ValueError: for a file that cannot be read, and for a packed tensor that is missing or has another shape or
+            dtype, naming it. Modules that the checkpoint knows by another name are checked after loading.
     """
     if not files or not all(str(f).endswith(".safetensors") for f in files):
         return
     entries, prefix = read_headers(files), getattr(model, "base_model_prefix", "")
-    for name in plan.packed:
+    for name in (n for n, planned in plan.packed.items() if planned.method is None):
         module = model.get_submodule(name)
         assert isinstance(module, PackedMixin)
         for alias in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}", plan.tied.get(name, name)):
