@@ -1,0 +1,107 @@
+"""Quality of every data-free method at 2, 3 and 4 bits: KL, top-1 and perplexity against the float model, by bits per weight.
+
+    python benchmarks/quality.py --windows 40 --text news
+    python benchmarks/quality.py --only 'hqq|rtn int3' --print
+
+Linear layers only; embeddings and the output head stay in float. The model computes in float32 with the dequantized weights.
+"""
+
+import argparse
+import re
+import time
+
+import torch
+from common import Reference, model_folder, write_results
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from hf_lowbit import LowBitConfig
+from hf_lowbit.evaluate import evaluate
+
+logging.disable_progress_bar()
+MINMAX = {"range": "minmax"}
+
+
+def settings() -> dict[str, dict]:
+    """Name and LowBitConfig arguments of every row."""
+    rows = {}
+    for bits in (4, 3, 2):
+        rows |= {
+            f"rtn int{bits} g64 minmax": {"bits": bits, "method": "rtn", "method_options": MINMAX},
+            f"rtn int{bits} g64": {"bits": bits, "method": "rtn"},
+            f"rtn int{bits} g64 symmetric": {"bits": bits, "method": "rtn", "symmetric": True},
+            f"rtn int{bits} g128": {"bits": bits, "method": "rtn", "group_size": 128},
+            f"rtn int{bits} g32 log8": {"bits": bits, "method": "rtn", "group_size": 32, "scale_dtype": "log8"},
+            f"rtn int{bits} g64 float zeros minmax": {
+                "bits": bits, "method": "rtn", "zeros": "float", "method_options": MINMAX,
+            },
+            f"rtn int{bits} g64 float zeros": {"bits": bits, "method": "rtn", "zeros": "float"},
+            f"hqq int{bits} g64 (zero only)": {"bits": bits, "method": "hqq", "method_options": {"fit_scale": False}},
+            f"hqq int{bits} g64": {"bits": bits, "method": "hqq"},
+            f"nf{bits} g64 absmax": {"bits": bits, "format": "nf", "method_options": MINMAX},
+            f"nf{bits} g64": {"bits": bits, "format": "nf"},
+            f"nf{bits} g32": {"bits": bits, "format": "nf", "group_size": 32},
+            f"lloyd{bits} per tensor g64": {"bits": bits, "format": "codebook"},
+            f"lloyd{bits} per row": {"bits": bits, "format": "codebook", "codebook": "row"},
+        }  # fmt: skip
+    rows |= {
+        "mxfp4 g32": {"bits": 4, "format": "fp4"},
+        "nvfp4 g16": {"bits": 4, "format": "fp4", "group_size": 16, "scale_dtype": "e4m3"},
+        "ternary row": {"bits": 1.58},
+        "int1 g64": {"bits": 1},
+        "int8 g64": {"bits": 8},
+        "int6 g64": {"bits": 6},
+        "int5 g64": {"bits": 5},
+    }
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or repo; default SmolLM2-135M-Instruct off its grid")
+    parser.add_argument("--text", default="news", choices=["news", "docs"])
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--only", default="", help="regular expression over row names")
+    parser.add_argument("--print", action="store_true", help="do not write results/")
+    args = parser.parse_args()
+    folder = model_folder(args.model)
+    reference = Reference(folder, args.text, args.windows)
+    rows = []
+
+    def measure(name, model, bits):
+        r = evaluate(model, reference.windows, reference, progress=False)
+        rows.append({
+            "method": name, "bits per weight": bits, "KL": r.kl, "± KL": r.kl_se, "top-1 %": 100 * r.top1,
+            "perplexity": r.perplexity, "± ppl": r.perplexity_se,
+        })  # fmt: skip
+        print(
+            f"{name:34s} {bits:6.3f} bpw  KL {r.kl:8.4f} ± {r.kl_se:.4f}  top-1 {100 * r.top1:5.1f} %  ppl {r.perplexity:9.4g}"
+            f"  {rows[-1].get('seconds', '')}",
+            flush=True,
+        )
+
+    if not args.only:
+        measure("float (bfloat16 weights)", AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), 16.0)
+    for name, options in settings().items():
+        if args.only and not re.search(args.only, name):
+            continue
+        start = time.perf_counter()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, quantization_config=LowBitConfig(**options)
+        )
+        seconds, bits = time.perf_counter() - start, model.hf_quantizer.coverage["bits_per_packed_weight"]
+        measure(name, model.dequantize(), bits)
+        rows[-1]["seconds to load"] = seconds
+    if not args.print:
+        command = f"python benchmarks/quality.py --text {args.text} --windows {args.windows}"
+        write_results(
+            f"quality_{args.text}",
+            command,
+            rows,
+            f"Linear layers of {args.model or 'SmolLM2-135M-Instruct, off its grid'}"
+            f", {len(reference.windows)} windows of {reference.windows.shape[1]} tokens.",
+        )
+
+
+if __name__ == "__main__":
+    main()
