@@ -97,20 +97,22 @@ def register_kernel(kernel: Kernel) -> Kernel:
     return kernel
 
 
-def check_backend(backend: str) -> str:
-    """``backend`` if it is one of the known names or "auto".
+def check_backend(backend: str, source: str = "backend") -> str:
+    """``backend`` if it is one of the known names or "auto"; ``source`` is the name of the option in the error.
 
     Raises:
         ValueError: otherwise.
     """
     if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend={backend!r} is unknown: use 'auto' or one of {', '.join(BACKENDS)}")
+        raise ValueError(f"{source}={backend!r} is unknown: use 'auto' or one of {', '.join(BACKENDS)}")
     return backend
 
 
 def requested_backend(backend: str) -> str:
     """``backend``, or what the environment variable asks for where it is "auto"."""
-    return backend if backend != "auto" else check_backend(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
+    if backend != "auto":
+        return backend
+    return check_backend(os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE)
 
 
 def explain(problem: Problem, backend: str = "auto") -> list[tuple[str, str | None]]:

@@ -25,8 +25,13 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"lowbit::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
+def _check_features(x, in_features):
+    torch._check(x.shape[-1] == in_features, lambda: f"input has {x.shape[-1]} features, the weight {in_features}")
+
+
 @torch.library.impl("lowbit::linear", "CompositeExplicitAutograd")
 def _linear(x, weight, companions, bias, format, in_features, backend):
+    _check_features(x, in_features)
     kernel = select("linear", format, x.device.type, x.dtype, backend)
     return kernel.run(x, weight, companions, bias, format, in_features)
 
@@ -51,7 +56,7 @@ def _embedding(index, weight, companions, format, in_features, dtype, backend):
 
 @torch.library.register_fake("lowbit::linear")
 def _(x, weight, companions, bias, format, in_features, backend):
-    torch._check(x.shape[-1] == in_features, lambda: f"input has {x.shape[-1]} features, the weight {in_features}")
+    _check_features(x, in_features)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
