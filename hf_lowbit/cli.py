@@ -1,0 +1,366 @@
+"""The command line, ``hf-lowbit``; ``optimum-cli lowbit`` is the same app.
+
+A command is a thin function over the library: it returns a JSON-able dict, which ``--json`` prints on stdout as it is
+and :mod:`.tables` shows as tables otherwise. Under ``--json`` everything else that is printed goes to stderr. What the
+library refuses is one line on stderr and exit code 1 (2 for wrong usage), unless ``--debug`` asks for the traceback.
+
+The options that say how to quantize are written once, in :data:`QUANTIZATION`, and shared by every command that takes
+them. Torch and transformers are imported inside the commands, so that ``hf-lowbit --help`` is quick.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import re
+import sys
+import time
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer import Argument, Option
+from typer.core import TyperGroup
+
+from .version import __version__
+
+FAILURES = (ValueError, RuntimeError, OSError, ImportError)
+
+
+class Group(TyperGroup):
+    """Turns what the library raises into one line on stderr and an exit code."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            _fail(
+                "interrupted: run the same command again to resume (quantize keeps its finished shards; other commands "
+                "start over)"
+            )
+            raise typer.Exit(130) from None
+        except FAILURES as error:
+            if ctx.params["debug"]:
+                raise
+            _fail(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+            raise typer.Exit(1) from None
+
+
+def _fail(line: str) -> None:
+    Console(stderr=True).print(Text(line, style="bold red"), soft_wrap=True)
+
+
+app = typer.Typer(
+    cls=Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The entry point of ``hf-lowbit``."""
+    app()
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, Option("--version", help="Show the version.", callback=_version, is_eager=True)] = False,
+):
+    """Any Hugging Face model in 1 to 8 bits: quantize, inspect, run, evaluate and publish it."""
+
+
+# -- how to quantize ---------------------------------------------------------------------------------------------------
+
+QUANTIZATION = {
+    "bits": Annotated[str | None, Option(help="1 to 8, or 1.58 for ternary weights. [default: 4]")],
+    "format": Annotated[str | None, Option(help="int, nf, fp4, codebook or ternary. [default: int]")],
+    "method": Annotated[str | None, Option(help="rtn, hqq or lloyd. [default: the best measured for the format]")],
+    "group_size": Annotated[str | None, Option(help="Inputs that share a scale: 16 to 1024, or row.")],
+    "symmetric": Annotated[bool | None, Option(help="For int: no zero points.")],
+    "zeros": Annotated[str | None, Option(help="For int: zero points as int or float.")],
+    "scale_dtype": Annotated[str | None, Option(help="float16, bfloat16, float32, log8, e8m0 or e4m3.")],
+    "codebook": Annotated[str | None, Option(help="For codebook: one table per tensor or row.")],
+    "rules": Annotated[
+        list[str] | None,
+        Option("--rule", metavar="REGEX=OPTIONS", help="'.*down_proj=bits=6,format=int', 'lm_head=keep'; repeatable."),
+    ],
+    "method_options": Annotated[
+        list[str] | None,
+        Option("--method-option", metavar="KEY=VALUE", help="An option of the method, 'range=minmax'; repeatable."),
+    ],
+}
+_RULE_OPTION = r"(?:bits|format|method|group_size|symmetric|zeros|scale_dtype|codebook)=[^=,]+"
+_RULE = re.compile(rf"(?P<pattern>.+?)=(?P<options>keep|{_RULE_OPTION}(?:,{_RULE_OPTION})*)", re.DOTALL)
+
+
+def parse_rule(text: str) -> tuple[str, dict[str, Any] | None]:
+    """One rule of ``LowBitConfig`` from ``REGEX=key=value,...`` or ``REGEX=keep``; the regex may contain ``=``."""
+    match = _RULE.fullmatch(text)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is neither REGEX=KEY=VALUE,... nor REGEX=keep", param_hint="--rule")
+    if match["options"] == "keep":
+        return match["pattern"], None
+    pairs = (item.split("=") for item in match["options"].split(","))
+    return match["pattern"], {key: parse_value(value) for key, value in pairs}
+
+
+def parse_method_option(text: str) -> tuple[str, Any]:
+    """``(key, value)`` from ``key=value``."""
+    key, equals, value = text.partition("=")
+    if not (key and equals and value):
+        raise typer.BadParameter(f"{text!r} is not KEY=VALUE", param_hint="--method-option")
+    return key, parse_value(value)
+
+
+def parse_value(text: str) -> bool | int | float | str:
+    """``text`` as the bool, int or float that it spells, or as it is."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def _config_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of ``LowBitConfig`` from the given ones of :data:`QUANTIZATION`."""
+    given = {name: value for name, value in options.items() if value not in (None, [])}
+    parsers = {"rules": parse_rule, "method_options": parse_method_option}
+    for name, value in given.items():
+        if name in parsers:
+            given[name] = dict(parsers[name](text) for text in value)
+        elif isinstance(value, str):
+            given[name] = parse_value(value)
+    return given
+
+
+# -- what every command has --------------------------------------------------------------------------------------------
+
+
+def command(function):
+    """Makes ``function``, which returns a dict, a command of the same name, with the option ``--json``.
+
+    A parameter named ``config`` stands for the options in :data:`QUANTIZATION`; the function gets a dict of those that
+    were given, ready for ``LowBitConfig``.
+    """
+    parameters = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in signature(function).parameters.values()]
+    takes_config = "config" in signature(function).parameters
+    if takes_config:
+        shared = [Parameter(n, Parameter.KEYWORD_ONLY, default=None, annotation=a) for n, a in QUANTIZATION.items()]
+        parameters = [p for p in parameters if p.name != "config"] + shared
+    json_option = Annotated[bool, Option("--json", help="Print the result as JSON on stdout, all else on stderr.")]
+    parameters.append(Parameter("as_json", Parameter.KEYWORD_ONLY, default=False, annotation=json_option))
+
+    def run(*, as_json, **arguments):
+        if takes_config:
+            arguments["config"] = _config_arguments({name: arguments.pop(name) for name in QUANTIZATION})
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            result = function(**arguments)
+        if as_json:
+            print(json.dumps(_finite(result), indent=2, allow_nan=False))
+        else:
+            from . import tables
+
+            console = Console(width=None if sys.stdout.isatty() else 160)
+            getattr(tables, function.__name__)(console, result, arguments)
+
+    functools.update_wrapper(run, function, assigned=("__name__", "__doc__", "__module__"))
+    del run.__wrapped__
+    run.__signature__ = Signature(parameters)
+    app.command()(run)
+    return function
+
+
+def _finite(value):
+    """``value`` with None for infinities and NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _progress(line: str) -> None:
+    Console(stderr=True).print(line, style="dim", highlight=False, markup=False)
+
+
+PathOrId = Annotated[str, Argument(metavar="PATH", help="A folder, or a repo id on the Hub.")]
+Dtype = Annotated[str, Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Device = Annotated[str, Option(help="auto, cpu, cuda, ...")]
+Backend = Annotated[str, Option(help="auto, torch, triton or native.")]
+
+
+def _load(path: str, config: dict, dtype: str = "auto", device: str = "auto", backend: str = "auto"):
+    """The causal language model at ``path``, quantized on the fly if ``config`` says so."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from .config import QUANT_METHOD, LowBitConfig
+
+    options = {}
+    if config or backend != "auto":
+        saved = getattr(AutoConfig.from_pretrained(path), "quantization_config", None) or {}
+        if not config and saved.get("quant_method") != QUANT_METHOD:
+            raise ValueError(f"{path} is not packed, so backend={backend!r} has nothing to run: add --bits to quantize")
+        options["quantization_config"] = LowBitConfig(**config, backend=backend)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device, **options).eval()
+
+
+# -- the commands ------------------------------------------------------------------------------------------------------
+
+
+@command
+def quantize(
+    source: Annotated[str, Argument(metavar="SRC", help="A folder, or a repo id on the Hub.")],
+    destination: Annotated[Path, Argument(metavar="DST", help="The folder to write.")],
+    config,
+    dtype: Annotated[str | None, Option(help="Dtype of what stays in float. [default: as stored]")] = None,
+    max_shard_size: Annotated[str, Option(help="Size of a file.")] = "5GB",
+):
+    """Quantize a repo from disk to disk, shard by shard, without building the model."""
+    from .config import LowBitConfig
+    from .convert import quantize_folder
+
+    start = time.perf_counter()
+    settings = LowBitConfig(**config)
+    coverage = quantize_folder(source, destination, settings, max_shard_size=max_shard_size, dtype=dtype)
+    return {"destination": str(destination), "seconds": time.perf_counter() - start, **coverage}
+
+
+@command
+def inspect(
+    path: PathOrId,
+    every: Annotated[bool, Option("--all", help="A row for every layer, not one for layers that are alike.")] = False,
+):
+    """Show how each layer of a packed repo is stored, and what was kept in float and why."""
+    from .inspection import inspect_repo
+
+    return inspect_repo(path)
+
+
+@command
+def generate(
+    path: PathOrId,
+    prompt: Annotated[str, Argument(metavar="PROMPT")],
+    config,
+    max_new_tokens: Annotated[int, Option(min=1, help="The most tokens to write.")] = 256,
+    sample: Annotated[bool, Option("--sample", help="Draw tokens at random instead of taking the likeliest.")] = False,
+    seed: Annotated[int, Option(help="Seed for --sample.")] = 0,
+    raw: Annotated[bool, Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    backend: Backend = "auto",
+):
+    """Write a text as it is generated; with --bits, from a float model that is quantized while it loads."""
+    import torch
+    from transformers import AutoTokenizer, TextStreamer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if raw or not tokenizer.chat_template:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    else:
+        message = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    prompt_tokens = inputs["input_ids"].shape[1]
+    if prompt_tokens == 0:
+        raise ValueError("the prompt is empty: there is nothing to continue")
+    model = _load(path, config, dtype, device, backend)
+    torch.manual_seed(seed)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    start = time.perf_counter()
+    output = model.generate(
+        **inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=sample, streamer=streamer
+    )
+    seconds = time.perf_counter() - start
+    new = output[0, prompt_tokens:]
+    return {
+        "model": path,
+        "prompt": prompt,
+        "prompt_tokens": prompt_tokens,
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "tokens": len(new),
+        "seconds": seconds,
+    }
+
+
+@command
+def evaluate(
+    path: PathOrId,
+    text: Annotated[Path, Option(exists=True, dir_okay=False, help="A text file, UTF-8.")],
+    config,
+    reference: Annotated[str | None, Option(help="The unquantized model. [default: PATH, if quantized now]")] = None,
+    length: Annotated[int, Option(min=2, help="Tokens in a window.")] = 512,
+    limit: Annotated[int | None, Option(min=1, help="The most windows, spread over the text. [default: all]")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    backend: Backend = "auto",
+):
+    """Measure perplexity, and KL divergence to and top-1 agreement with the unquantized model, on a text."""
+    from transformers import AutoTokenizer
+
+    from .evaluate import evaluate as run
+    from .evaluate import make_windows
+
+    windows = make_windows(AutoTokenizer.from_pretrained(path), text.read_text(encoding="utf-8"), length, limit)
+    model = _load(path, config, dtype, device, backend)
+    reference = reference or (path if config else None)
+    compared = _load(reference, {}, dtype, device) if reference else None
+    result = {"model": path, "reference": reference, "text": text.name, "length": length}
+    return {**result, **run(model, windows, compared).to_dict()}
+
+
+@command
+def demo(
+    model: Annotated[str | None, Option(help="A folder or repo id. [default: a small model of the demo extra]")] = None,
+    output: Annotated[Path, Option(help="The folder to write.")] = Path("demo-output"),
+    bits: Annotated[str, Option(help="Widths to compare.")] = "4,3,2",
+    text: Annotated[Path | None, Option(exists=True, dir_okay=False, help="A text file to evaluate on.")] = None,
+):
+    """Quantize, save, reload and compare a model at several widths; needs no network by default."""
+    from .demo import run_demo
+
+    widths: Any = tuple(parse_value(item) for item in bits.split(","))
+    content = None if text is None else text.read_text(encoding="utf-8")
+    return run_demo(model, output, widths, text=content, say=_progress)
+
+
+@command
+def doctor():
+    """Show what this machine can run, what would be chosen, and why not the rest."""
+    from .doctor import diagnose
+
+    return diagnose()
+
+
+@command
+def push(
+    path: Annotated[Path, Argument(metavar="PATH", help="The folder of a packed model.")],
+    repo_id: Annotated[str, Argument(metavar="REPO_ID", help="Where to, such as user/name.")],
+    base_model: Annotated[str | None, Option(help="Repo id of the unquantized model, for the card.")] = None,
+    evaluation: Annotated[
+        Path | None, Option(exists=True, dir_okay=False, help="For the card: what `evaluate --json` printed.")
+    ] = None,
+    private: Annotated[bool | None, Option(help="Whether a new repo is private. [default: the account's]")] = None,
+):
+    """Publish a packed model on the Hub, with a model card."""
+    from .hub import push_to_hub
+
+    measured = None if evaluation is None else json.loads(evaluation.read_text(encoding="utf-8"))
+    commit = push_to_hub(path, repo_id, base_model=base_model, evaluation=measured, private=private)
+    return {"repo_id": repo_id, "url": commit.commit_url, "commit": commit.oid}

@@ -1,0 +1,180 @@
+"""Results of the commands as tables: one function for each command of :mod:`.cli` that prints its dict."""
+
+import re
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    """A table whose columns are left-aligned where they begin with ``<``, else right-aligned."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        right = not column.startswith("<")
+        table.add_column(column.lstrip("<"), justify="right" if right else "left", no_wrap=right)
+    return table
+
+
+def _row(table: Table, *cells) -> None:
+    table.add_row(*(escape(str(cell)) for cell in cells))
+
+
+def megabytes(count: int) -> str:
+    """``count`` bytes as text in MB of a million bytes."""
+    return f"{count / 1e6:.2f}"
+
+
+def _wildcard(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def _with_error(value: float | None, error: float | None, digits: int) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" if error is None or error != error else f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _kept(console: Console, kept: list[dict]) -> None:
+    table = _table("<kept in float", "MB", "<reason")
+    rows: dict[tuple[str, str], int] = {}
+    for entry in kept:
+        key = (_wildcard(entry["name"]), entry["reason"])
+        rows[key] = rows.get(key, 0) + entry["bytes"]
+    for (name, reason), size in sorted(rows.items(), key=lambda item: -item[1]):
+        _row(table, name, megabytes(size), reason)
+    console.print(table)
+
+
+def quantize(console: Console, result: dict, arguments: dict) -> None:
+    _kept(console, result["kept"])
+    console.print(
+        f"{result['destination']}: {result['packed_modules']} modules packed, "
+        f"{result['packed_weights'] / 1e6:.1f} M weights in {megabytes(result['packed_bytes'])} MB "
+        f"({result['bits_per_packed_weight']:.2f} bits per weight); {megabytes(result['kept_bytes'])} MB kept in "
+        f"float; {result['seconds']:.1f} s",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def inspect(console: Console, result: dict, arguments: dict) -> None:
+    groups: dict[tuple, list[dict]] = {}
+    for layer in result["layers"]:
+        key = (layer["name"] if arguments["every"] else _wildcard(layer["name"]), layer["format"], str(layer["shape"]))
+        groups.setdefault(key, []).append(layer)
+    table = _table("<layer", "count", "<format", "bits", "bits per weight", "shape", "MB")
+    for (name, format, _), layers in groups.items():
+        bits, shape = layers[0]["bits_per_weight"], layers[0]["shape"]
+        bits, shape = "?" if bits is None else f"{bits:.3f}", "?" if shape is None else "x".join(map(str, shape))
+        size = megabytes(sum(layer["bytes"] for layer in layers))
+        _row(table, name, len(layers), format, layers[0]["bits"], bits, shape, size)
+    console.print(table)
+    _kept(console, result["kept"])
+    totals = _table("<total", "value")
+    for key, value in result["totals"].items():
+        _row(totals, key.replace("_", " "), f"{value:.3f}" if isinstance(value, float) else value)
+    console.print(totals)
+    if result.get("note"):
+        console.print(result["note"], soft_wrap=True, highlight=False, markup=False)
+
+
+def generate(console: Console, result: dict, arguments: dict) -> None:
+    rate = result["tokens"] / result["seconds"]
+    Console(stderr=True).print(
+        f"{result['tokens']} tokens in {result['seconds']:.1f} s ({rate:.1f} per second, reading the prompt included)",
+        style="dim",
+        highlight=False,
+    )
+
+
+def evaluate(console: Console, result: dict, arguments: dict) -> None:
+    table = _table("<measure", "value ± standard error")
+    _row(table, "perplexity", _with_error(result["perplexity"], result["perplexity_se"], 3))
+    if result["kl"] is not None:
+        _row(table, "KL to the reference (nats)", _with_error(result["kl"], result["kl_se"], 5))
+        _row(table, "top-1 agreement", _with_error(result["top1"], result["top1_se"], 4))
+    _row(table, "windows", f"{result['windows']} of {result['length']} tokens")
+    console.print(table)
+
+
+def demo(console: Console, result: dict, arguments: dict) -> None:
+    table = _table(
+        "<model",
+        "bits per\npacked weight",
+        "MB",
+        "quantize (s)",
+        "perplexity",
+        "KL",
+        "top-1",
+        "tokens/s",
+        title=result["model"],
+    )
+    for row in result["rows"]:
+        _row(
+            table,
+            row["name"],
+            f"{row['bits_per_packed_weight']:.2f}",
+            f"{row['bytes'] / 1e6:.1f}",
+            "" if row["seconds_to_quantize"] is None else f"{row['seconds_to_quantize']:.1f}",
+            _with_error(row["perplexity"], row["perplexity_se"], 2),
+            _with_error(row["kl"], row["kl_se"], 4),
+            _with_error(row["top1"], row["top1_se"], 3),
+            f"{row['tokens_per_second']:.1f}",
+        )
+    console.print(table)
+    samples = _table("<model", "<sample", title=result["protocol"]["prompt"])
+    for row in result["rows"]:
+        _row(samples, row["name"], row["sample"])
+    console.print(samples)
+    for line in (*result["protocol"]["notes"], f"Written: {result['results']}, {result['plot']}"):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def doctor(console: Console, result: dict, arguments: dict) -> None:
+    about = _table("<what", "<found")
+    for name, version in result["versions"].items():
+        _row(about, name, version or "not installed")
+    for device in result["devices"]:
+        _row(about, f"device {device['type']}", ", ".join(f"{k}: {v}" for k, v in device.items() if k != "type"))
+    for name, value in result["environment"].items():
+        _row(about, name, value)
+    _row(about, "torch.backends entry point", "installed" if result["autoload"]["entry_point"] else "missing")
+    _row(about, "packed repos load by themselves", "yes" if result["autoload"]["active"] else "no")
+    _row(about, "optimum-cli lowbit", "yes" if result["optimum_cli"] else "no")
+    console.print(about)
+
+    ops = list(dict.fromkeys(k["op"] for k in result["kernels"]))
+    failures: dict[str, list[str]] = {}
+    chosen = _table("<device", "<dtype", "<format", *(f"<{op}" for op in ops), title="chosen backend, as run just now")
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
+    for k in result["kernels"]:
+        rows.setdefault((k["device"], k["dtype"], k["format"]), {})[k["op"]] = "FAILS" if k["error"] else k["chosen"]
+        if k["error"]:
+            failures.setdefault(k["error"], []).append(f"{k['op']} of {k['format']} on {k['device']} in {k['dtype']}")
+    alike: dict[tuple, list[str]] = {}
+    for (device, dtype, format), found in rows.items():
+        alike.setdefault((device, format, *(found[op] for op in ops)), []).append(dtype)
+    for (device, format, *cells), dtypes in alike.items():
+        _row(chosen, device, ", ".join(dtypes), format, *cells)
+    console.print(chosen)
+    for error, failed in failures.items():
+        console.print(f"FAILS: {', '.join(failed)}: {error}", soft_wrap=True, highlight=False, markup=False)
+
+    passed_over = _table("<backend", "<passed over because it", "<for")
+    reasons: dict[tuple, dict] = {}
+    for k in result["kernels"]:
+        for backend, reason in k["passed_over"].items():
+            reasons.setdefault((backend, re.sub(r"'(linear|input_gradient|dequantize|embedding)'", "it", reason)), {})[
+                f"{k['device']} {k['op']}"
+            ] = None
+    for (backend, reason), problems in reasons.items():
+        _row(passed_over, backend, reason, ", ".join(problems))
+    if reasons:
+        console.print(passed_over)
+    for line in result["advice"]:
+        console.print(f"- {line}", soft_wrap=True, highlight=False, markup=False)
+
+
+def push(console: Console, result: dict, arguments: dict) -> None:
+    console.print(result["url"], soft_wrap=True, highlight=False, markup=False)
