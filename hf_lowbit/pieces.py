@@ -119,6 +119,12 @@ def lay_out(piece: Piece, plan: Plan, key_map: KeyMap, entries: dict[str, Entry]
         return
     for name, tensor in made.items():
         if name in packed:
+            for key in piece.keys:
+                if not on_meta(entries[key], key).is_floating_point():
+                    raise ValueError(
+                        f"{file}: {key} is {entries[key].dtype}, not floating point: is this repo quantized already, "
+                        "by something else?"
+                    )
             planned = plan.packed[name.removesuffix(".weight")]
             expected = planned.shape[::-1] if transposed(model, name) else planned.shape
             shapes = planned.format.tensors(planned.shape)

@@ -119,10 +119,8 @@ class Reader:
         if not shape:
             return torch.equal(self.read(first), self.read(second))
         step = max(1, chunk_bytes // max(1, 8 * math.prod(shape[1:])))
-        return all(
-            torch.equal(self.read(first, slice(i, i + step)), self.read(second, slice(i, i + step)))
-            for i in range(0, shape[0], step)
-        )
+        chunks = (slice(i, min(i + step, shape[0])) for i in range(0, shape[0], step))
+        return all(torch.equal(self.read(first, rows), self.read(second, rows)) for rows in chunks)
 
 
 @contextmanager
