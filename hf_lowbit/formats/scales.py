@@ -19,6 +19,7 @@ import torch
 SCALE_DTYPES = ("float16", "bfloat16", "float32", "log8", "e8m0", "e4m3")
 _FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _E4M3_MAX = 448.0
+_FLOAT16_MIN = 2.0**-22  # four times the smallest float16: below, rounding changes a scale by more than an eighth
 _LOG8_OCTAVES = 24.0  # smaller positive scales are stored as 2**-24 of the largest one
 
 
@@ -47,6 +48,8 @@ def encode_scales(scales: torch.Tensor, scale_dtype: str) -> dict[str, torch.Ten
             raise ValueError(
                 f"a scale of {scales.abs().max():.3g} does not fit {scale_dtype}; use scale_dtype='float32'"
             )
+        if scale_dtype == "float16" and not scales.is_meta and 0 < (largest := scales.abs().max()) < _FLOAT16_MIN:
+            raise ValueError(f"scales of at most {largest:.3g} vanish in float16; use scale_dtype='log8' or 'float32'")
         return {"_scales": stored}
     if scale_dtype == "log8":
         high = torch.log2(scales.amax().clamp_min(2.0**-100))

@@ -252,6 +252,13 @@ def test_a_scale_that_does_not_fit_is_an_error(dtype):
         encode_scales(torch.tensor([[3.4e38 * 10]]), dtype)
 
 
+def test_scales_that_vanish_are_an_error():
+    with pytest.raises(ValueError, match="scales of at most 1e-07 vanish in float16; use scale_dtype='log8'"):
+        encode_scales(torch.tensor([[1e-9, -1e-7, 0]]), "float16")
+    for scales in (torch.zeros(1, 3), torch.tensor([[1e-9, 0.1]])):  # nothing is lost, or nothing that matters
+        encode_scales(scales, "float16")
+
+
 def test_e8m0_reads_every_code():
     codes = torch.arange(255, dtype=torch.uint8)[None]
     assert decode_scales({"_scales": codes}, "e8m0")[0].tolist() == [2.0 ** (q - 127) for q in range(255)]
