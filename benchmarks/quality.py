@@ -1,9 +1,11 @@
-"""Quality of every data-free method at 2, 3 and 4 bits: KL, top-1 and perplexity against the float model, by bits per weight.
+"""Quality of every data-free method at 2, 3 and 4 bits: KL, top-1 and perplexity against the float model, by bits per
+weight.
 
     python benchmarks/quality.py --windows 40 --text news
     python benchmarks/quality.py --only 'hqq|rtn int3' --print
 
-Linear layers only; embeddings and the output head stay in float. The model computes in float32 with the dequantized weights.
+Linear layers only; embeddings and the output head stay in float. The model computes in float32 with the dequantized
+weights.
 """
 
 import argparse

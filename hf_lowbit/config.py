@@ -47,8 +47,9 @@ class LowBitConfig(MetalConfig):
         bits: 1 to 8, or 1.58 for ternary weights.
         format: "int" (default), "nf", "fp4", "codebook" or "ternary"; see ``docs/format.md``.
         method: "rtn", "hqq" or "lloyd"; by default the best measured one for the format.
-        group_size: Consecutive inputs that share a scale: 16 to 1024 by powers of two, or "row". Default 64 (32 for
-            "fp4", "row" for "ternary" and for a codebook per row).
+        group_size: Consecutive inputs that share a scale: 16 to 1024 by powers of two, or "row". Default 32 for
+            "int" and "fp4", "row" for "ternary" and for a codebook per row, otherwise 64 (also where "int" is symmetric or
+            made by "hqq").
         symmetric: For "int": no zero points. Default False, but True at 1 bit.
         zeros: For "int": zero points as "int" (default) or "float"; "float" is the default of method "hqq".
         scale_dtype: "float16", "bfloat16", "float32", "log8", "e8m0" or "e4m3"; the default depends on the format.
@@ -185,6 +186,10 @@ class LowBitConfig(MetalConfig):
                 raise ValueError("a symmetric grid has no zero points: drop zeros=, or use symmetric=False")
             if method_name == "hqq" and not arguments["symmetric"]:
                 arguments.setdefault("zeros", "float")
+            elif not arguments["symmetric"]:
+                # Small groups with 8-bit scales: 25 % less KL than groups of 64 with 16 bits, for 0.06 bits more.
+                arguments.setdefault("group_size", 32)
+                arguments.setdefault("scale_dtype", "log8")
         if format_name == "codebook" and arguments.get("codebook") == "row":
             arguments.setdefault("group_size", -1)
         if method_name not in methods():

@@ -21,7 +21,7 @@ class Hqq(GridMethod):
 
     Args:
         lp_norm: The exponent ``p``, in (0, 1].
-        beta: Initial weight of the proximal step, in units of the group's step size.
+        beta: Initial weight of the proximal step, for weights in their own units (the authors' default).
         kappa: Growth of ``beta`` per iteration.
         iterations: Number of iterations.
         fit_scale: Whether the scale is fitted as well as the zero point.
@@ -31,7 +31,8 @@ class Hqq(GridMethod):
     formats = ("int",)
 
     def __init__(
-        self, lp_norm: float = 0.7, beta: float = 1.0, kappa: float = 1.01, iterations: int = 20, fit_scale: bool = True
+        self, lp_norm: float = 0.7, beta: float = 10.0, kappa: float = 1.01, iterations: int = 20, fit_scale: bool =
+        False
     ):
         if not 0 < lp_norm <= 1:
             raise ValueError(f"lp_norm={lp_norm!r} is not possible: method 'hqq' takes an exponent above 0, at most 1")
@@ -57,12 +58,9 @@ class Hqq(GridMethod):
                 torch.where(better, scales, best[1]),
                 None if zeros is None else torch.where(better, zeros, best[2]),
             )
-            # The proximal step works on errors in units of the step size, so that beta means the same in every layer.
-            unit = torch.where(scales == 0, 1, scales.abs()).unsqueeze(-1)
-            relative = residual.div_(unit)
-            size = relative.abs()
+            size = residual.abs()
             pull = size.clamp_min(1e-8).pow(self.lp_norm - 1) / beta
-            error = relative.sign().mul_((size - pull).clamp_min_(0)).mul_(unit)
+            error = residual.sign().mul_((size - pull).clamp_min_(0))
             scales, zeros = self.refit(groups - error, codes, scales, zeros, format, move_zero)
             beta *= self.kappa
         return best[1], best[2]
