@@ -33,7 +33,7 @@ def parse_format(spec: str) -> Format:
     name, _, text = spec.partition(":")
     if name not in FORMATS:
         raise ValueError(f"unknown format {name!r}: this version reads {', '.join(FORMATS)}")
-    kinds = {f.name: f.type for f in dataclasses.fields(FORMATS[name])}
+    kinds: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(FORMATS[name])}
     options: dict[str, Any] = {}
     for item in text.split(","):
         key, _, value = item.partition("=")

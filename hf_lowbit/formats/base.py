@@ -113,6 +113,7 @@ class Format:
 
     def pack(self, quantized: Quantized) -> Tensors:
         """Packs codes and companions into the tensors that :meth:`tensors` describes."""
+        assert quantized.scales is not None
         return {"": self.pack_codes(quantized.codes), **encode_scales(quantized.scales, self.scale_dtype)}
 
     def unpack(self, stored: Tensors, shape: tuple[int, int]) -> Quantized:

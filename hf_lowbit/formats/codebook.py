@@ -49,6 +49,7 @@ class CodebookFormat(LookupFormat):
 
     def pack(self, quantized: Quantized) -> Tensors:
         stored = super().pack(quantized) if self.has_scales else {"": self.pack_codes(quantized.codes)}
+        assert quantized.levels is not None
         return {**stored, "_codebook": self.storable_levels(quantized.levels).to(torch.float16)}
 
     def unpack(self, stored: Tensors, shape) -> Quantized:

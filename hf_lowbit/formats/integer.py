@@ -71,6 +71,7 @@ class IntFormat(Format):
         stored = super().pack(quantized)
         if not self.symmetric:
             zeros = quantized.zeros
+            assert zeros is not None
             stored["_zeros"] = pack_stream(zeros, self.bits) if self.zeros == "int" else zeros.to(torch.float16)
         return stored
 

@@ -31,7 +31,9 @@ class LookupFormat(Format):
 
     def table(self, levels: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """``levels`` or the constant table, on ``device``, (1, L) or (N, L)."""
-        return (self.levels() if levels is None else levels).to(device)
+        table = self.levels() if levels is None else levels
+        assert table is not None, "a format that learns its levels needs them"
+        return table.to(device)
 
     def fit(self, groups, shrink=1.0, levels=None):
         reach = self.table(levels, groups.device).abs().amax(-1, keepdim=True)

@@ -52,7 +52,8 @@ def unpack_planes(packed: torch.Tensor, bits: int, in_features: int) -> torch.Te
     """Inverse of :func:`pack_planes`: int16 lanes (N, lanes) to uint8 codes (N, ``in_features``)."""
     rows = packed.shape[0]
     blocks = -(-in_features // BLOCK)
-    codes, start = None, 0
+    codes: torch.Tensor | None = None
+    start = 0
     for plane in PLANES[bits]:
         lanes = 4 * plane
         words = packed[:, start : start + blocks * lanes].reshape(rows, blocks, 1, lanes)
@@ -60,6 +61,7 @@ def unpack_planes(packed: torch.Tensor, bits: int, in_features: int) -> torch.Te
         shifts = torch.arange(0, 16, plane, dtype=torch.int16, device=packed.device).view(1, 1, -1, 1)
         field = ((words >> shifts) & (2**plane - 1)).to(torch.uint8).reshape(rows, blocks * BLOCK)
         codes = field if codes is None else (codes << plane) | field
+    assert codes is not None
     return codes[:, :in_features]
 
 

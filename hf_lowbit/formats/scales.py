@@ -32,7 +32,7 @@ def scale_tensors(scale_dtype: str, rows: int, groups: int) -> dict[str, tuple[t
     """Shapes and dtypes of the stored tensors, by the suffix they add to the parameter's name."""
     if scale_dtype in _FLOATS:
         return {"_scales": ((rows, groups), _FLOATS[scale_dtype])}
-    stored = {"_scales": ((rows, groups), torch.uint8)}
+    stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"_scales": ((rows, groups), torch.uint8)}
     if scale_dtype == "log8":
         stored["_scales_range"] = ((2,), torch.float32)
     elif scale_dtype == "e4m3":
