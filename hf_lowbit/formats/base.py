@@ -176,6 +176,11 @@ class Format:
         return storable(scales, self.scale_dtype)
 
     @property
+    def rounds_scales_alone(self) -> bool:
+        """Whether storage rounds each scale by itself; other codecs need to see all scales of a tensor."""
+        return self.scale_dtype not in ("log8", "e4m3")
+
+    @property
     def signed_scales(self) -> bool:
         """Whether a negative scale can be stored."""
         return signed(self.scale_dtype)

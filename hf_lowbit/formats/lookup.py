@@ -45,16 +45,30 @@ class LookupFormat(Format):
         if scales is not None:
             groups = groups * inverse(scales).unsqueeze(-1)
         ordered, order = table.sort(-1)
-        edges = (ordered[:, 1:] + ordered[:, :-1]) / 2
+        edges = ((ordered[:, 1:] + ordered[:, :-1]) / 2).contiguous()
         if table.shape[0] == 1:
-            return order[0].to(torch.uint8)[torch.bucketize(groups, edges[0])]
+            places = _count_below(groups, edges[0])
+            return order[0].to(torch.uint8).index_select(0, places.reshape(-1)).view(groups.shape)
         flat = groups.reshape(groups.shape[0], -1).contiguous()
-        return order.gather(1, torch.searchsorted(edges.contiguous(), flat)).to(torch.uint8).view_as(groups)
+        return order.gather(1, torch.searchsorted(edges, flat)).to(torch.uint8).view(groups.shape)
 
     def decode_groups(self, codes, scales, zeros=None, levels=None):
         table = self.table(levels, codes.device)
         if table.shape[0] == 1:
-            values = table[0][codes.int()]
+            values = table[0].index_select(0, codes.reshape(-1).int()).view(codes.shape)
         else:
             values = table.gather(1, codes.reshape(codes.shape[0], -1).long()).view(codes.shape)
         return values if scales is None else values * scales.unsqueeze(-1)
+
+
+def _count_below(values: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    """How many of ``edges`` (E,), ascending, lie below each value, int32.
+
+    Up to 15 comparisons are twice as fast on a CPU as the binary search of ``torch.bucketize``.
+    """
+    if len(edges) > 15:
+        return torch.bucketize(values, edges, out_int32=True)
+    count = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
+    for edge in edges:
+        count += values > edge
+    return count.int()

@@ -31,8 +31,12 @@ class Hqq(GridMethod):
     formats = ("int",)
 
     def __init__(
-        self, lp_norm: float = 0.7, beta: float = 10.0, kappa: float = 1.01, iterations: int = 20, fit_scale: bool =
-        False
+        self,
+        lp_norm: float = 0.7,
+        beta: float = 10.0,
+        kappa: float = 1.01,
+        iterations: int = 20,
+        fit_scale: bool = False,
     ):
         if not 0 < lp_norm <= 1:
             raise ValueError(f"lp_norm={lp_norm!r} is not possible: method 'hqq' takes an exponent above 0, at most 1")

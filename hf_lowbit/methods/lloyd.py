@@ -1,14 +1,19 @@
 """``method="lloyd"``: learned levels by one-dimensional k-means (Lloyd, 1982; Max, 1960), for ``format="codebook"``.
 
 With a table per tensor, weights are first divided by the largest magnitude of their group; Lloyd's two steps then run
-on a histogram of the normalised weights in which each counts by its squared scale, which is what it adds to the
-squared error. With a table per row they run on the row's weights themselves. Both start from quantiles, are
-deterministic, and never increase the error.
+on a histogram of the normalised weights in which each counts by its squared scale, which is what it adds to the squared
+error. Scales are then fitted to the table (:mod:`.ranges`). With a table per row the steps run on the row's weights
+themselves. Both start from quantiles and are deterministic.
+
+One level is held at zero: the optimum for a symmetric density has none, and a model suffers more from noise on its many
+weights near zero than from the little that the level costs (docs/methods.md).
 """
 
 import torch
 
+from ..formats.base import inverse
 from .base import CHUNK_WEIGHTS, GridMethod
+from .ranges import least_squares_range, range_importance
 
 BINS = 8192
 
@@ -18,13 +23,15 @@ class Lloyd(GridMethod):
 
     Args:
         iterations: Number of Lloyd iterations.
+        zero: Whether one level is exactly zero.
+        weighted: Whether squared errors count in proportion to ``rms(group) + |w|``, as in "rtn".
     """
 
     name = "lloyd"
     formats = ("codebook",)
 
-    def __init__(self, iterations: int = 50):
-        self.iterations = iterations
+    def __init__(self, iterations: int = 50, zero: bool = True, weighted: bool = False):
+        self.iterations, self.zero, self.weighted = iterations, zero, weighted
 
     def prepare(self, weight, format):
         if format.codebook == "row":
@@ -34,9 +41,8 @@ class Lloyd(GridMethod):
         for rows in weight.split(size):
             rows = rows.to(torch.float32)
             scales = format.by_group(lambda g: g.abs().amax(-1), rows)
-            inverse = torch.where(scales == 0, 0, 1 / scales)
-            bins = format.by_group(lambda g, i: (g * i.unsqueeze(-1) + 1) * (BINS / 2), rows, inverse)
-            power = format.by_group(lambda g, s: s.square().unsqueeze(-1).expand_as(g), rows, scales)
+            bins = format.by_group(lambda g, i: (g * i.unsqueeze(-1) + 1) * (BINS / 2), rows, inverse(scales))
+            power = format.by_group(lambda g, s: s.square().unsqueeze(-1) * self.importance(g), rows, scales)
             index = bins.long().clamp_(0, BINS - 1).reshape(-1)
             mass.index_add_(0, index, power.reshape(-1).to(torch.float64))
         centres = (torch.arange(BINS, device=weight.device, dtype=torch.float64) + 0.5) * (2 / BINS) - 1
@@ -44,10 +50,14 @@ class Lloyd(GridMethod):
 
     def fit(self, rows, format, levels):
         if format.codebook == "tensor":
-            return (*format.by_group(lambda g: format.fit(g, levels=torch.ones_like(levels)), rows), None)
+            return (*format.by_group(lambda g: least_squares_range(g, format, self.weighted, levels), rows), None)
         points = rows.sort(dim=1).values.to(torch.float64)
-        table = self.lloyd(points, torch.ones_like(points), 2**format.bits)
+        table = self.lloyd(points, self.importance(points), 2**format.bits)
         return None, None, format.storable_levels(table.to(torch.float32))
+
+    def importance(self, groups: torch.Tensor) -> torch.Tensor:
+        """What the squared error of each weight of ``groups`` (..., g) counts."""
+        return range_importance(groups) if self.weighted else torch.ones_like(groups)
 
     def lloyd(self, points: torch.Tensor, mass: torch.Tensor, count: int) -> torch.Tensor:
         """Levels (R, count), ascending, for sorted ``points`` (R, P) of weight ``mass`` (R, P), float64.
@@ -66,5 +76,8 @@ class Lloyd(GridMethod):
             edges[:, -1] = points.shape[1]
             weight = total.gather(1, edges).diff(dim=1)
             means = moment.gather(1, edges).diff(dim=1) / weight.clamp_min(1e-300)
-            levels = torch.where(weight > 0, means, levels).sort(dim=1).values
+            levels = torch.where(weight > 0, means, levels)
+            if self.zero:
+                levels.scatter_(1, levels.abs().argmin(1, keepdim=True), 0.0)
+            levels = levels.sort(dim=1).values
         return levels
