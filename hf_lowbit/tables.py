@@ -115,7 +115,7 @@ def demo(console: Console, result: dict, arguments: dict) -> None:
             table,
             row["name"],
             f"{row['bits_per_packed_weight']:.2f}",
-            f"{row['bytes'] / 1e6:.1f}",
+            megabytes(row["bytes"]),
             "" if row["seconds_to_quantize"] is None else f"{row['seconds_to_quantize']:.1f}",
             _with_error(row["perplexity"], row["perplexity_se"], 2),
             _with_error(row["kl"], row["kl_se"], 4),
