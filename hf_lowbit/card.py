@@ -68,13 +68,13 @@ def make_model_card(
     measured = None if evaluation is None else _measured(evaluation)
     base_card = None
     if base_model is None and earlier is not None and earlier.data.get("base_model_relation") == "quantized":
-        base_model = earlier.data.base_model
+        base_model = earlier.data.get("base_model")
     elif base_model is not None and os.path.isdir(base_model):
         base_card, base_model = card_in(base_model), None
     elif base_model is not None:
         check_repo_id(base_model, "base_model")
         base_card = _card_on_hub(base_model, token)
-    licensed = next((c.data for c in (base_card, earlier) if c is not None and c.data.license), None)
+    licensed = next((c.data for c in (base_card, earlier) if c is not None and c.data.get("license")), None)
     config, architecture = (
         LowBitConfig.from_dict(dict(report["config"])),
         (raw.get("architectures") or ["AutoModel"])[0],
@@ -192,7 +192,8 @@ def _task(architecture: str) -> tuple[str | None, str]:
     from transformers.modelcard import TASK_MAPPING
     from transformers.models.auto import modeling_auto
 
-    task = next((task for task, classes in TASK_MAPPING.items() if architecture in classes.values()), None)
+    tasks: dict[str, Any] = TASK_MAPPING
+    task = next((task for task, classes in tasks.items() if architecture in classes.values()), None)
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None)
         if name.startswith("AutoModelFor") and mapping is not None and architecture in mapping._model_mapping.values():
@@ -225,9 +226,8 @@ def _with_error(value: float, error: float | None) -> str:
 
 
 def _metadata(measured: dict[str, Any] | None, task: str | None, title: str) -> dict[str, Any]:
-    """The evaluation for the card's metadata, finite values only."""
-    rows = [row for row in (measured["rows"] if measured else []) if math.isfinite(row["value"])]
-    if not rows:
+    """The evaluation for the card's metadata; a model that gives no finite perplexity has none there."""
+    if measured is None or not math.isfinite(measured["rows"][0]["value"]):
         return {}
     text = measured["text"] or "a text whose name was not recorded"
     results = [
@@ -240,7 +240,7 @@ def _metadata(measured: dict[str, Any] | None, task: str | None, title: str) -> 
             metric_name=row["name"],
             metric_value=row["value"],
         )
-        for row in rows
+        for row in measured["rows"]
     ]
     return {"model_name": title, "eval_results": results}
 

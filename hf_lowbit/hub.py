@@ -89,7 +89,7 @@ def _commit(repo_id: str, uploads: dict[str, Path], card: ModelCard, private, to
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         stale = [f for f in api.list_repo_files(repo_id) if _WEIGHT_FILE.fullmatch(f) and f not in uploads]
         readme = str(card).replace(PLACEHOLDER, repo_id).encode()
-        operations = [
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationDelete(path) for path in stale),
             *(CommitOperationAdd(path, file) for path, file in uploads.items() if path != "README.md"),
             CommitOperationAdd("README.md", readme),

@@ -247,7 +247,7 @@ def damage(folder: Path, how: str) -> None:
         ("not packed", "is not packed by hf_lowbit, it is in float"),
         ("other method", "is not packed by hf_lowbit, it is quantized by 'gptq'"),
         ("other class", "cannot be checked without its model class: .* needs code of its own"),
-        ("other shape", r"mlp\.\w+_proj\.weight is .* but the config says int:"),
+        ("other shape", r"bytes of model.layers.0.mlp.gate_proj, and int:.* needs .* for \(128, 64\)"),
     ],
 )
 def test_incomplete_folders_are_refused_and_nothing_is_sent(copy, server, how, message):
