@@ -1,8 +1,9 @@
 """How much a quantized model differs from the float one: perplexity, KL divergence and top-1 agreement on a text.
 
-The text is tokenized once and cut into fixed, non-overlapping windows; every window is one forward pass without a BOS token, and
-all its predictions but the one after its last token count. Standard errors are over windows, which are nearly independent,
-unlike tokens. Perplexity alone hides harm, since gains and losses cancel; KL(reference || model) does not.
+The text is tokenized once and cut into fixed, non-overlapping windows; every window is one forward pass without a BOS
+token, and all its predictions but the one after its last token count. Standard errors are over windows, which are
+nearly independent, unlike tokens. Perplexity alone hides harm, since gains and losses cancel; KL(reference || model)
+does not.
 """
 
 import math
@@ -12,6 +13,9 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+
+POSITIONS = 64
+"""Positions compared at a time: temporaries of a whole window and a large vocabulary cost more than the arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,14 @@ def make_windows(tokenizer, text: str, length: int = 512, limit: int | None = No
 
 
 @torch.inference_mode()
+def next_token_logits(model, window: torch.Tensor) -> torch.Tensor:
+    """Logits of the next token (L - 1, vocabulary), in the model's dtype, for one ``window`` (L,)."""
+    return model(window[None].to(model.device), use_cache=False).logits[0, :-1]
+
+
 def log_probabilities(model, window: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of the next token, float32 (L - 1, vocabulary), for one ``window`` (L,)."""
-    logits = model(window[None].to(model.device), use_cache=False).logits[0, :-1]
-    return torch.log_softmax(logits.float(), dim=-1)
+    return torch.log_softmax(next_token_logits(model, window).float(), dim=-1)
 
 
 def evaluate(model, windows: torch.Tensor, reference=None, progress: bool = True) -> Evaluation:
@@ -91,18 +99,16 @@ def evaluate(model, windows: torch.Tensor, reference=None, progress: bool = True
     """
     rows = []
     for i in tqdm(range(len(windows)), desc="Evaluating", disable=not progress, unit="window"):
-        logp = log_probabilities(model, windows[i])
-        targets = windows[i, 1:].to(logp.device)
-        row = [-logp.gather(1, targets[:, None]).mean().item()]
-        if reference is not None:
-            expected = _reference(reference, windows, i).to(logp.device)
-            if expected.shape != logp.shape:
-                raise ValueError(
-                    f"the reference has a vocabulary of {expected.shape[-1]}, the model of {logp.shape[-1]}"
-                )
-            row.append((expected.exp() * (expected - logp)).sum(-1).mean().item())
-            row.append((expected.argmax(-1) == logp.argmax(-1)).float().mean().item())
-        rows.append(row)
+        logits = next_token_logits(model, windows[i])
+        targets = windows[i, 1:].to(logits.device)
+        expected = None if reference is None else _reference(reference, windows, i)
+        if expected is not None and expected.shape != logits.shape:
+            raise ValueError(f"the reference has a vocabulary of {expected.shape[-1]}, the model of {logits.shape[-1]}")
+        sums = torch.zeros(3, dtype=torch.float64)
+        for part in range(0, len(logits), POSITIONS):
+            chunk = slice(part, part + POSITIONS)
+            sums += _compare(logits[chunk], targets[chunk], None if expected is None else expected[chunk])
+        rows.append((sums / len(logits)).tolist())
     values = torch.tensor(rows, dtype=torch.float64)
     means = values.mean(0).tolist()
     errors = (values.std(0) / math.sqrt(len(rows))).tolist() if len(rows) > 1 else [math.nan] * len(means)
@@ -118,3 +124,15 @@ def _reference(reference: Any | Callable[[int], torch.Tensor], windows: torch.Te
     if isinstance(reference, torch.nn.Module):
         return log_probabilities(reference, windows[i])
     return reference(i)
+
+
+@torch.inference_mode()
+def _compare(logits: torch.Tensor, targets: torch.Tensor, expected: torch.Tensor | None) -> torch.Tensor:
+    """Sums over positions, float64 (3,): negative log-likelihood, KL and agreements (0 without ``expected``)."""
+    logp = torch.log_softmax(logits.float(), dim=-1)
+    sums = [-logp.gather(1, targets[:, None]).double().sum(), torch.zeros(()), torch.zeros(())]
+    if expected is not None:
+        expected = expected.to(logp.device)
+        sums[1] = (expected - logp).mul_(expected.exp()).sum(-1).double().sum()
+        sums[2] = (expected.argmax(-1) == logp.argmax(-1)).double().sum()
+    return torch.stack([s.double().cpu() for s in sums])

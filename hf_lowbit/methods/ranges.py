@@ -1,8 +1,8 @@
 """The range of a group that minimises its squared error, for any grid.
 
-The span that covers the group is shrunk step by step and every candidate rounded; the best is then refined by alternating
-two exact steps: the least-squares scale for the codes, ``s = <w, u>/<u, u>`` with ``u`` the codes' values at scale one, and
-the nearest codes for that scale. The best candidate is kept, so no step increases the error.
+The span that covers the group is shrunk step by step and every candidate rounded; the best is then refined by
+alternating two exact steps: the least-squares scale for the codes, ``s = <w, u>/<u, u>`` with ``u`` the codes' values
+at scale one, and the nearest codes for that scale. The best candidate is kept, so no step increases the error.
 """
 
 import torch
@@ -55,5 +55,5 @@ def least_squares_range(
 
 
 def range_importance(groups: torch.Tensor) -> torch.Tensor:
-    """``rms(group) + |w|`` for ``groups`` (..., g): what errors count where no data says more (llama.cpp's K-quants)."""
+    """``rms(group) + |w|`` for ``groups`` (..., g): what an error counts without data (as in llama.cpp's K-quants)."""
     return groups.abs() + groups.square().mean(-1, keepdim=True).sqrt()
