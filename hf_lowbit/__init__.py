@@ -34,26 +34,14 @@ def __dir__():
 
 def register() -> None:
     """Makes the quantization method "lowbit" known to transformers; calling it again does nothing."""
-    from transformers.quantizers.auto import (
-        AUTO_QUANTIZATION_CONFIG_MAPPING,
-        AUTO_QUANTIZER_MAPPING,
-        register_quantization_config,
-        register_quantizer,
-    )
-
-    from .config import QUANT_METHOD, LowBitConfig
-    from .quantizer import LowBitHfQuantizer
-
-    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(LowBitConfig)
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(QUANT_METHOD)(LowBitHfQuantizer)
+    importlib.import_module(".quantizer", __name__)  # which registers what it defines
 
 
 def _start() -> None:
+    global _imported_by_torch
     torch = sys.modules.get("torch")
-    importing_torch = torch is not None and getattr(torch.__spec__, "_initializing", False)
-    if importing_torch:
+    _imported_by_torch = torch is not None and getattr(torch.__spec__, "_initializing", False)
+    if _imported_by_torch:
         return  # the entry point that is being run installs the hook, or is switched off
     from . import _autoload
 

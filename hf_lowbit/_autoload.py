@@ -2,8 +2,9 @@
 
 Transformers has no entry points for quantizers, but torch runs those of the group ``torch.backends`` when it is
 imported. The one of this package puts a finder in front of ``sys.meta_path`` that waits for
-``transformers.quantizers`` and registers when that has been imported. It costs one class and one list insertion,
-imports neither transformers nor anything else, and never raises.
+``transformers.quantizers`` and registers when that has been imported. It costs one class and one list insertion, and
+imports neither transformers nor anything else. It never raises, neither into ``import torch`` nor, should registering
+fail, into ``import transformers``, which then gets a warning.
 
 Switched off by ``HF_LOWBIT_AUTOLOAD=0``, or by torch's own ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``.
 """
@@ -11,6 +12,7 @@ Switched off by ``HF_LOWBIT_AUTOLOAD=0``, or by torch's own ``TORCH_DEVICE_BACKE
 import importlib.util
 import os
 import sys
+import warnings
 
 TARGET = "transformers.quantizers"
 
@@ -31,7 +33,10 @@ class _Loader:
         self._loader.exec_module(module)
         from . import register
 
-        register()
+        try:
+            register()
+        except Exception as error:  # a process that never asked for this package must go on
+            warnings.warn(f"hf_lowbit could not register with transformers: {error!r}", stacklevel=2)
 
 
 class _Finder:
@@ -54,5 +59,8 @@ def wait() -> None:
 
 def install() -> None:
     """The entry point of the group ``torch.backends``."""
-    if os.environ.get("HF_LOWBIT_AUTOLOAD", "1") != "0" and TARGET not in sys.modules:
+    if os.environ.get("HF_LOWBIT_AUTOLOAD", "1") == "0":
+        if getattr(sys.modules.get(__package__), "_imported_by_torch", False):
+            del sys.modules[__package__]  # so that a user's own import, later, is a first one and registers
+    elif TARGET not in sys.modules:
         wait()

@@ -46,6 +46,8 @@ class Plan:
     kept: list[Kept] = field(default_factory=list)
     tied: dict[str, str] = field(default_factory=dict)
     """Packed modules whose tensors are another one's: ``{module: source module}``."""
+    replayed: bool = False
+    """Whether this is the plan of a repo that is packed already."""
 
     def layers(self) -> dict[str, str]:
         """Formats by module name, numbers replaced by ``*`` where all that match agree."""
@@ -150,7 +152,7 @@ def make_plan(model: nn.Module, config: LowBitConfig) -> Plan:
 
 def _replay_plan(model: nn.Module, config: LowBitConfig) -> Plan:
     """The plan that a packed repo's ``layers`` describe, for this model class."""
-    plan = Plan()
+    plan = Plan(replayed=True)
     prefix = getattr(model, "base_model_prefix", "")
     patterns = [
         (re.compile(r"\d+".join(map(re.escape, pattern.split("*")))), parse_format(spec))
@@ -160,7 +162,7 @@ def _replay_plan(model: nn.Module, config: LowBitConfig) -> Plan:
         kind = _kind(module)
         if kind is None:
             continue
-        found = next((f for p, f in patterns if any(p.fullmatch(n) for n in _names(name, prefix))), None)
+        found = next((f for p, f in patterns if any(p.fullmatch(n) for n in names(name, prefix))), None)
         if found is None:
             plan.kept.append(
                 Kept(name, module.weight.numel() * module.weight.element_size(), "kept when it was packed")
@@ -205,14 +207,14 @@ def _kind(module: nn.Module) -> str | None:
     return "embedding" if isinstance(module, nn.Embedding) else None
 
 
-def _names(name: str, prefix: str) -> tuple[str, ...]:
+def names(name: str, prefix: str) -> tuple[str, ...]:
     """A module's name as it is, with and without the base model's prefix."""
     return (name, name.removeprefix(prefix + "."), f"{prefix}.{name}") if prefix else (name,)
 
 
 def _matching_rule(config: LowBitConfig, name: str, prefix: str):
     for pattern, options in config.rules.items():
-        if any(re.fullmatch(pattern, n) for n in _names(name, prefix)):
+        if any(re.fullmatch(pattern, n) for n in names(name, prefix)):
             return pattern, options
     return None, None
 

@@ -17,19 +17,22 @@ from typing import ClassVar
 
 import torch
 from transformers.core_model_loading import ConversionOps, WeightRenaming
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from .backends import select
-from .config import LowBitConfig
+from .config import QUANT_METHOD, LowBitConfig
 from .packed import PackedMixin
 from .plan import Kept, Packed, Plan, make_plan
 from .storage.headers import check_checkpoint
 from .version import __version__
 
+register_quantization_config(QUANT_METHOD)(LowBitConfig)
 logger = logging.get_logger("transformers.hf_lowbit")  # follows transformers' verbosity
 
 
+@register_quantizer(QUANT_METHOD)
 class LowBitHfQuantizer(HfQuantizer):
     """Quantizes while loading, or loads what is packed.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 
 from ..packed import PackedMixin
-from ..plan import Plan
+from ..plan import Plan, names
 
 DTYPE_NAMES = {
     "torch.int16": "I16",
@@ -19,6 +19,8 @@ DTYPE_NAMES = {
     "torch.bfloat16": "BF16",
     "torch.float32": "F32",
 }
+
+FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,28 @@ def read_headers(files: Iterable[str]) -> dict[str, Entry]:
                     entries[name] = Entry(str(file), tuple(view.get_shape()), view.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"{os.path.basename(str(file))} cannot be read ({error}): it is truncated or damaged"
+                f"{os.path.basename(str(file))} cannot be read ({error}): it is missing, truncated or damaged"
             ) from error
     return entries
 
 
+def check_float(entries: dict[str, Entry], plan: Plan, prefix: str) -> None:
+    """Refuses to quantize a checkpoint that holds codes, whatever its config says.
+
+    Raises:
+        ValueError: for a tensor of a module to be packed that is not floating point, naming it.
+    """
+    modules = {alias for name in plan.packed for alias in names(name, prefix)}
+    for name, entry in entries.items():
+        if name.rpartition(".")[0] in modules and entry.dtype not in FLOATS:
+            raise ValueError(
+                f"{name} in {os.path.basename(entry.file)} is {entry.dtype}: this repo is quantized already, by "
+                "something else. Quantize the original model"
+            )
+
+
 def check_checkpoint(model, plan: Plan, files: Iterable[str] | None) -> None:
-    """Reads the checkpoint's headers, and where it is packed already, compares the modules of ``model`` with them.
+    """Reads the checkpoint's headers and compares the packed modules of ``model`` with them.
 
     Raises:
         ValueError: for a file that cannot be read, and for a packed tensor that is missing or has another shape or
@@ -60,10 +77,13 @@ def check_checkpoint(model, plan: Plan, files: Iterable[str] | None) -> None:
     if not files or not all(str(f).endswith(".safetensors") for f in files):
         return
     entries, prefix = read_headers(files), getattr(model, "base_model_prefix", "")
-    for name in (n for n, planned in plan.packed.items() if planned.method is None):
+    if not plan.replayed:
+        check_float(entries, plan, prefix)
+        return
+    for name in plan.packed:
         module = model.get_submodule(name)
         assert isinstance(module, PackedMixin)
-        for alias in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}", plan.tied.get(name, name)):
+        for alias in (*names(name, prefix), plan.tied.get(name, name)):
             if f"{alias}.weight" in entries:
                 break
         else:
