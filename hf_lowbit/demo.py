@@ -304,7 +304,7 @@ def _plot(rows: list[dict], file: Path) -> None:
         axis.set_xlabel("bits per packed weight, everything counted")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3, which="both")
-        axis.margins(x=0.15)
+        axis.margins(0.15)
     axes[1].axhline(float_row["perplexity"], color="black", linestyle="--", label=float_row["name"])
     axes[1].legend()
     _write(file, lambda partial: figure.savefig(partial, dpi=150))
