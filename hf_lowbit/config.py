@@ -48,8 +48,8 @@ class LowBitConfig(MetalConfig):
         format: "int" (default), "nf", "fp4", "codebook" or "ternary"; see ``docs/format.md``.
         method: "rtn", "hqq" or "lloyd"; by default the best measured one for the format.
         group_size: Consecutive inputs that share a scale: 16 to 1024 by powers of two, or "row". Default 32 for
-            "int" and "fp4", "row" for "ternary" and for a codebook per row, otherwise 64 (also where "int" is symmetric or
-            made by "hqq").
+            "int" and "fp4", "row" for "ternary" and for a codebook per row, otherwise 64 (also where "int" is
+            symmetric or made by "hqq").
         symmetric: For "int": no zero points. Default False, but True at 1 bit.
         zeros: For "int": zero points as "int" (default) or "float"; "float" is the default of method "hqq".
         scale_dtype: "float16", "bfloat16", "float32", "log8", "e8m0" or "e4m3"; the default depends on the format.

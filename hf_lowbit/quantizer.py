@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from .backends import select
 from .config import QUANT_METHOD, LowBitConfig
+from .memory import FreedMemory
 from .packed import PackedMixin
 from .plan import Kept, Packed, Plan, make_plan
 from .storage.headers import check_checkpoint
@@ -54,6 +55,7 @@ class LowBitHfQuantizer(HfQuantizer):
         quantization_config = self.quantization_config
         self.plan: Plan | None = None
         self.failure: Exception | None = None
+        self.freed = FreedMemory()
         if self.pre_quantized:
             quantization_config.check_requested()
             if quantization_config.layers is None:
@@ -128,6 +130,7 @@ class LowBitHfQuantizer(HfQuantizer):
             model.initialize_weights()  # of what is not initialised yet
         if not self.pre_quantized:
             self.quantization_config.layers = self.plan.layers()
+        self.freed.give_back()
         keep_packed_layout(model)
         unexpected = [k for k in self.plan.kept if not k.expected]
         log = logger.warning_once if unexpected else logger.info
@@ -212,6 +215,7 @@ class LowBitQuantize(ConversionOps):
                 self.hf_quantizer.failure = error  # raised by param_needs_quantization, see there
                 return {name: weight.new_empty(0)}
             tensors.update({name + suffix: tensor for suffix, tensor in packed.items()})
+            self.hf_quantizer.freed.add(weight.nbytes)
             if hasattr(module, "weight_like"):
                 tensors[name + "_like"] = weight.new_empty(0)
         return tensors
@@ -235,7 +239,7 @@ def quantize_weight(weight: torch.Tensor, planned: Packed, name: str) -> dict[st
         raise ValueError(
             f"{name} has shape {tuple(weight.shape)} in the checkpoint, the config says {tuple(planned.shape)}"
         )
-    if not torch.isfinite(weight).all():
+    if not torch.isfinite(weight.sum(dtype=torch.float64)):  # NaN and infinities survive a sum, which needs no memory
         bad = weight.numel() - int(torch.isfinite(weight).sum())
         raise ValueError(
             f"{name} has {bad} NaN or infinite values: the checkpoint is damaged, or overflowed in its dtype"

@@ -15,14 +15,12 @@ import pytest
 import torch
 import transformers
 
-# What a load needs besides weights: about ten float32 temporaries of a method's chunk of rows, 4 MiB each; see
-# CHUNK_WEIGHTS in hf_lowbit/methods/base.py.
-CONSTANT = 40 * 2**20
+from hf_lowbit.memory import INTERVAL
+from hf_lowbit.methods.base import CHUNK_WEIGHTS
 
-# Not reached yet. Single runs at 2, 12 and 24 layers peaked 24, 77 and 17 MiB beyond the packed model, and kept that
-# after loading; with malloc_trim(0) before each weight, 25, 29 and 26, and 2 to 8 after. So it looks like freed float
-# tensors that the C allocator holds on to, not tensors that stay alive. It varies, hence not strict.
-HELD = pytest.mark.xfail(strict=False, reason="the C allocator keeps freed float tensors; erratic in the layer count")
+# What a load needs besides weights: float tensors that are freed but not yet given back (`hf_lowbit/memory.py`), and
+# about ten float32 temporaries of a method's chunk of rows (`hf_lowbit/methods/base.py`).
+CONSTANT = INTERVAL + 10 * 4 * CHUNK_WEIGHTS
 
 MEASURE = """
 import sys, threading, time, json, gc
@@ -98,7 +96,7 @@ def measured(tiny, tmp_path_factory):
     return results
 
 
-@pytest.mark.parametrize("layers", [2, pytest.param(12, marks=HELD)])
+@pytest.mark.parametrize("layers", [2, 12])
 def test_peak_is_packed_size_and_twice_the_largest_tensor(layers, measured):
     peak, after, packed, size, largest = (value / 2**20 for value in measured[layers])
     print(f"{layers} layers: peak {peak:.0f} MiB, after {after:.0f}, packed {packed:.0f}, float {size:.0f}")
@@ -106,9 +104,8 @@ def test_peak_is_packed_size_and_twice_the_largest_tensor(layers, measured):
     assert after >= 0.9 * packed  # the measurement sees what is there
 
 
-@HELD
 def test_peak_beyond_the_packed_model_does_not_grow_with_layers(measured):
     few, many = (measured[layers][0] - measured[layers][2] for layers in (2, 12))
     largest = measured[2][4]
-    # Ten more layers are 40 such tensors in float; one that stays alive would show.
-    assert many - few <= largest
+    # Ten more layers are 40 such tensors in float. What is freed but held may differ by the interval.
+    assert many - few <= largest + INTERVAL

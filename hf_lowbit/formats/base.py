@@ -114,12 +114,21 @@ class Format:
     def pack(self, quantized: Quantized) -> Tensors:
         """Packs codes and companions into the tensors that :meth:`tensors` describes."""
         assert quantized.scales is not None
-        return {"": self.pack_codes(quantized.codes), **encode_scales(quantized.scales, self.scale_dtype)}
+        return {"": self.pack_rows(quantized.codes), **encode_scales(quantized.scales, self.scale_dtype)}
 
     def unpack(self, stored: Tensors, shape: tuple[int, int]) -> Quantized:
         """Inverse of :meth:`pack` for a weight of ``shape`` (N, K)."""
         codes = self.unpack_codes(stored[""], shape[1])
         return Quantized(codes, decode_scales(stored, self.scale_dtype))
+
+    def pack_rows(self, codes: torch.Tensor) -> torch.Tensor:
+        """Packed codes (N, lanes) of ``codes`` (N, K), made a chunk of rows at a time to need little extra memory."""
+        shape, dtype = self.packed_tensor((codes.shape[0], codes.shape[1]))
+        packed = torch.empty(shape, dtype=dtype, device=codes.device)
+        size = max(1, 2**20 // max(1, codes.shape[1]))
+        for rows, chunk in zip(packed.split(size), codes.split(size), strict=True):
+            rows.copy_(self.pack_codes(chunk))
+        return packed
 
     def pack_codes(self, codes: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError

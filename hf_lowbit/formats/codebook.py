@@ -48,7 +48,7 @@ class CodebookFormat(LookupFormat):
         return {**stored, "_codebook": ((tables, 2**self.bits), torch.float16)}
 
     def pack(self, quantized: Quantized) -> Tensors:
-        stored = super().pack(quantized) if self.has_scales else {"": self.pack_codes(quantized.codes)}
+        stored = super().pack(quantized) if self.has_scales else {"": self.pack_rows(quantized.codes)}
         assert quantized.levels is not None
         return {**stored, "_codebook": self.storable_levels(quantized.levels).to(torch.float16)}
 

@@ -17,8 +17,9 @@ import torch
 
 from ..formats import Format, Quantized
 
-# Weights of one chunk of rows in GridMethod. A method holds about ten float32 temporaries of this size: 40 MB.
-CHUNK_WEIGHTS = 2**20
+# Weights of one chunk of rows in GridMethod. A method holds about ten float32 temporaries of this size: 10 MB, which
+# also fit a processor's cache.
+CHUNK_WEIGHTS = 2**18
 
 
 class Method(ABC):
