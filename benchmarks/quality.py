@@ -27,23 +27,23 @@ MINMAX = {"range": "minmax"}
 def settings() -> dict[str, dict]:
     """Name and LowBitConfig arguments of every row."""
     rows = {}
+    g64 = {"group_size": 64, "scale_dtype": "float16"}
     for bits in (4, 3, 2):
         rows |= {
-            f"rtn int{bits} g64 minmax": {"bits": bits, "method": "rtn", "method_options": MINMAX},
-            f"rtn int{bits} g64": {"bits": bits, "method": "rtn"},
-            f"rtn int{bits} g64 symmetric": {"bits": bits, "method": "rtn", "symmetric": True},
-            f"rtn int{bits} g128": {"bits": bits, "method": "rtn", "group_size": 128},
-            f"rtn int{bits} g32 log8": {"bits": bits, "method": "rtn", "group_size": 32, "scale_dtype": "log8"},
-            f"rtn int{bits} g64 float zeros minmax": {
-                "bits": bits, "method": "rtn", "zeros": "float", "method_options": MINMAX,
-            },
-            f"rtn int{bits} g64 float zeros": {"bits": bits, "method": "rtn", "zeros": "float"},
-            f"hqq int{bits} g64 (zero only)": {"bits": bits, "method": "hqq", "method_options": {"fit_scale": False}},
+            f"int{bits} (default: g32, 8-bit scales)": {"bits": bits},
+            f"rtn int{bits} g64 minmax": {"bits": bits, **g64, "method_options": MINMAX},
+            f"rtn int{bits} g64 mse": {"bits": bits, **g64, "method_options": {"range": "mse"}},
+            f"rtn int{bits} g64": {"bits": bits, **g64},
+            f"rtn int{bits} g64 symmetric": {"bits": bits, **g64, "symmetric": True},
+            f"rtn int{bits} g128": {"bits": bits, **g64, "group_size": 128},
+            f"rtn int{bits} g64 float zeros": {"bits": bits, **g64, "zeros": "float"},
             f"hqq int{bits} g64": {"bits": bits, "method": "hqq"},
+            f"hqq int{bits} g64 integer zeros": {"bits": bits, **g64, "method": "hqq", "zeros": "int"},
             f"nf{bits} g64 absmax": {"bits": bits, "format": "nf", "method_options": MINMAX},
             f"nf{bits} g64": {"bits": bits, "format": "nf"},
             f"nf{bits} g32": {"bits": bits, "format": "nf", "group_size": 32},
             f"lloyd{bits} per tensor g64": {"bits": bits, "format": "codebook"},
+            f"lloyd{bits} per tensor g32": {"bits": bits, "format": "codebook", "group_size": 32},
             f"lloyd{bits} per row": {"bits": bits, "format": "codebook", "codebook": "row"},
         }  # fmt: skip
     rows |= {
@@ -51,9 +51,9 @@ def settings() -> dict[str, dict]:
         "nvfp4 g16": {"bits": 4, "format": "fp4", "group_size": 16, "scale_dtype": "e4m3"},
         "ternary row": {"bits": 1.58},
         "int1 g64": {"bits": 1},
-        "int8 g64": {"bits": 8},
-        "int6 g64": {"bits": 6},
-        "int5 g64": {"bits": 5},
+        "int5": {"bits": 5},
+        "int6": {"bits": 6},
+        "int8": {"bits": 8},
     }
     return rows
 
@@ -76,11 +76,7 @@ def main():
             "method": name, "bits per weight": bits, "KL": r.kl, "± KL": r.kl_se, "top-1 %": 100 * r.top1,
             "perplexity": r.perplexity, "± ppl": r.perplexity_se,
         })  # fmt: skip
-        print(
-            f"{name:34s} {bits:6.3f} bpw  KL {r.kl:8.4f} ± {r.kl_se:.4f}  top-1 {100 * r.top1:5.1f} %  ppl {r.perplexity:9.4g}"
-            f"  {rows[-1].get('seconds', '')}",
-            flush=True,
-        )
+        print(rows[-1], flush=True)
 
     if not args.only:
         measure("float (bfloat16 weights)", AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), 16.0)

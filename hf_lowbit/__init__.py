@@ -37,6 +37,9 @@ def register() -> None:
     importlib.import_module(".quantizer", __name__)  # which registers what it defines
 
 
+_imported_by_torch = False
+
+
 def _start() -> None:
     global _imported_by_torch
     torch = sys.modules.get("torch")

@@ -98,7 +98,7 @@ class LowBitConfig(MetalConfig):
             close = difflib.get_close_matches(option, arguments, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f": it takes {', '.join(arguments)}"
             raise ValueError(f"LowBitConfig has no option {option!r}{hint}")
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers takes any string
         self.layers: dict[str, str] | None = saved["layers"]
         self.version: str = saved["version"] or __version__
         self.given = {k: copy.deepcopy(v) for k, v in arguments.items() if v is not None}
@@ -106,10 +106,10 @@ class LowBitConfig(MetalConfig):
             self.given["rules"] = _ordered(rules)
         self.requested: dict[str, Any] | None = None  # of a user's config, when this one came from a packed repo
 
-        self.bits = 4 if bits is None else bits
+        self.bits = 4 if bits is None else bits  # type: ignore[assignment]
         self.format = format or ("ternary" if self.bits == 1.58 else "int")
         self.method = method or BEST.get(self.format, "rtn")
-        self.group_size = group_size
+        self.group_size = group_size  # type: ignore[assignment]
         self.symmetric, self.zeros, self.scale_dtype, self.codebook = symmetric, zeros, scale_dtype, codebook
         self.method_options = method_options or {}
         self.rules = _ordered(rules)
@@ -166,7 +166,7 @@ class LowBitConfig(MetalConfig):
                 f"bits={bits!r}: fractional budgets are not available yet; use a whole number, 1.58, or rules per layer"
             )
         cls = FORMATS[format_name]
-        arguments = {"bits": bits if bits == 1.58 else int(bits)}
+        arguments: dict[str, Any] = {"bits": bits if bits == 1.58 else int(bits)}
         known = {f.name for f in dataclasses.fields(cls)}
         for key in _FORMAT_OPTIONS:
             if options[key] is None:

@@ -152,7 +152,8 @@ def _by_skeleton(model, config: LowBitConfig, entries: dict[str, Entry]) -> tupl
 def _by_name(config: LowBitConfig, entries: dict[str, Entry]) -> tuple[list[dict], list[dict]]:
     """Layers and kept tensors as the files name them."""
     patterns = [
-        (re.compile(r"\d+".join(map(re.escape, p.split("*")))), parse_format(spec)) for p, spec in config.layers.items()
+        (re.compile(r"\d+".join(map(re.escape, p.split("*")))), parse_format(spec))
+        for p, spec in (config.layers or {}).items()
     ]
     layers: dict[str, dict] = {}
     kept = []

@@ -12,12 +12,14 @@ on it. The identities below change every weight and no output, up to rounding. W
 - a random rotation of each such plane of a value head, undone in the columns of ``o_proj``.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
 
 @torch.no_grad()
-def move_off_grid(model: nn.Module, seed: int = 0) -> nn.Module:
+def move_off_grid(model: Any, seed: int = 0) -> Any:
     """Applies the identities to ``model`` in place.
 
     Args:

@@ -112,7 +112,7 @@ def test_lloyd_beats_nf_at_equal_bits(bench, bits):
     for name in ("codebook", "nf"):
         format, method = LowBitConfig(bits=bits, format=name, method_options=MSE[name]).resolve()
         errors[name] = [(format.decode(method.quantize(w, format)) - w).square().mean() / w.var() for w in weights]
-        # A table of at most 16 float16 levels is 32 bytes a matrix: at most 0.0025 bits per weight on the smallest here.
+        # A table of at most 16 float16 levels is 32 bytes: at most 0.0025 bits per weight of the smallest matrix here.
         assert format.bits_per_weight((192, 576)) <= bits + 8 / 64 + 0.0025
     assert all(a < b for a, b in zip(*errors.values(), strict=True))
 

@@ -26,7 +26,7 @@ def least_squares_range(
     """
     importance = range_importance(groups) if weighted else torch.ones_like(groups)
     best_error = torch.full(groups.shape[:2], torch.inf, device=groups.device)
-    best_scales = best_zeros = None
+    best_scales, best_zeros = format.fit(groups, SHRINK[0], levels)
 
     def consider(scales, zeros):
         nonlocal best_error, best_scales, best_zeros
@@ -36,9 +36,9 @@ def least_squares_range(
         error = format.decode_groups(codes, scales, zeros, levels).sub_(groups).square_().mul_(importance).sum(-1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best_scales = scales if best_scales is None else torch.where(better, scales, best_scales)
+        best_scales = torch.where(better, scales, best_scales)
         if zeros is not None:
-            best_zeros = zeros if best_zeros is None else torch.where(better, zeros, best_zeros)
+            best_zeros = torch.where(better, zeros, best_zeros)
 
     for shrink in SHRINK:
         consider(*format.fit(groups, shrink, levels))

@@ -71,7 +71,7 @@ class Layout:
                     )
                 left.discard(name)
                 file.seek(len(self.head) + self.places[name])
-                file.write(memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             if left:
                 raise RuntimeError(f"{path.name} lacks {sorted(left)[0]}")
             file.flush()
