@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from .config import LowBitConfig
 from .inspection import inspect_repo
+from .methods import method_options
 from .plan import _wildcard, make_plan
 from .quantizer import replace_modules
 from .skeleton import NoSkeleton, build_skeleton, checkpoint_files, read_config
@@ -93,6 +94,8 @@ def make_model_card(
         **_metadata(measured, task, title),
     )
     settings = {k: v for k, v in report["config"].items() if k not in ("layers", "quant_method", "version")}
+    defaults = {name: option.default for name, option in method_options(settings["method"]).items()}
+    settings["method_options"] = {**defaults, **settings.get("method_options", {})}
     return ModelCard.from_template(
         data,
         template_str=(files("hf_lowbit.model_cards") / "template.md").read_text(encoding="utf-8"),

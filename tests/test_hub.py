@@ -138,6 +138,7 @@ def test_card_says_what_the_folder_holds(copy):
     assert "| `model.embed_tokens.weight` | 0.041 | embedding; pack it by a rule |" in card.text
     settings = json.loads(card.text.split("```json\n")[1].split("```")[0])
     saved = json.loads((copy / "config.json").read_text())["quantization_config"]
+    assert settings.pop("method_options") == {"range": "weighted"}  # defaults are spelled out
     assert settings == {k: v for k, v in saved.items() if k not in ("layers", "quant_method", "version")}
     assert settings["group_size"] == 32 and "q|k" in json.dumps(settings["rules"])
     assert "The quality of these weights was not measured." in card.text

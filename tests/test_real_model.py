@@ -83,11 +83,11 @@ def bench(real_folder):
 
 
 def test_more_bits_never_hurt(bench):
-    ladder = [bench.kl(bits=bits)[0] for bits in (2, 3, 4, 6)]
+    ladder = [bench.kl(bits=bits)[0] for bits in (2, 3, 4)]
     assert all(beats(more, fewer) for fewer, more in itertools.pairwise(ladder))
 
 
-@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("bits", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_weighted_range_beats_minmax(bench, bits):
     common = {"bits": bits, "group_size": 64, "scale_dtype": "float16"}
     assert beats(bench.kl(**common)[0], bench.kl(**common, method_options={"range": "minmax"})[0])
@@ -98,6 +98,7 @@ def test_small_groups_with_8_bit_scales_beat_groups_of_64(bench):
     assert beats(small, large) and small_bits < large_bits * 1.02
 
 
+@pytest.mark.slow
 def test_nf4_beats_int4_at_no_more_bits(bench):
     nf, nf_bits = bench.kl(bits=4, format="nf")
     integer, int_bits = bench.kl(bits=4, symmetric=True, scale_dtype="log8")
@@ -112,16 +113,18 @@ def test_lloyd_beats_nf_at_equal_bits(bench, bits):
     for name in ("codebook", "nf"):
         format, method = LowBitConfig(bits=bits, format=name, method_options=MSE[name]).resolve()
         errors[name] = [(format.decode(method.quantize(w, format)) - w).square().mean() / w.var() for w in weights]
-        # A table of at most 16 float16 levels is 32 bytes: at most 0.0025 bits per weight of the smallest matrix here.
-        assert format.bits_per_weight((192, 576)) <= bits + 8 / 64 + 0.0025
+        # A table of at most 16 float16 levels and the range of the scales are 40 bytes for 192 * 576 weights.
+        assert format.bits_per_weight((192, 576)) <= bits + 8 / 64 + 8 * 40 / (192 * 576)
     assert all(a < b for a, b in zip(*errors.values(), strict=True))
 
 
+@pytest.mark.slow
 def test_lloyd_beats_nf_where_levels_are_few(bench):
     assert beats(bench.kl(bits=2, format="codebook")[0], bench.kl(bits=2, format="nf")[0])
     assert not beats(bench.kl(bits=3, format="nf")[0], bench.kl(bits=3, format="codebook")[0])
 
 
+@pytest.mark.slow
 def test_integer_zero_points_beat_float_ones(bench):
     """Why HQQ does not beat round-to-nearest here: its float zero points leave no code for zero (docs/methods.md)."""
     common = {"bits": 3, "group_size": 64, "scale_dtype": "float16", "method_options": {"range": "minmax"}}
@@ -137,10 +140,6 @@ def test_hqq_beats_rtn(bench, bits):
     assert beats(
         bench.kl(**common, method="hqq", zeros="float")[0], bench.kl(**common, method_options={"range": "minmax"})[0]
     )
-
-
-def test_ternary_takes_at_most_1_63_bits(bench):
-    assert bench.kl(bits=1.58)[1] <= 1.63
 
 
 def test_rescaling_keeps_the_logits(real_folder):

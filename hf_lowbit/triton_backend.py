@@ -1,0 +1,47 @@
+"""The ``triton`` backend: :mod:`hf_lowbit.lowbit_kernels` on GPUs.
+
+The kernels are a project of their own that knows nothing of this package; here they are registered with what they can
+run. Neither Triton nor a device is touched before a kernel is asked for. Where ``TRITON_INTERPRET=1`` was set when
+this module was imported, Triton interprets its kernels and they run on CPU tensors, slowly: that is how they are
+tested where there is no GPU.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+
+import torch
+
+from .backends import Kernel, register_kernel
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = frozenset({"cuda", "xpu"} | ({"cpu"} if INTERPRETED else set()))
+DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """What is missing on this machine, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "needs Triton: pip install 'hf-lowbit[triton]'"
+    if not (INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available()):
+        return "needs a GPU and a build of torch that supports it; torch finds none"
+    return None
+
+
+def _run(op: str, *arguments):
+    return getattr(importlib.import_module(".lowbit_kernels", __package__), op)(*arguments)
+
+
+for _op in ("linear", "input_gradient", "dequantize", "embedding"):
+    register_kernel(
+        Kernel(
+            backend="triton",
+            op=_op,
+            run=functools.partial(_run, _op),
+            devices=DEVICES,
+            dtypes=DTYPES,
+            unavailable=unavailable,
+        )
+    )
