@@ -1,0 +1,133 @@
+"""``x @ W.T + bias`` with a packed ``W``: matrix-vector for up to 4 rows, tiles of ``tl.dot`` for more.
+
+Both walk a row of ``W`` in lane order (:mod:`.decode`): lanes are loaded once, and each of their fields is a tile
+of weights whose inputs are picked out of ``x`` to match. Everything is summed in float32.
+
+A small problem has too few output tiles to fill a GPU, so the inputs can be split among programs. Each then writes its
+sum into a buffer of its own and a second kernel adds them in order: no atomics, so the result is the same every time.
+
+Matrix-vector multiplies in float32, the weight unrounded; tiles round the weight to the dtype of ``x``, as a float
+layer's weight would be.
+"""
+
+import triton
+import triton.language as tl
+
+from .decode import decode_field, dequantize, group_of, input_index, load_lanes, load_scale, load_zero, row_lanes
+
+
+@triton.jit
+def _store(out, bias, split, m, n, value, M, N, SPLIT: tl.constexpr):
+    """The result, or this split's share (split, M, N); ``value`` over ``m`` (BLOCK_M, 1) and ``n`` (1, BLOCK_N)."""
+    if bias is not None and SPLIT == 1:
+        value += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
+    address = (split * M + m).to(tl.int64) * N + n
+    tl.store(out + address, value.to(out.dtype.element_ty), mask=(m < M) & (n < N))
+
+
+@triton.jit
+def gemv_kernel(
+    x,
+    weight,
+    scales,
+    scale_range,
+    zeros,
+    levels,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    LAYOUT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """Grid (cdiv(N, BLOCK_N), SPLIT); all ``M <= BLOCK_M`` rows at once, BLOCK_N rows of W, BLOCK_L lanes a step."""
+    FIELDS: tl.constexpr = LAYOUT.fields
+    split = tl.program_id(1)
+    m = tl.arange(0, BLOCK_M)[:, None]
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = n[:, None].to(tl.int64)
+    lanes = row_lanes(K, LAYOUT)
+    total = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_L), dtype=tl.float32)
+    for start in range(split * BLOCK_L, lanes, SPLIT * BLOCK_L):
+        lane = start + tl.arange(0, BLOCK_L)[None, :]
+        here = (lane < lanes) & (row < N)
+        first, second, third = load_lanes(weight, row, lane, here, K, LAYOUT)
+        k = input_index(lane, 0, K, LAYOUT)
+        scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+        zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+        for field in tl.static_range(FIELDS):
+            k = input_index(lane, field, K, LAYOUT)
+            if not LAYOUT.group_spans_blocks:
+                scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+                zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+            code = decode_field(first, second, third, field, LAYOUT)
+            value = dequantize(code, scale, zero, levels, row, row < N, LAYOUT)
+            inputs = tl.load(x + m * K + k, mask=(m < M) & (lane < lanes) & (k < K), other=0).to(tl.float32)
+            total += value[None, :, :] * inputs[:, None, :]
+    _store(out, bias, split, m, n[None, :], tl.sum(total, axis=2), M, N, SPLIT)
+
+
+@triton.jit
+def gemm_kernel(
+    x,
+    weight,
+    scales,
+    scale_range,
+    zeros,
+    levels,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    LAYOUT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """Grid (cdiv(M, BLOCK_M), cdiv(N, BLOCK_N), SPLIT); programs that share weights run side by side."""
+    FIELDS: tl.constexpr = LAYOUT.fields
+    split = tl.program_id(2)
+    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    row = n.to(tl.int64)
+    x_row = x + m.to(tl.int64) * K
+    lanes = row_lanes(K, LAYOUT)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(split * BLOCK_L, lanes, SPLIT * BLOCK_L):
+        lane = start + tl.arange(0, BLOCK_L)[:, None]
+        x_lane = start + tl.arange(0, BLOCK_L)[None, :]
+        here = (lane < lanes) & (row < N)
+        first, second, third = load_lanes(weight, row, lane, here, K, LAYOUT)
+        k = input_index(lane, 0, K, LAYOUT)
+        scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+        zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+        for field in tl.static_range(FIELDS):
+            if not LAYOUT.group_spans_blocks:
+                k = input_index(lane, field, K, LAYOUT)
+                scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+                zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+            code = decode_field(first, second, third, field, LAYOUT)
+            value = dequantize(code, scale, zero, levels, row, row < N, LAYOUT)
+            x_k = input_index(x_lane, field, K, LAYOUT)
+            inputs = tl.load(x_row + x_k, mask=(m < M) & (x_lane < lanes) & (x_k < K), other=0)
+            total = tl.dot(inputs, value.to(inputs.dtype), total, input_precision="ieee")
+    _store(out, bias, split, m, n, total, M, N, SPLIT)
+
+
+@triton.jit
+def add_kernel(shares, bias, out, M, N, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    """Adds ``shares`` (SPLIT, M, N), float32, and the bias (N,) into ``out`` (M, N), in the order of the splits."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = M.to(tl.int64) * N
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for split in range(SPLIT):
+        total += tl.load(shares + split * size + place, mask=place < size, other=0)
+    if bias is not None:
+        total += tl.load(bias + place % N, mask=place < size, other=0).to(tl.float32)
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=place < size)
