@@ -35,15 +35,11 @@ def settings() -> dict[str, dict]:
             f"rtn int{bits} g64 mse": {"bits": bits, **g64, "method_options": {"range": "mse"}},
             f"rtn int{bits} g64": {"bits": bits, **g64},
             f"rtn int{bits} g64 symmetric": {"bits": bits, **g64, "symmetric": True},
-            f"rtn int{bits} g128": {"bits": bits, **g64, "group_size": 128},
             f"rtn int{bits} g64 float zeros": {"bits": bits, **g64, "zeros": "float"},
             f"hqq int{bits} g64": {"bits": bits, "method": "hqq"},
-            f"hqq int{bits} g64 integer zeros": {"bits": bits, **g64, "method": "hqq", "zeros": "int"},
-            f"nf{bits} g64 absmax": {"bits": bits, "format": "nf", "method_options": MINMAX},
             f"nf{bits} g64": {"bits": bits, "format": "nf"},
             f"nf{bits} g32": {"bits": bits, "format": "nf", "group_size": 32},
             f"lloyd{bits} per tensor g64": {"bits": bits, "format": "codebook"},
-            f"lloyd{bits} per tensor g32": {"bits": bits, "format": "codebook", "group_size": 32},
             f"lloyd{bits} per row": {"bits": bits, "format": "codebook", "codebook": "row"},
         }  # fmt: skip
     rows |= {

@@ -97,3 +97,22 @@ def test_names_that_the_document_mentions_exist():
     for name in re.findall(r"`(test_\w+)`", text):
         assert f"def {name}(" in tests, name
     assert "OPTIONS = {" in tests
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    root = Path(__file__).parent.parent
+    commands = re.findall(r"```bash\n(python3 -m venv .*)\n```", (root / "README.md").read_text())
+    assert len(commands) == 2
+    assert commands[1] in (root / ".ci" / "run").read_text()
+
+
+def test_links_between_documents_lead_somewhere():
+    root = Path(__file__).parent.parent
+    for page in [
+        root / "README.md",
+        *root.glob("docs/*.md"),
+        root / "benchmarks/README.md",
+        root / "model_cards/README.md",
+    ]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
