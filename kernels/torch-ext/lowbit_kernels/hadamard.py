@@ -80,17 +80,22 @@ def factor(features: int, max_block: int = 4096) -> tuple[int, int]:
 
 
 @triton.jit
+def _stage(value, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """Sums and differences of the values that lie STEP apart, of ``value`` (BLOCK_R, BLOCK)."""
+    pairs = tl.reshape(value, (BLOCK_R, BLOCK // (2 * STEP), 2, STEP))
+    low, high = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+    mixed = tl.permute(tl.join(low + high, low - high), (0, 1, 3, 2))
+    return tl.reshape(mixed, (BLOCK_R, BLOCK))
+
+
+@triton.jit
 def butterfly_kernel(x, out, rows, scale, BLOCK: tl.constexpr, STAGES: tl.constexpr, BLOCK_R: tl.constexpr):
     """Transforms each of ``rows`` runs of BLOCK = 2**STAGES values; grid (cdiv(rows, BLOCK_R),)."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     place = r * BLOCK + tl.arange(0, BLOCK)[None, :]
     value = tl.load(x + place, mask=r < rows, other=0).to(tl.float32)
     for stage in tl.static_range(STAGES):
-        step: tl.constexpr = 1 << stage
-        pairs = tl.reshape(value, (BLOCK_R, BLOCK // (2 * step), 2, step))
-        low, high = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
-        mixed = tl.permute(tl.join(low + high, low - high), (0, 1, 3, 2))
-        value = tl.reshape(mixed, (BLOCK_R, BLOCK))
+        value = _stage(value, BLOCK_R, BLOCK, 1 << stage)
     tl.store(out + place, (value * scale).to(out.dtype.element_ty), mask=r < rows)
 
 
