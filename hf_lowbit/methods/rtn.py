@@ -10,7 +10,7 @@ increase the error.
 
 ``range="weighted"`` (default): the same, with each squared error weighted by ``rms(group) + |w|``, which is what
 llama.cpp's K-quants use when they have no data. Plain squared error clips a group's largest weights, and a model's
-output depends on those more than on the rest: at 4 bits it is worse than min-max although its error is smaller
+output depends on those more than on the rest: at 4 bits it is no better than min-max although its error is smaller
 (docs/methods.md).
 """
 
