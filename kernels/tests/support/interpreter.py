@@ -1,10 +1,10 @@
 """Mends Triton's interpreter, so that what passes in it means something in bfloat16 too.
 
-The stock interpreter (Triton 3.9) keeps bfloat16 as uint16 bit patterns and does arithmetic on those patterns; it
-rounds float32 to bfloat16 by cutting bits off, and float32 to smaller floats with a carry that is lost; and autotuning
-between several configs asks for a GPU. :func:`mend` replaces the methods at fault: bfloat16 is widened to float32,
-computed, and rounded to nearest even, as machines do. It also saves most of the time of a call of a device function,
-which looks the whole language up again.
+The stock interpreter (Triton 3.9) keeps bfloat16 as uint16 bit patterns and does arithmetic and sums on those
+patterns; it rounds float32 to bfloat16 by cutting bits off, and float32 to smaller floats with a carry that is lost;
+and autotuning between several configs asks for a GPU. :func:`mend` replaces the methods at fault: bfloat16 is widened
+to float32, computed, and rounded to nearest even, as machines do. It also saves most of the time of a call of a
+device function, which looks the whole language up again.
 
 Not mended: atomics on bfloat16, inline assembly. Programs still run one after another, so a race stays invisible; and
 reads out of bounds still succeed, which is why tests pad their buffers with canaries.
@@ -96,6 +96,20 @@ def _dot(stock):
     return create_dot
 
 
+def _reduce(stock):
+    """Sums, maxima and scans of bfloat16 are taken, and returned, in float32, as compiled ones are."""
+
+    def widened(tensor):
+        if not _is_bfloat16(tensor.handle):
+            return tensor
+        return tl.core.tensor(_widened(tensor.handle), tl.block_type(tl.float32, tensor.shape))
+
+    def apply(self, input):
+        return stock(self, tuple(map(widened, input)) if isinstance(input, tuple) else widened(input))
+
+    return apply
+
+
 def _patch_once(stock):
     """Device functions patch the language again at every call; in a launch it is patched already."""
 
@@ -116,6 +130,7 @@ def mend() -> None:
     builder.cast_impl = _cast(builder.cast_impl)
     builder.create_fp_to_fp = _convert(builder.create_fp_to_fp)
     builder.create_dot = _dot(builder.create_dot)
+    interpreter.ReduceScanOpInterface.apply = _reduce(interpreter.ReduceScanOpInterface.apply)
     interpreter._patch_lang = _patch_once(interpreter._patch_lang)
     # Without a device there is nothing to time: every config is as good, and the first one is taken.
     autotuner.Autotuner._bench = lambda self, *arguments, config, **meta: [1.0, 1.0, 1.0]

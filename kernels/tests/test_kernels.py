@@ -1,0 +1,183 @@
+"""Every kernel against its plain twin, on every problem of the list.
+
+How far a result may be off follows from what is computed. With ``u = 2**-24``:
+
+- The weights are the same float32 numbers in both, but for ``log8`` scales, whose power of two each side may have off
+  by a relative ``2**-23 * (1 + |exponent|)`` (docs/format.md), and one more rounding of the product.
+- Tiles round a weight to the dtype of ``x``, and so does the twin's here. Where the float32 values differ as said, the
+  two may round to neighbours: ``2 * u_x`` more, ``u_x`` being the unit roundoff of that dtype.
+- A sum of ``n`` products in float32, in any order, is off by at most ``(n + 1) * u / (1 - (n + 1) * u)`` times the
+  sum of their magnitudes, one rounding for each product and each addition; the bias is one more term.
+- The result is rounded once to its dtype: a relative ``u_x``, or half the smallest subnormal.
+
+The twin's sum is taken in float64, where its own error does not matter.
+"""
+
+import lowbit_kernels
+import pytest
+import torch
+from lowbit_kernels import layout, plain
+from lowbit_kernels.tiles import GEMV_ROWS, Tiles
+from problems import BF16, FP16, FP32, PROBLEMS, Problem, guard, intact, packed
+
+from hf_lowbit.formats import parse_format
+
+U = 2.0**-24
+ROUNDOFF = {BF16: 2.0**-8, FP16: 2.0**-11, FP32: U}
+SMALLEST = {BF16: 2.0**-133, FP16: 2.0**-24, FP32: 2.0**-149}
+
+
+def weight_error(packed: layout.Packed, layout: layout.Layout) -> float:
+    """Relative difference between two readers' float32 weights."""
+    if layout.scale != "log8":
+        return 0.0
+    low, step = (float(v) for v in packed.scale_range)
+    return 2 * 2.0**-23 * (1 + max(abs(low), abs(low + 254 * step))) + 2 * U
+
+
+def flip(error: float, dtype: torch.dtype) -> float:
+    """What a relative ``error`` of float32 values can become when they are rounded to ``dtype``."""
+    return error + 2 * ROUNDOFF[dtype] if error and dtype != FP32 else error
+
+
+@pytest.fixture
+def buffers(monkeypatch):
+    """All that ``torch.empty`` gave to the kernels: NaN inside, so that nothing stays unwritten unseen."""
+    made, stock = [], torch.empty
+
+    def empty(*arguments, **options):
+        new = stock(*arguments, **options)
+        if not new.is_floating_point():
+            return new
+        made.append(guard(new.fill_(float("nan"))))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", empty)
+    return made
+
+
+def random(*shape, dtype, device, seed=1):
+    return guard(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype))
+
+
+def check_sum(result, left, right, dtype, terms, error, bias=None):
+    """``result`` against ``left`` (M, n) @ ``right`` (n, L) + bias, both float32; see the module's text."""
+    left, right = left.double(), right.double()
+    expected, magnitude = left @ right, left.abs() @ right.abs()
+    if bias is not None:
+        expected, magnitude = expected + bias.double(), magnitude + bias.double().abs()
+    summing = (terms + 1) * U / (1 - (terms + 1) * U)
+    bound = magnitude * (error + summing * (1 + error))
+    bound += ROUNDOFF[dtype] * (expected.abs() + bound) + SMALLEST[dtype] / 2
+    wrong = (result.double() - expected).abs()
+    assert (wrong <= bound).all(), f"off by {(wrong / bound).max():.3g} of what it may be"
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.id)
+def test_a_kernel_computes_what_its_twin_does(problem: Problem, device, buffers):
+    format, (M, N, K), dtype = parse_format(problem.format), (problem.M, problem.N, problem.K), problem.dtype
+    weight, companions = packed(format, N, K, device)
+    lay = lowbit_kernels.parse(format.spec)
+    named = layout.name_tensors(weight, companions, lay)
+    values = plain.weight_values(named, lay, K)
+    error = weight_error(named, lay)
+    given = [weight, *companions]
+    if problem.op == "linear":
+        x, bias = random(M, K, dtype=dtype, device=device), random(N, dtype=FP32, device=device, seed=2)
+        given += [x]
+        result = lowbit_kernels.linear(x, weight, companions, bias, format.spec, K)
+        assert result.shape == (M, N) and result.dtype == dtype
+        tiled = M > GEMV_ROWS
+        right = values.to(dtype).float() if tiled else values
+        check_sum(result, x.float(), right.T, dtype, K + 1, flip(error, dtype) if tiled else error, bias.to(dtype))
+    elif problem.op == "input_gradient":
+        gradient = random(M, N, dtype=dtype, device=device)
+        given += [gradient]
+        result = lowbit_kernels.input_gradient(gradient, weight, companions, format.spec, K)
+        assert result.shape == (M, K) and result.dtype == dtype
+        check_sum(result, gradient.float(), values.to(dtype).float(), dtype, N, flip(error, dtype))
+    else:
+        if problem.op == "dequantize":
+            result, expected = lowbit_kernels.dequantize(weight, companions, format.spec, K, dtype), values
+        else:
+            index = guard((torch.arange(M, device=device) * 7 + 3) % N)
+            given += [index]
+            result, expected = lowbit_kernels.embedding(index, weight, companions, format.spec, K, dtype), values[index]
+        assert result.shape == expected.shape and result.dtype == dtype
+        expected = expected.to(dtype).float()
+        assert ((result.float() - expected).abs() <= flip(error, dtype) * expected.abs()).all()
+    assert buffers and all(intact(b) for b in (*buffers, *given))
+
+
+@pytest.mark.parametrize("M", [2, 20])
+@pytest.mark.parametrize("split", [1, 2, 8])
+@pytest.mark.parametrize("format", ["int:bits=3,group_size=32", "ternary:bits=1.58"])
+def test_programs_that_share_the_inputs_add_up(format, split, M, device, buffers):
+    """Any number of splits, more than there are steps included, gives the sum, and the same bits every time."""
+    format, N, K = parse_format(format), 34, 340
+    weight, companions = packed(format, N, K, device)
+    x, bias = random(M, K, dtype=FP32, device=device), random(N, dtype=FP32, device=device, seed=2)
+    buffers.clear()
+    tiles = Tiles(2, 16, 32, split) if M == 2 else Tiles(16, 32, 16, split)
+    first, again = (lowbit_kernels.linear(x, weight, companions, bias, format.spec, K, tiles) for _ in range(2))
+    assert torch.equal(first, again)
+    lay = lowbit_kernels.parse(format.spec)
+    named = layout.name_tensors(weight, companions, lay)
+    values = plain.weight_values(named, lay, K)
+    check_sum(first, x, values.T, FP32, K + 1, weight_error(named, lay), bias)
+    assert len(buffers) == 2 * (1 + (split > 1)) and all(intact(b) for b in buffers)
+
+
+def test_shapes_without_rows_or_with_many_dimensions(device):
+    format = parse_format("int:bits=4")
+    weight, companions = packed(format, 7, 65, device)
+    for leading in ((), (0,), (2, 0), (2, 3)):
+        x = torch.ones(*leading, 65, device=device)
+        y = lowbit_kernels.linear(x, weight, companions, None, format.spec, 65)
+        assert y.shape == (*leading, 7)
+        assert lowbit_kernels.input_gradient(y, weight, companions, format.spec, 65).shape == x.shape
+        index = torch.zeros(leading, dtype=torch.long, device=device)
+        assert lowbit_kernels.embedding(index, weight, companions, format.spec, 65, FP16).shape == x.shape
+
+
+def test_input_that_is_not_contiguous(device):
+    format = parse_format("int:bits=4")
+    weight, companions = packed(format, 7, 65, device)
+    x = random(65, 3, dtype=FP32, device=device).T
+    expected = lowbit_kernels.linear(x.contiguous(), weight, companions, None, format.spec, 65)
+    assert torch.equal(lowbit_kernels.linear(x, weight, companions, None, format.spec, 65), expected)
+
+
+@pytest.mark.parametrize("row", [-1, 7])
+def test_an_index_outside_the_table_is_an_error(row, device):
+    if device != "cpu":
+        pytest.skip("a device assertion ends the process")
+    format = parse_format("int:bits=4")
+    with pytest.raises(RuntimeError, match="index out of range"):
+        lowbit_kernels.embedding(torch.tensor([row]), *packed(format, 7, 65, device), format.spec, 65, FP32)
+
+
+def test_the_check_would_see_one_weight_off_by_one_code(device):
+    """The tolerances of the list above are tight enough to see the smallest error there can be, in 8 bits."""
+    format = parse_format("int:bits=8,symmetric=True,scale_dtype=float32")
+    weight, companions = packed(format, 33, 193, device)
+    x = torch.full((5, 193), 0.25, device=device)
+    values = plain.dequantize(weight, companions, format.spec, 193, FP32)
+    result = lowbit_kernels.linear(x, weight, companions, None, format.spec, 193)
+    check_sum(result, x, values.T, FP32, 193, 0.0)
+    values[0, 100] += companions[0][0, 1]
+    with pytest.raises(AssertionError, match=r"off by .* of what it may be"):
+        check_sum(result, x, values.T, FP32, 193, 0.0)
+
+
+def test_every_problem_has_its_own_name():
+    assert len({p.id for p in PROBLEMS}) == len(set(PROBLEMS)) == len(PROBLEMS)
+
+
+def test_the_list_covers_what_the_kernels_read():
+    layouts = {lowbit_kernels.parse(parse_format(p.format).spec) for p in PROBLEMS if p.op == "linear"}
+    assert {l.bits for l in layouts if l.name == "int"} == set(range(1, 9))
+    assert {l.name for l in layouts} == {"int", "nf", "fp4", "codebook", "ternary"}
+    assert {l.scale for l in layouts} == {*layout.SCALES, "none"}
+    assert {l.group for l in layouts} == {0, *(2**i for i in range(4, 11))}
+    assert {l.zeros for l in layouts} == {"int", "float", "fixed"}
