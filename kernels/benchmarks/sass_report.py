@@ -1,0 +1,377 @@
+"""What a weight costs in instructions, counted in machine code that is compiled here, for real targets, without a GPU.
+
+    python kernels/benchmarks/sass_report.py                    # NVIDIA and AMD targets, all widths: a table
+    python kernels/benchmarks/sass_report.py --only sm_90 --only gemv --json report.json
+
+How it counts. A kernel's main loop is the longest piece of code that a branch backwards closes; instructions per
+weight are its instructions, predicated ones, address arithmetic, scales and synchronisation included, times the
+threads of the program, divided by the weights that one turn takes. What is before and after the loop (pointers, the
+last reduction, the store) is not in it: it does not grow with K. Shapes are whole multiples of a step. A kernel with
+several loops one after another would be counted wrongly; ours have one.
+
+Registers, shared memory and spills (STL, LDL; on AMD scratch) come from the compiled file. ``load_bits`` is the width
+of the narrowest load from global memory in the loop that line information traces to the source that loads packed
+weights. Occupancy is the share of warps that registers and shared memory leave room for, on paper. The last column is
+a **model, not a measurement**: the share of memory bandwidth at which instructions would be issued just fast enough,
+one a cycle on each of four schedulers of every multiprocessor, if nothing else ever waited.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+KERNELS = Path(__file__).resolve().parents[1] / "torch-ext"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lowbit-kernels" / "sass"
+KEYS = (
+    *("target", "kernel", "format", "bits", "dtype", "form", "instructions_per_weight", "registers", "spills"),
+    *("load_bits", "shared_bytes"),
+)
+NVIDIA = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+AMD = {"gfx942": 64, "gfx1100": 32}
+ROWS = {"gemv": 1, "gemm16": 16}
+# Multiprocessors, clock in GHz, bandwidth in GB/s (data sheets), warps and KiB of shared memory of one.
+DEVICES = {
+    "sm_80": ("A100 40GB", 108, 1.41, 1555, 64, 164),
+    "sm_89": ("RTX 4090", 128, 2.52, 1008, 48, 100),
+    "sm_90": ("H100 SXM", 132, 1.83, 3350, 64, 228),
+    "sm_100": ("B200", 148, 1.85, 8000, 64, 228),
+    "sm_120": ("RTX 5090", 170, 2.41, 1792, 48, 100),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel for one target."""
+
+    target: str
+    kernel: str
+    format: str
+    dtype: str
+    form: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was counted for a case; ``warps`` and ``tensor`` (tensor-core instructions a turn) are for the table."""
+
+    bits: int
+    instructions_per_weight: float
+    registers: int
+    spills: int
+    load_bits: int
+    shared_bytes: int
+    warps: int
+    tensor: int
+
+
+def formats(group: int = 128) -> list[str]:
+    """Texts of the formats of the matrix."""
+    grids = [
+        f"int:bits={bits},group_size={group},symmetric={symmetric}"
+        for bits in range(1, 9)
+        for symmetric in (True, False)
+    ]
+    tables = [f"nf:bits=4,group_size={group}", "fp4:bits=4", f"codebook:bits=4,group_size={group}"]
+    return [*grids, *tables]
+
+
+def cases() -> list[Case]:
+    """The whole matrix."""
+    found = []
+    for target in (*NVIDIA, *AMD):
+        for kernel in ROWS:
+            for format in formats():
+                for dtype in ("fp16", "bf16"):
+                    fast = ("magic",) if dtype == "bf16" else ("subnormal", "lop3")
+                    forms = ("portable", *fast) if target in NVIDIA else ("portable",)
+                    if not format.startswith("int"):
+                        forms = tuple(form for form in forms if form != "lop3")
+                    found += [Case(target, kernel, format, dtype, form) for form in forms]
+    return found
+
+
+def _launch(case: Case):
+    """Kernel, constants, grid-independent options and weights a turn, for a large shape that whole steps fill."""
+    from lowbit_kernels import fast, layout, matmul, tiles
+
+    parsed, M = layout.parse(case.format), ROWS[case.kernel]
+    if case.form == "portable":
+        size = tiles.linear_tiles(M, 4096, 4096, parsed)
+        kernel = matmul.gemv_kernel if M == 1 else matmul.gemm_kernel
+        constants = {"SPLIT": 4, "BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCK_L": size.inputs}
+        return kernel, parsed, constants, size.warps, size.outputs * size.inputs * parsed.fields
+    size = fast.fast_tiles(M, parsed)
+    constants = {"FORM": case.form, "SPLIT": 4, "BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCKS": size.blocks}
+    constants |= {"COLUMNS": size.columns, "WINDOW": size.window, "EVEN": True, "STAGES": size.stages}
+    return fast.fast_kernel, parsed, constants, size.warps, size.outputs * size.blocks * 64
+
+
+def _compile(case: Case):
+    """The compiled kernel, its warps and the weights of a turn."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, layout, constants, warps, weights = _launch(case)
+    stored = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "none": None}.get(layout.scale, "*u8")
+    types = {"x": f"*{case.dtype}", "weight": "*i16", "scales": stored}
+    types["scale_range"] = "*fp32" if layout.scale in ("log8", "e4m3") else None
+    types["zeros"] = {"fixed": None, "float": "*fp16"}.get(layout.zeros, "*u8")
+    types["levels"] = None if layout.table == "none" else "*fp16" if layout.name == "codebook" else "*fp32"
+    types |= {"bias": None, "out": "*fp32", "M": "i32", "N": "i32", "K": "i32"}
+    constants |= {"LAYOUT": layout, **{name: None for name, type in types.items() if type is None}}
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name in ("N", "K")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if signature[kernel.arg_names[i]] != "constexpr"}
+    source = ASTSource(kernel, signature, constants, attributes)
+    if case.target in AMD:
+        target = GPUTarget("hip", case.target, AMD[case.target])
+    else:
+        target = GPUTarget("cuda", int(case.target.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    return compiled, warps, target.warp_size, weights
+
+
+def _lines_of(*functions) -> set[tuple[str, int]]:
+    """File name and number of every line of device functions."""
+    found = set()
+    for function in functions:
+        name, first = Path(function.fn.__code__.co_filename).name, function.fn.__code__.co_firstlineno
+        found |= {(name, first + i) for i in range(len(function.src.splitlines()) + 4)}
+    return found
+
+
+def _weight_lines() -> set[tuple[str, int]]:
+    """The source lines that load packed weights and nothing else."""
+    from lowbit_kernels import decode, fast
+
+    return _lines_of(fast._words, decode.load_lanes, decode._plane)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """An instruction, and the source line that it came from."""
+
+    text: str
+    line: tuple[str, int]
+
+    @property
+    def opcode(self) -> str:
+        return re.sub(r"^@!?U?P\w+\s+", "", self.text).split()[0]
+
+
+def _tool(tool: str, code: bytes, *options: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def longest_loop(
+    text: str, label: str, line: str, instruction: str, branch: str
+) -> tuple[list[Instruction], list[str]]:
+    """The loop body of an assembly text, and all instructions as text; the patterns say what its lines look like.
+
+    Raises:
+        ValueError: if no branch goes backwards.
+    """
+    found: list[Instruction] = []
+    labels: dict[str, int] = {}
+    spans: list[tuple[int, int]] = []
+    here = ("", 0)
+    for row in text.splitlines():
+        if match := re.search(label, row):
+            labels[match[1]] = len(found)
+        elif match := re.search(line, row):
+            here = (match[1], int(match[2]))
+        elif match := re.search(instruction, row):
+            found.append(Instruction(match[1].strip(), here))
+            if (to := re.search(branch, match[1])) and to[1] in labels:
+                spans.append((labels[to[1]], len(found)))
+    if not spans:
+        raise ValueError("the kernel has no loop: nothing to count")
+    first, last = max(spans, key=lambda span: span[1] - span[0])
+    return found[first:last], [i.text for i in found]
+
+
+def _narrowest(loop: list[Instruction], lines: set[tuple[str, int]], pattern: str, widths: dict[str, int]) -> int:
+    """Bits of the narrowest load from global memory that came from ``lines``; 0 if there is none."""
+    bits = [widths[match[1] or ""] for i in loop if i.line in lines and (match := re.match(pattern, i.opcode))]
+    return min(bits, default=0)
+
+
+_NVIDIA_WIDTHS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8, "": 32}
+_AMD_WIDTHS = {"dwordx4": 128, "b128": 128, "dwordx3": 96, "b96": 96, "dwordx2": 64, "b64": 64, "dword": 32, "b32": 32}
+_AMD_WIDTHS |= dict.fromkeys(
+    ("ushort", "sshort", "u16", "i16", "d16_b16", "d16_hi_b16", "short_d16", "short_d16_hi"), 16
+)
+_AMD_WIDTHS |= dict.fromkeys(("ubyte", "sbyte", "u8", "i8"), 8)
+
+
+def _nvidia(code: bytes, weights: int, warps: int) -> tuple[float, int, int, int, int]:
+    import triton
+
+    usage = _tool(triton.knobs.nvidia.cuobjdump.path, code, "-res-usage")
+    text = _tool(triton.knobs.nvidia.nvdisasm.path, code, "-g", "-c")
+    loop, whole = longest_loop(
+        text,
+        label=r"^\s*(\.L_x_\d+):",
+        line=r'//## File ".*?([^/"]+)", line (\d+)(?! inlined)',
+        instruction=r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;",
+        branch=r"\bBRA\b.*?`\((\.L_x_\d+)\)",
+    )
+    spills = sum(bool(re.search(r"\b(STL|LDL)\b", t)) for t in whole)
+    tensor = sum("MMA." in i.opcode for i in loop)
+    load = _narrowest(
+        loop,
+        _weight_lines(),
+        r"(?:LDG|LDGSTS)\.E(?:\.[A-Z_]+)*?(?:\.(128|64|U16|S16|U8|S8))?(?:\.[A-Z]+)*$",
+        _NVIDIA_WIDTHS,
+    )
+    return len(loop) * warps * 32 / weights, int(re.search(r"REG:(\d+)", usage)[1]), spills, load, tensor
+
+
+def _amd(text: str, weights: int, threads: int) -> tuple[float, int, int, int, int]:
+    files = {number: Path(name).name for number, name in re.findall(r'\.file\s+(\d+)\s+"[^"]*"\s+"([^"]+)"', text)}
+    text = re.sub(r"\.loc\s+(\d+)", lambda m: f".loc {files.get(m[1], m[1])}", text)
+    loop, _ = longest_loop(
+        text,
+        label=r"^(\.LBB\w+):",
+        line=r"\.loc (\S+)\s+(\d+)",
+        instruction=r"^\s+([a-z]+_\w+(?:\s.*)?)$",
+        branch=r"^s_c?branch\w*\s+(\.LBB\w+)",
+    )
+    tensor = sum("mfma" in i.opcode or "wmma" in i.opcode for i in loop)
+    load = _narrowest(loop, _weight_lines(), r"(?:global|buffer)_load_(\w+)", _AMD_WIDTHS)
+    numbers = [int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")]
+    return len(loop) * threads / weights, *numbers, load, tensor
+
+
+def count(case: Case) -> Cost:
+    """Compiles a case and counts."""
+    compiled, warps, warp_size, weights = _compile(case)
+    if case.target in AMD:
+        counted = _amd(compiled.asm["amdgcn"], weights, warps * warp_size)
+    else:
+        counted = _nvidia(compiled.asm["cubin"], weights, warps)
+    ratio, registers, spills, load_bits, tensor = counted
+    from lowbit_kernels.layout import parse
+
+    bits, shared = parse(case.format).bits, compiled.metadata.shared
+    return Cost(bits, round(ratio, 3), registers, spills, load_bits, shared, warps, tensor)
+
+
+def _source_hash() -> str:
+    import triton
+
+    digest = hashlib.sha256(triton.__version__.encode())
+    for path in (*sorted(KERNELS.rglob("*.py")), Path(__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cached_count(case: Case) -> Cost | str:
+    """:func:`count`, remembered until a source file or Triton changes; the error as text where it does not compile."""
+    sys.path.insert(0, str(KERNELS))
+    name = hashlib.sha256(repr(case).encode()).hexdigest()[:24]
+    path = CACHE / _source_hash() / f"{name}.json"
+    if path.exists():
+        return Cost(**json.loads(path.read_text()))
+    try:
+        cost = count(case)
+    except Exception as error:  # a compiler's refusal is a result: it is shown in the table
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:100] if str(error).strip() else ''}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(dataclasses.asdict(cost)))
+    part.replace(path)
+    return cost
+
+
+def record(case: Case, cost: Cost) -> dict:
+    """What ``--json`` writes for a case; the keys are :data:`KEYS`."""
+    both = {**dataclasses.asdict(case), **dataclasses.asdict(cost)}
+    return {key: both[key] for key in KEYS}
+
+
+def occupancy(case: Case, cost: Cost) -> float | None:
+    """Share of a multiprocessor's warps that registers and shared memory leave room for, on paper."""
+    if case.target not in DEVICES:
+        return None
+    *_, most, kib = DEVICES[case.target]
+    by_registers = 65536 // (-(-max(cost.registers, 1) // 8) * 8 * 32 * cost.warps)
+    programs = min(by_registers, kib * 1024 // (cost.shared_bytes + 1024), 32, most // cost.warps)
+    return programs * cost.warps / most
+
+
+def roofline(case: Case, cost: Cost) -> float | None:
+    """A model: share of memory bandwidth that instruction issue alone would allow, at most 1."""
+    if case.target not in DEVICES:
+        return None
+    _, processors, clock, bandwidth, *_ = DEVICES[case.target]
+    issued = processors * clock * 1e9 * 4 * 32 / cost.instructions_per_weight
+    return min(1.0, issued * cost.bits / 8 / (bandwidth * 1e9))
+
+
+def _table(results: list[tuple[Case, Cost | str]]):
+    from rich.table import Table
+
+    table = Table(caption="instr/w: instructions per weight in the main loop. model: bandwidth that issue alone allows")
+    heads = ("target", "kernel", "format", "dtype", "form", "instr/w", "regs", "spills", "load bits", "shared", "mma")
+    for head in (*heads, "occupancy", "model"):
+        table.add_column(head, justify="left" if head in heads[:5] else "right", no_wrap=True)
+    for case, cost in results:
+        named = (case.target, case.kernel, case.format.replace("group_size", "g"), case.dtype, case.form)
+        if isinstance(cost, str):
+            table.add_row(*named, cost)
+            continue
+        shares = [f"{s:.0%}" if s is not None else "" for s in (occupancy(case, cost), roofline(case, cost))]
+        numbers = (cost.registers, cost.spills, cost.load_bits, cost.shared_bytes, cost.tensor)
+        table.add_row(*named, f"{cost.instructions_per_weight:.2f}", *map(str, numbers), *shares)
+    return table
+
+
+def measure(selected: list[Case], processes: int = 2) -> list[tuple[Case, Cost | str]]:
+    """Counts every case, in so many processes; in this one if that is 1."""
+    if processes == 1:
+        return [(case, cached_count(case)) for case in selected]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        return list(zip(selected, pool.map(cached_count, selected), strict=True))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; 1 if a case did not compile."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", action="append", default=[], help="part of a case's name; give several to narrow down"
+    )
+    parser.add_argument("--json", type=Path, help="also write the records to this file")
+    parser.add_argument("--processes", type=int, default=2)
+    given = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: nothing can be compiled under the interpreter")
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    named = {case: " ".join(dataclasses.astuple(case)) for case in cases()}
+    results = measure([c for c, name in named.items() if all(part in name for part in given.only)], given.processes)
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 180).print(_table(results))
+    if given.json:
+        part = given.json.with_name(given.json.name + ".part")
+        part.write_text(json.dumps([record(c, r) for c, r in results if isinstance(r, Cost)], indent=1) + "\n")
+        part.replace(given.json)
+    return int(any(isinstance(cost, str) for _, cost in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

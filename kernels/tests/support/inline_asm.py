@@ -1,0 +1,118 @@
+"""Runs the PTX of ``tl.inline_asm_elementwise`` in Triton's interpreter, which has none.
+
+Only what :mod:`lowbit_kernels.fast_asm` writes is understood: 32-bit integer moves, shifts, logic, byte permutes and
+``sub.f16x2``, one instruction after another, without branches. Anything else raises. Each instruction is applied to
+whole arrays of registers. It accepts operands that an assembler refuses, so compile as well.
+
+Tensors are packed as Triton packs them: ``pack`` elements an instance, those of less than 32 bits several to a
+register, wider ones a register each.
+"""
+
+import functools
+import re
+
+import numpy as np
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
+
+_STATEMENT = re.compile(r"([a-z][\w.]*)\s+([^;]*)")
+
+
+def _permute(a, b, selector):
+    """``prmt.b32`` in its default mode, with the replicated sign where bit 3 of a selector is set."""
+    both = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
+    result = np.zeros_like(both)
+    for i in range(4):
+        choice = (selector.astype(np.uint64) >> np.uint64(4 * i)) & np.uint64(15)
+        byte = (both >> ((choice & np.uint64(7)) * np.uint64(8))) & np.uint64(255)
+        sign = np.where(byte >> np.uint64(7), np.uint64(255), np.uint64(0))
+        result |= np.where(choice >> np.uint64(3), sign, byte) << np.uint64(8 * i)
+    return result.astype(np.uint32)
+
+
+def _logic(a, b, c, table):
+    """``lop3.b32``: bit ``4a + 2b + c`` of the table, for every bit."""
+    result = np.zeros(np.broadcast(a, b, c).shape, dtype=np.uint32)
+    for i in range(8):
+        if int(table.flat[0]) >> i & 1:
+            result |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+    return result
+
+
+def _subtract_halves(a, b):
+    shape = np.broadcast(a, b).shape
+    a, b = (np.ascontiguousarray(np.broadcast_to(v, shape)).view(np.float16) for v in (a, b))
+    return (a - b).view(np.uint32)
+
+
+def _shift(function):
+    return lambda a, n: np.where(n > 31, np.uint32(0), function(a, np.minimum(n, 31))).astype(np.uint32)
+
+
+INSTRUCTIONS = {
+    "mov.b32": lambda a: a,
+    "and.b32": np.bitwise_and,
+    "or.b32": np.bitwise_or,
+    "shr.b32": _shift(np.right_shift),
+    "shr.u32": _shift(np.right_shift),
+    "shl.b32": _shift(np.left_shift),
+    "lop3.b32": _logic,
+    "prmt.b32": _permute,
+    "sub.f16x2": _subtract_halves,
+}
+
+
+def run(text: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
+    """The output registers, uint32 (n,), of ``text`` for input registers, uint32 (n,).
+
+    Raises:
+        NotImplementedError: for an instruction that is not known here.
+    """
+    registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
+
+    def read(name: str) -> np.ndarray:
+        return registers[name] if name in registers else np.array([int(name, 0) & 0xFFFFFFFF], dtype=np.uint32)
+
+    for opcode, rest in _STATEMENT.findall(re.sub(r"\.reg[^;]*;|[{}]", "", text)):
+        if opcode not in INSTRUCTIONS:
+            raise NotImplementedError(f"inline assembly: {opcode} in {text!r}")
+        target, *operands = (part.strip() for part in rest.split(","))
+        registers[target] = INSTRUCTIONS[opcode](*(read(name) for name in operands))
+    count = len(inputs[0])
+    return [np.ascontiguousarray(np.broadcast_to(registers[f"${i}"], count)) for i in range(outputs)]
+
+
+def _registers(data: np.ndarray, pack: int) -> list[np.ndarray]:
+    flat = np.ascontiguousarray(data).reshape(-1)
+    if flat.dtype.itemsize * pack == 4:
+        return [flat.view(np.uint32)]
+    if flat.dtype.itemsize == 4:
+        return list(flat.view(np.uint32).reshape(-1, pack).T.copy())
+    raise NotImplementedError(f"inline assembly: {pack} elements of {flat.dtype} to an instance")
+
+
+def _create_inline_asm(self, text, constraints, values, types, pure, pack):
+    shape = np.broadcast_shapes(*(value.data.shape for value in values))
+    inputs = [r for value in values for r in _registers(np.broadcast_to(value.data, shape), pack)]
+    dtypes = [_get_np_dtype(type.scalar) for type in types]
+    if any(np.dtype(dtype).itemsize * pack != 4 for dtype in dtypes):
+        raise NotImplementedError(f"inline assembly: {pack} results of {dtypes} to an instance")
+    results = run(text, inputs, len(types))
+    handles = [
+        TensorHandle(result.view(dtype).reshape(shape), type.scalar)
+        for result, dtype, type in zip(results, dtypes, types, strict=True)
+    ]
+    return _Results(handles)
+
+
+class _Results:
+    def __init__(self, handles):
+        self.handles = handles
+
+    def get_result(self, index):
+        return self.handles[index]
+
+
+@functools.cache
+def emulate_inline_asm() -> None:
+    """Gives the interpreter inline assembly; once a process."""
+    InterpreterBuilder.create_inline_asm = _create_inline_asm

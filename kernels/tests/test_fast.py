@@ -1,0 +1,90 @@
+"""The fast NVIDIA kernel computes what the plain twin does: under the interpreter, with its inline assembly emulated.
+
+Tolerances follow from the arithmetic: products of codes and inputs are exact in float32, and summed there, K of them
+with an error of 4 * sqrt(K) * 2**-24 of the sum of magnitudes (four standard deviations of independent roundings); the
+result is rounded once to the dtype. Tables are rounded to the dtype first. The form "magic" sums 128 + code, so that
+magnitudes grow by 128 * |scale|, for each of the two nibbles of 8 bits.
+"""
+
+import pytest
+import torch
+from problems import guard, intact, packed
+
+from hf_lowbit import reference
+from hf_lowbit.formats import parse_format
+
+FP16, BF16 = torch.float16, torch.bfloat16
+CASES = [
+    *((f"int:bits={b},group_size=64", M, 512, FP16, None) for b in range(1, 9) for M in (1, 5)),
+    *((f"int:bits={b},group_size=128,symmetric=True", 3, 512, BF16, None) for b in range(1, 9)),
+    *((f"int:bits={b},group_size=64", 2, 330, FP16, "lop3") for b in (1, 3, 4, 8)),
+    *((f"int:bits=4,group_size={g}", 2, 320, FP16, None) for g in (16, 32, 128, 256, -1)),
+    *((f"int:bits={b},group_size=32", 6, 192, BF16, None) for b in (1, 2, 7, 8)),
+    ("int:bits=4,group_size=64,scale_dtype=log8,symmetric=True", 1, 512, FP16, None),
+    ("int:bits=4,group_size=64,zeros=float", 1, 512, FP16, None),
+    *(
+        (f, M, 256, d, None)
+        for f in ("nf:bits=4", "nf:bits=2", "fp4:bits=4", "codebook:bits=4")
+        for M, d in ((1, FP16), (7, BF16))
+    ),
+    ("codebook:bits=4,group_size=-1,codebook=row", 2, 200, FP16, None),
+]
+
+
+@pytest.fixture(autouse=True)
+def assembly(device):
+    from support.inline_asm import emulate_inline_asm
+
+    emulate_inline_asm()
+
+
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda c: f"{c[0].replace(',', '_')}_M{c[1]}_K{c[2]}_{str(c[3])[6:]}_{c[4]}"
+)
+def test_fast_linear_is_the_reference(case, device):
+    from lowbit_kernels.fast import fast_linear
+
+    text, M, K, dtype, form = case
+    format, N, split = parse_format(text), 70, 2 if M == 1 else 1
+    weight, companions = packed(format, N, K, device)
+    x = guard(torch.randn(M, K, generator=torch.Generator().manual_seed(K)).to(dtype))
+    bias = guard(torch.randn(N, generator=torch.Generator().manual_seed(M)).to(dtype))
+    values = reference.dequantize(weight, companions, format.spec, K, torch.float64)
+    expected = x.double() @ values.T + bias.double()
+    scales = format.unpack(dict(zip(("", *format.suffixes()), (weight, *companions), strict=True)), (N, K)).scales
+    one = 0 if scales is None else (scales.abs().double().repeat_interleave(-(-K // scales.shape[1]), 1)[:, :K])
+    reach = 128 * 17 if dtype == BF16 or form == "lop3" else 2**format.bits
+    magnitude = x.double().abs() @ (values.abs() + one * reach).T
+    half = torch.finfo(dtype).eps / 2
+    table = half * (x.double().abs() @ values.abs().T) if format.name in ("nf", "fp4", "codebook") else 0
+    tolerance = magnitude * 4 * K**0.5 * 2.0**-24 + table + half * expected.abs() * 1.01 + 2.0**-24
+
+    result = fast_linear(x, weight, companions, bias, format.spec, K, form=form, split=split)
+
+    assert ((result.double() - expected).abs() <= tolerance).all()
+    assert intact(x) and intact(bias) and intact(weight)
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_weight_alone_is_exact_to_a_rounding(bits, dtype, device):
+    """With a single input not 0 there is nothing to sum: an error of one code anywhere it looks would show."""
+    from lowbit_kernels.fast import fast_linear
+
+    format, N, K = parse_format(f"int:bits={bits},group_size=64"), 64, 256
+    weight, companions = packed(format, N, K, device)
+    k = torch.randperm(K, generator=torch.Generator().manual_seed(bits))[:16]
+    x = torch.zeros(16, K, dtype=dtype)
+    x[torch.arange(16), k] = 1
+    expected = reference.dequantize(weight, companions, format.spec, K, torch.float64)[:, k].T
+    result = fast_linear(x, weight, companions, None, format.spec, K).double()
+    # The float32 sums see codes of at most 8 bits and offsets of 12: they are exact; so is a float16 scale in float32.
+    assert ((result - expected).abs() <= expected.abs() * (torch.finfo(dtype).eps / 2 + 2.0**-23) + 2.0**-25).all()
+
+
+@pytest.mark.parametrize("format", ["ternary:bits=1.58", "nf:bits=3", "int:bits=8,group_size=16"])
+def test_a_format_without_a_fast_kernel_is_refused(format, device):
+    from lowbit_kernels.fast import fast_linear
+
+    with pytest.raises(ValueError, match="no fast kernel reads"):
+        fast_linear(torch.zeros(1, 64, dtype=FP16), torch.zeros(1, 64, dtype=torch.int16), [], None, format, 64)
