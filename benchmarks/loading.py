@@ -182,10 +182,18 @@ def main():
     finally:
         shutil.rmtree(scratch)
     command = "python benchmarks/loading.py" + (" --peers" if args.peers else "")
-    note = "SmolLM2-135M-Instruct, off its grid, bfloat16; times include reading, and the machine was shared."
+    note = (
+        "SmolLM2-135M-Instruct, off its grid, bfloat16. Times include reading, on a shared machine. Memory includes what a "
+        "first load brings in besides weights, about 30 MB for bfloat16 here, and not the pages of a mapped file."
+    )
     write_results("peers" if args.peers else "loading", command, rows, note)
     if not args.peers:
-        write_results("loading_depth", command, depth_rows(), "Memory while quantizing on the fly, by depth.")
+        write_results(
+            "loading_depth",
+            command,
+            depth_rows(),
+            "Memory while quantizing on the fly, by depth; what a first load brings in besides weights is included, about 50 MB.",
+        )
 
 
 if __name__ == "__main__":
