@@ -74,10 +74,10 @@ def quantization_config(name: str):
             bnb_4bit_compute_dtype=torch.bfloat16,
         )  # fmt: skip
     if name == "torchao int4":
-        from torchao.quantization import Int4WeightOnlyConfig
+        from torchao.prototype.int4_opaque_tensor import Int4WeightOnlyOpaqueTensorConfig  # the one for CPUs
         from transformers import TorchAoConfig
 
-        return TorchAoConfig(Int4WeightOnlyConfig(group_size=64, int4_packing_format="opaque"))
+        return TorchAoConfig(Int4WeightOnlyOpaqueTensorConfig(group_size=64))
     from hf_lowbit import LowBitConfig
 
     return LowBitConfig(**json.loads(name)) if name != "null" else None
@@ -183,8 +183,8 @@ def main():
         shutil.rmtree(scratch)
     command = "python benchmarks/loading.py" + (" --peers" if args.peers else "")
     note = (
-        "SmolLM2-135M-Instruct, off its grid, bfloat16. Times include reading, on a shared machine. Memory includes what a "
-        "first load brings in besides weights, about 30 MB for bfloat16 here, and not the pages of a mapped file."
+        "SmolLM2-135M-Instruct, off its grid, bfloat16. Times include reading, on a shared machine. Memory includes "
+        "what a first load brings in besides weights, about 30 MB for bfloat16, and not the pages of a mapped file."
     )
     write_results("peers" if args.peers else "loading", command, rows, note)
     if not args.peers:
@@ -192,7 +192,7 @@ def main():
             "loading_depth",
             command,
             depth_rows(),
-            "Memory while quantizing on the fly, by depth; what a first load brings in besides weights is included, about 50 MB.",
+            "Memory while quantizing on the fly, by depth; a first load of anything adds about 50 MB.",
         )
 
 
