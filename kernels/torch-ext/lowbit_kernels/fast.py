@@ -239,6 +239,15 @@ def _plane_sums(
 
 
 @triton.jit
+def _spread(value, BLOCK_M: tl.constexpr):
+    """A value for each output and column of one row of x, (BLOCK_N, COLUMNS), for all rows: (BLOCK_N, R)."""
+    if BLOCK_M > 1 and len(value.shape) == 2 and value.shape[1] > 1:
+        value = value[:, None, :].broadcast_to(value.shape[0], BLOCK_M, value.shape[1])
+        value = value.reshape(value.shape[0], BLOCK_M * value.shape[2])
+    return value
+
+
+@triton.jit
 def fast_kernel(
     x,
     weight,
@@ -303,19 +312,17 @@ def fast_kernel(
                         *(sums, inputs_sum, x_row, start, step, blocks, column, valid, K),
                         *(LAYOUT, index, FORM, part, PARTS, BLOCKS, COLUMNS, WINDOW, EVEN),
                     )
-            if COLUMNS == 1:
-                group = group_of(tl.full((1, 1), 0, tl.int32) + (first + part * (64 // PARTS)), LAYOUT)
-            else:
-                inside = (column % COLUMNS)[None, :] * (BLOCKS // COLUMNS * 64)
-                group = group_of(inside + (first + part * (64 // PARTS)), LAYOUT)
+            inside = tl.arange(0, COLUMNS)[None, :] * (BLOCKS // COLUMNS * 64)
+            group = group_of(inside + (first + part * (64 // PARTS)), LAYOUT)
             stored = tl.full((1, 1), 1, tl.int1) if EVEN else group < group_of(K - 1, LAYOUT) + 1
-            scale = load_scale(scales, scale_range, row, group, stored, K, LAYOUT)
+            scale = _spread(load_scale(scales, scale_range, row, group, stored, K, LAYOUT), BLOCK_M)
             if MOVED:
                 sums = sums * 16384.0
             if TABLE:
                 total += sums * scale
             else:
-                total += (sums - load_zero(zeros, row, group, stored, K, LAYOUT) * inputs_sum) * scale
+                zero = _spread(load_zero(zeros, row, group, stored, K, LAYOUT), BLOCK_M)
+                total += (sums - zero * inputs_sum) * scale
         x_row += SPLIT * (BLOCKS * 64)
 
     if COLUMNS > 1:
@@ -333,14 +340,18 @@ def reads(layout: Layout, form: str) -> bool:
 
 
 def fast_tiles(M: int, layout: Layout) -> FastTiles:
-    """Tiles for M rows of x: a step of eight blocks for up to 4 rows, else as few blocks as fill a tensor core."""
-    least = 4 if 1 in layout.planes else 2 if 2 in layout.planes else 1
-    blocks = 8 if M <= 4 and len(layout.planes) == 1 else 4 if M <= 4 else least
-    columns = blocks if 0 < layout.group < 64 else max(1, blocks * 64 // layout.group) if layout.group else 1
+    """Tiles for M rows of x, chosen by instructions and registers of compiled code; nothing here was timed.
+
+    Two warps, so that Hopper's compiler keeps operands in registers too; as many rows of W as registers hold.
+    """
+    summed, least = len(layout.planes) > 1, 4 if 1 in layout.planes else 2
+    if M <= 4:
+        blocks, outputs, window = (8, 32, 8) if summed else (4 if layout.bits == 8 else 8, 64, 8)
+    else:
+        blocks, outputs, window = (least, 32, 4) if least == 4 else (least, 64 if summed else 128, 8)
+    columns = 1 if layout.group == 0 else blocks if layout.group < 64 else max(1, blocks * 64 // layout.group)
     rows = triton.next_power_of_2(M) if M <= 4 else 16
-    while rows * columns < 8:
-        rows *= 2
-    return FastTiles(rows, 64, blocks, columns, 8 if M <= 4 else 4)
+    return FastTiles(max(rows, 8 // columns), outputs, blocks, columns, window)
 
 
 def fast_linear(

@@ -1,0 +1,94 @@
+"""What a weight costs in instructions, registers and loads, counted in code compiled for real targets without a GPU.
+
+The limits hold for the Triton that the project pins; another version's code is another's. Counting and what it means
+are in ``benchmarks/sass_report.py``. It runs in a process of its own, because this one may be under the interpreter.
+What is not reached is expected to fail, strictly, with what was measured beside it: whoever mends it has to say so here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from sass_report import KEYS, Case, formats, longest_loop  # noqa: E402
+
+pytestmark = pytest.mark.skipif(triton.__version__ != "3.9.0", reason="counts are those of Triton 3.9.0")
+_COUNT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import sass_report as report
+cases = [report.Case(*fields) for fields in json.load(sys.stdin)]
+counted = report.measure(cases, processes=1)
+print(json.dumps([c if isinstance(c, str) else report.record(case, c) for case, c in counted]))
+"""
+_FORM = {"fp16": "subnormal", "bf16": "magic"}
+QUICK = (("gemv", "int:bits=4,group_size=128,symmetric=False"), ("gemm16", "int:bits=4,group_size=128,symmetric=False"))
+# Measured instructions per weight, where they are above the limit.
+NOT_REACHED: dict[tuple[str, str, str, str], float] = {}
+
+
+def limit(kernel: str, format: str, dtype: str) -> float:
+    """Instructions per weight allowed on sm_80 and sm_90."""
+    bits = int(format.split("bits=")[1].split(",")[0])
+    if not format.startswith("int"):
+        allowed = 3.5
+    elif kernel == "gemv":
+        allowed = 2.0 if bits in (2, 4, 8) else 2.6
+    else:
+        allowed = {4: 2.0, 2: 2.5, 8: 2.5}.get(bits, 3.0)
+    return allowed + (dtype == "bf16")
+
+
+def count(cases: list[Case]) -> list:
+    """Records, or the error as text, of ``cases``."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
+    given = json.dumps([[c.target, c.kernel, c.format, c.dtype, c.form] for c in cases])
+    command = [sys.executable, "-c", _COUNT, str(BENCHMARKS)]
+    done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _parameters():
+    for target in ("sm_80", "sm_90"):
+        for kernel in ("gemv", "gemm16"):
+            for format in formats():
+                for dtype, form in _FORM.items():
+                    key, marks = (target, kernel, format, dtype), []
+                    if (kernel, format) not in QUICK or (target, dtype) != ("sm_90", "fp16"):
+                        marks.append(pytest.mark.slow)
+                    if key in NOT_REACHED:
+                        marks.append(pytest.mark.xfail(strict=True, reason=f"measured: {NOT_REACHED[key]}"))
+                    yield pytest.param(Case(target, kernel, format, dtype, form), marks=marks, id="-".join(key))
+
+
+@pytest.mark.parametrize("case", _parameters())
+def test_a_weight_costs_few_instructions_and_wide_loads(case):
+    (found,) = count([case])
+    assert isinstance(found, dict), found
+    assert set(found) == set(KEYS)
+    assert found["spills"] == 0
+    assert found["load_bits"] == 128
+    assert found["instructions_per_weight"] <= limit(case.kernel, case.format, case.dtype)
+
+
+def test_the_longest_loop_is_found_and_lines_are_kept():
+    text = "\n".join(
+        [
+            *(".L_x_0:", "\t/*0000*/ MOV R1, R2 ;", ".L_x_1:", '\t//## File "/a/b.py", line 7'),
+            *("\t/*0010*/ LDG.E.128 R4, [R2] ;", "\t/*0020*/ IADD3 R1, R1, 1 ;", "\t/*0030*/ @P0 BRA `(.L_x_1) ;"),
+            *(".L_x_2:", "\t/*0040*/ BRA `(.L_x_2) ;"),
+        ]
+    )
+    patterns = (r"^(\.L_x_\d+):", r'File ".*?([^/"]+)", line (\d+)', r"/\*\d+\*/\s+(.*?)\s*;", r"BRA `\((\.L_x_\d+)\)")
+    loop, whole = longest_loop(text, *patterns)
+    assert [i.opcode for i in loop] == ["LDG.E.128", "IADD3", "BRA"] and len(whole) == 5
+    assert loop[0].line == ("b.py", 7)
+    with pytest.raises(ValueError, match="no loop"):
+        longest_loop("\t/*0000*/ EXIT ;", *patterns)
