@@ -29,6 +29,8 @@ def test_every_backend_gets_a_build(tmp_path):
 
 def test_a_build_loads_and_runs(tmp_path, device):
     kernels = pytest.importorskip("kernels", exc_type=ImportError)
+    if not hasattr(kernels, "get_local_kernel"):
+        pytest.skip("the package 'kernels' is not installed: what was found is the folder of that name here")
     assemble(tmp_path, ["cpu"])
     loaded = kernels.get_local_kernel(tmp_path, backend="cpu")
     assert not loaded.__name__.startswith("hf_lowbit")
