@@ -2,7 +2,7 @@
 
 The limits hold for the Triton that the project pins; another version's code is another's. Counting and what it means
 are in ``benchmarks/sass_report.py``. It runs in a process of its own, because this one may be under the interpreter.
-What is not reached is expected to fail, strictly, with what was measured beside it: whoever mends it has to say so here.
+What is not reached is expected to fail, strictly, with what was measured beside it: whoever mends it says so here.
 """
 
 import json
