@@ -175,7 +175,7 @@ def _table_sums(
         values = tl.inline_asm_elementwise(
             table_asm(PLANE, AGAIN),
             constraints(4, 1 + 2 * len(tables)),
-            (word, *tables),
+            (word,) + tables,  # noqa: RUF005 (Triton has no other way to join tuples)
             dtype=repeated(DTYPE, 4),
             is_pure=True,
             pack=2,
@@ -350,6 +350,8 @@ def fast_tiles(M: int, layout: Layout) -> FastTiles:
     else:
         blocks, outputs, window = (least, 32, 4) if least == 4 else (least, 64 if summed else 128, 8)
     columns = 1 if layout.group == 0 else blocks if layout.group < 64 else max(1, blocks * 64 // layout.group)
+    if layout.table != "none" or (M > 4 and columns > 1):
+        outputs = min(outputs, 64 if columns == 1 or M <= 4 else 32)
     rows = triton.next_power_of_2(M) if M <= 4 else 16
     return FastTiles(max(rows, 8 // columns), outputs, blocks, columns, window)
 
