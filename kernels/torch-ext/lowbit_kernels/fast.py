@@ -344,16 +344,17 @@ def fast_tiles(M: int, layout: Layout) -> FastTiles:
 
     Two warps, so that Hopper's compiler keeps operands in registers too; as many rows of W as registers hold.
     """
-    summed, least = len(layout.planes) > 1, 4 if 1 in layout.planes else 2
+    summed, table, least = len(layout.planes) > 1, layout.table != "none", 4 if 1 in layout.planes else 2
     if M <= 4:
-        blocks, outputs, window = (8, 32, 8) if summed else (4 if layout.bits == 8 else 8, 64, 8)
+        blocks = 4 if layout.bits == 8 or table else 8
+        outputs, window = 32 if summed or table else 64, 8
     else:
-        blocks, outputs, window = (least, 32, 4) if least == 4 else (least, 64 if summed else 128, 8)
+        blocks, outputs, window = (least, 32, 4) if least == 4 else (least, 64 if summed or table else 128, 8)
     columns = 1 if layout.group == 0 else blocks if layout.group < 64 else max(1, blocks * 64 // layout.group)
-    if layout.table != "none" or (M > 4 and columns > 1):
-        outputs = min(outputs, 64 if columns == 1 or M <= 4 else 32)
+    if M > 4 and columns > 1:
+        outputs = 32
     rows = triton.next_power_of_2(M) if M <= 4 else 16
-    return FastTiles(max(rows, 8 // columns), outputs, blocks, columns, window)
+    return FastTiles(max(rows, 8 // columns), outputs, blocks, columns, window, stages=2 if summed else 3)
 
 
 def fast_linear(
