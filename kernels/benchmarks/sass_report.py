@@ -11,14 +11,16 @@ several loops one after another would be counted wrongly; ours have one.
 
 Registers, shared memory and spills (STL, LDL; on AMD scratch) come from the compiled file. ``load_bits`` is the width
 of the narrowest load from global memory in the loop that line information traces to the source that loads packed
-weights. Occupancy is the share of warps that registers and shared memory leave room for, on paper. The last column is
-a **model, not a measurement**: the share of memory bandwidth at which instructions would be issued just fast enough,
-one a cycle on each of four schedulers of every multiprocessor, if nothing else ever waited.
+weights, 0 where the compiler lost the line. Occupancy is the share of warps that registers and shared memory leave
+room for, on paper. The last column is a **model, not a measurement**: the share of memory bandwidth at which
+instructions would be issued just fast enough, one a cycle on each of four schedulers of every multiprocessor, if
+nothing else ever waited.
 """
 
 import argparse
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -142,12 +144,13 @@ def _compile(case: Case):
     return compiled, warps, target.warp_size, weights
 
 
-def _lines_of(*functions) -> set[tuple[str, int]]:
-    """File name and number of every line of device functions."""
+def _loads_of(*functions) -> set[tuple[str, int]]:
+    """File name and number of the lines of device functions that load."""
     found = set()
     for function in functions:
-        name, first = Path(function.fn.__code__.co_filename).name, function.fn.__code__.co_firstlineno
-        found |= {(name, first + i) for i in range(len(function.src.splitlines()) + 4)}
+        code = function.fn.__code__
+        lines, first = inspect.getsourcelines(function.fn)
+        found |= {(Path(code.co_filename).name, first + i) for i, line in enumerate(lines) if "tl.load(" in line}
     return found
 
 
@@ -155,7 +158,7 @@ def _weight_lines() -> set[tuple[str, int]]:
     """The source lines that load packed weights and nothing else."""
     from lowbit_kernels import decode, fast
 
-    return _lines_of(fast._words, decode.load_lanes, decode._plane)
+    return _loads_of(fast._words, decode.load_lanes, decode._plane)
 
 
 @dataclass(frozen=True)
