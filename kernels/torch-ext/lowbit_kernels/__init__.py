@@ -9,19 +9,23 @@ alone. Nothing here is differentiable by itself: the caller joins :func:`linear`
 """
 
 import contextlib
+import functools
 
 import torch
 import triton
 
-from . import plain
+from . import forms, plain, tuning
+from .fast import FastTiles, fast_linear, fast_tiles
+from .forms import Device
 from .layout import Layout, name_tensors, parse
 from .matmul import add_kernel, gemm_kernel, gemv_kernel
 from .rows import input_gradient_kernel, rows_kernel
-from .tiles import GEMV_ROWS, Tiles, gradient_tiles, linear_tiles, row_tiles
+from .tiles import GEMV_ROWS, Tiles, fast_split, gradient_tiles, linear_tiles, row_tiles
 
 __all__ = ["DTYPES", "Layout", "Tiles", "dequantize", "embedding", "input_gradient", "linear", "parse", "plain"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+UNPACKED_WEIGHTS = 2**25  # of these at most are written out at a time
 _ADD_BLOCK = 1024
 
 
@@ -38,34 +42,86 @@ def linear(
     format: str,
     in_features: int,
     tiles: Tiles | None = None,
+    form: str | None = None,
 ) -> torch.Tensor:
-    """``x @ W.T + bias``, (..., K) to (..., N), in the dtype of ``x``; the bias (N,) is cast to it first."""
+    """``x @ W.T + bias``, (..., K) to (..., N), in the dtype of ``x``; the bias (N,) is cast to it first.
+
+    Args:
+        tiles: Sizes for the portable form, which is then the one that runs.
+        form: Names of :mod:`.forms`, in order of preference, instead of the choice there.
+
+    Raises:
+        ValueError: if no form that was asked for can run this, with the reasons.
+    """
     layout, N, K = parse(format), weight.shape[0], in_features
-    packed = name_tensors(weight, companions, layout)
+    M = x.numel() // max(1, x.shape[-1])
+    if M * N == 0:
+        return x.new_empty((*x.shape[:-1], N))
+    device = forms.describe(x.device)
+    name = forms.choose(device, layout, x.dtype, M, "portable" if tiles else form).name
+    with _on(x.device):
+        if name == "unpacked":
+            return _unpacked(x, weight, companions, bias, format, K)
+        if name == "portable":
+            return _portable(x, weight, companions, bias, layout, K, tiles or _tiles(device, layout, M, N, K))
+        sizes, split = _fast_tiles(device, name, layout, M, N, K)
+        return fast_linear(x, weight, companions, bias, format, K, name, sizes, split)
+
+
+def _tiles(device: Device, layout: Layout, M: int, N: int, K: int) -> Tiles:
+    """Sizes for the portable form: the tuned ones, or those of the rule."""
+    entry = tuning.find(device.architecture, "portable", layout, M, N, K)
+    return linear_tiles(M, N, K, layout) if entry is None else Tiles(**entry.tiles, split=entry.split)
+
+
+@functools.lru_cache(maxsize=4096)
+def _ruled(M: int, N: int, K: int, layout: Layout, multiprocessors: int) -> tuple[FastTiles, int]:
+    sizes = fast_tiles(M, layout)
+    return sizes, fast_split(M, N, K, layout, sizes, multiprocessors)
+
+
+def _fast_tiles(device: Device, form: str, layout: Layout, M: int, N: int, K: int) -> tuple[FastTiles, int]:
+    """Sizes for a fast form, and the programs that share a sum: the tuned ones, or those of the rules."""
+    entry = tuning.find(device.architecture, form, layout, M, N, K)
+    if entry is None:
+        return _ruled(M, N, K, layout, device.multiprocessors)
+    return FastTiles(**entry.tiles), entry.split
+
+
+def _unpacked(x, weight, companions, bias, format, K) -> torch.Tensor:
+    """:func:`linear` by torch, on rows of W written out in the dtype of ``x``; torch decides how it sums."""
+    N, step = weight.shape[0], max(1, UNPACKED_WEIGHTS // K)
+    out = torch.empty((*x.shape[:-1], N), dtype=x.dtype, device=x.device)
+    for start in range(0, N, step):
+        rows = torch.arange(start, min(N, start + step), device=x.device)
+        part = None if bias is None else bias[start : start + step].to(x.dtype)
+        values = _rows(rows, weight, companions, format, K, x.dtype, None)
+        out[..., start : start + step] = torch.nn.functional.linear(x, values, part)
+    return out
+
+
+def _portable(x, weight, companions, bias, layout, K, tiles) -> torch.Tensor:
+    N, packed = weight.shape[0], name_tensors(weight, companions, layout)
     rows = x.reshape(-1, K).contiguous()
     M = rows.shape[0]
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out.view(*x.shape[:-1], N)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    tiles = tiles or linear_tiles(M, N, K, layout)
     target = torch.empty((tiles.split, M, N), dtype=torch.float32, device=x.device) if tiles.split > 1 else out
     across, along = triton.cdiv(M, tiles.rows), triton.cdiv(N, tiles.outputs)
     gemv = M <= GEMV_ROWS and across == 1
     kernel, grid = (gemv_kernel, (along, tiles.split)) if gemv else (gemm_kernel, (across, along, tiles.split))
-    with _on(x.device):
-        kernel[grid](
-            *(rows, *packed, bias, target, M, N, K),
-            LAYOUT=layout,
-            SPLIT=tiles.split,
-            BLOCK_M=tiles.rows,
-            BLOCK_N=tiles.outputs,
-            BLOCK_L=tiles.inputs,
-            num_warps=tiles.warps,
-        )
-        if tiles.split > 1:
-            grid = (triton.cdiv(M * N, _ADD_BLOCK),)
-            add_kernel[grid](target, bias, out, M, N, SPLIT=tiles.split, BLOCK=_ADD_BLOCK)
+    kernel[grid](
+        *(rows, *packed, bias, target, M, N, K),
+        LAYOUT=layout,
+        SPLIT=tiles.split,
+        BLOCK_M=tiles.rows,
+        BLOCK_N=tiles.outputs,
+        BLOCK_L=tiles.inputs,
+        num_warps=tiles.warps,
+    )
+    if tiles.split > 1:
+        grid = (triton.cdiv(M * N, _ADD_BLOCK),)
+        add_kernel[grid](target, bias, out, M, N, SPLIT=tiles.split, BLOCK=_ADD_BLOCK)
     return out.view(*x.shape[:-1], N)
 
 

@@ -1,15 +1,16 @@
 """How a problem is cut among programs: one record a kernel, one rule each.
 
-The rules are plain arithmetic over the shape, the same on every device. They aim at enough programs to fill a GPU and
-at tiles that keep their registers; a caller who knows better passes a :class:`Tiles`.
+The rules are plain arithmetic over the shape. They aim at enough programs to fill a GPU and at tiles that keep their
+registers; the files read by :mod:`.tuning` go before them, and a caller who knows better passes a :class:`Tiles`.
 """
 
 from dataclasses import dataclass
 
+from .fast import FastTiles
 from .layout import Layout
 
 GEMV_ROWS = 4  # up to so many rows of x, multiplying in registers beats a tile of tl.dot padded to 16
-_PROGRAMS = 256  # about two for each multiprocessor of a large GPU
+_MULTIPROCESSORS = 128  # of a large GPU
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,26 @@ def linear_tiles(M: int, N: int, K: int, layout: Layout) -> Tiles:
     gemv = M <= GEMV_ROWS
     rows, outputs, lanes = (_power(M, 1, 4), 16, 64) if gemv else (_power(M, 16, 64), 64, 32)
     programs, steps = -(-M // rows) * -(-N // outputs), -(-layout.row_lanes(K) // lanes)
+    return Tiles(rows, outputs, lanes, _shares(programs, steps, 2 * _MULTIPROCESSORS))
+
+
+def fast_split(M: int, N: int, K: int, layout: Layout, tiles: FastTiles, multiprocessors: int = 0) -> int:
+    """How many programs of :func:`.fast.fast_kernel` share the inputs of one output tile.
+
+    Four programs for each multiprocessor, which is what registers and shared memory leave room for in compiled code;
+    but no more shares than are written and read again with a quarter of the traffic of the weights.
+    """
+    programs, steps = -(-M // tiles.rows) * -(-N // tiles.outputs), -(-K // (64 * tiles.blocks))
+    worth = K * layout.bits // (256 * M)  # 8 bytes a share and row against bits / 8 a weight
+    return _shares(programs, min(steps, worth), 4 * (multiprocessors or _MULTIPROCESSORS))
+
+
+def _shares(programs: int, most: int, fill: int) -> int:
+    """The greatest power of two up to ``most`` with which ``programs`` times it are not more than ``fill``."""
     split = 1
-    while split * 2 <= steps and programs * split * 2 <= _PROGRAMS:
+    while split * 2 <= most and programs * split * 2 <= fill:
         split *= 2
-    return Tiles(rows, outputs, lanes, split)
+    return split
 
 
 def gradient_tiles(M: int, N: int, K: int) -> Tiles:

@@ -1,0 +1,35 @@
+"""How far the result of a fast form may be from the exact one, element by element.
+
+Products of codes and inputs are exact in float32 (a code has at most 8 bits, an input 11), and K of them are summed
+there: 4 * sqrt(K) roundings of 2**-24 of the sum of magnitudes (four standard deviations of independent roundings).
+The zero point comes off the sum, so that the magnitude is that of the codes and not of the weights; the form "magic"
+sums 128 + code, and does so for each of the two nibbles of 8 bits. Tables are rounded to the dtype of x first.
+``log8`` scales are a power of two that each reader may have off (docs/format.md). The result is rounded once.
+"""
+
+import torch
+from lowbit_kernels import layout, plain
+
+U = 2.0**-24
+
+
+def fast_bound(x, weight, companions, bias, format: str, K: int, form: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x @ W.T + bias`` in float64 and the bound on what a fast form may be off, (M, N) each."""
+    lay = layout.parse(format)
+    named = layout.name_tensors(weight, companions, lay)
+    values = plain.weight_values(named, lay, K).double()
+    exact = x.double() @ values.T
+    offset = 0.0 if form != "magic" or lay.table != "none" else 128.0 * (17 if lay.bits == 8 else 1)
+    scales = torch.as_tensor(plain.group_scales(named, lay)).double().abs()
+    scales = scales.repeat_interleave(lay.group or K, 1)[:, :K].expand_as(values)
+    sums = x.double().abs() @ (values.abs() + scales * (offset + 2.0 ** (lay.bits + 1))).T
+    magnitude = x.double().abs() @ values.abs().T
+    half = torch.finfo(x.dtype).eps / 2
+    error = half if lay.table != "none" else 0.0
+    if lay.scale == "log8":
+        low, step = (float(v) for v in named.scale_range)
+        error += 2 * 2.0**-23 * (1 + max(abs(low), abs(low + 254 * step))) + 2 * U
+    bias = torch.zeros(1, dtype=x.dtype, device=x.device) if bias is None else bias.to(x.dtype)
+    expected = exact + bias.double()
+    bound = sums * 4 * K**0.5 * U + magnitude * error + half * expected.abs() * 1.01 + U + bias.double().abs() * U
+    return expected, bound
