@@ -1,8 +1,9 @@
 """What this machine can run: :func:`diagnose`, printed by ``hf-lowbit doctor``.
 
 Every format is packed once, small, and every op is run on it on every kind of device that torch finds, in every
-dtype, so that "runs" is an observation and not a table. Beside it stands why each backend was passed over. Whether a
-packed repo loads by itself is seen the same way, in a new process that never imports this package.
+dtype, so that "runs" is an observation and not a table. Beside it stands why each backend was passed over and, on
+devices of the Triton kernels, which form of the product is taken and why not the others. Whether a packed repo loads
+by itself is seen the same way, in a new process that never imports this package.
 """
 
 import importlib.metadata
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import ops
+from . import ops, triton_backend
 from .backends import BACKENDS, ENVIRONMENT_VARIABLE, Problem, explain, select
 from .formats import FORMATS, Format
 from .methods import BEST, make_method
@@ -40,6 +41,9 @@ PACKAGES = (
 )
 VARIABLES = (
     ENVIRONMENT_VARIABLE,
+    "HF_LOWBIT_FORM",
+    "HF_LOWBIT_TUNING",
+    "TRITON_INTERPRET",
     "HF_LOWBIT_AUTOLOAD",
     "TORCH_DEVICE_BACKEND_AUTOLOAD",
     "HF_HUB_OFFLINE",
@@ -54,7 +58,8 @@ _AUTOLOAD_PROBE = (
 
 def diagnose() -> dict[str, Any]:
     """A JSON-able dict: ``versions`` (None where not installed), ``environment`` (what is set), ``devices``,
-    ``autoload``, ``optimum_cli``, ``kernels`` (one entry for each device, dtype, format and op) and ``advice``."""
+    ``autoload``, ``optimum_cli``, ``kernels`` (one entry for each device, dtype, format and op), ``forms`` (one for
+    each device of the Triton kernels, dtype and format) and ``advice``."""
     result: dict[str, Any] = {
         "versions": {"hf_lowbit": __version__, "python": platform.python_version(), **_versions()},
         "platform": platform.platform(),
@@ -65,6 +70,7 @@ def diagnose() -> dict[str, Any]:
     }
     types = dict.fromkeys(device["type"] for device in result["devices"])
     result["kernels"] = [k for device in types for dtype in DTYPES for k in _kernels(device, dtype)]
+    result["forms"] = _forms(result["devices"])
     result["advice"] = [advice for needed, advice in _advice(result) if needed]
     return result
 
@@ -128,9 +134,36 @@ def _kernels(device: str, dtype: torch.dtype) -> list[dict]:
                 entry["chosen"] = select(op, format.spec, device, dtype).backend
                 _run(op, format, packed, weight.shape, device, dtype)
                 entry["error"] = None
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
                 entry = {"chosen": None, **entry, "error": " ".join(str(error).split())}
             results.append({**entry, "passed_over": {b: reasons[b] for b in BACKENDS if reasons[b] is not None}})
+    return results
+
+
+def _forms(devices: list[dict]) -> list[dict]:
+    """Which form of the Triton kernels' ``linear`` each device takes for few rows, and why not the others."""
+    if triton_backend.unavailable():
+        return []
+    results, seen = [], {device["type"]: -1 for device in devices}
+    for device in devices:
+        seen[device["type"]] += 1
+        if device["type"] not in triton_backend.DEVICES:
+            continue
+        where = torch.device(device["type"], seen[device["type"]])
+        for name, cls in FORMATS.items():
+            for dtype in DTYPES:
+                try:
+                    record, reasons = triton_backend.explain_forms(where, cls(bits=BITS[name]).spec, dtype)
+                except ValueError:
+                    return []  # an unknown name in HF_LOWBIT_FORM: every linear says so
+                runs = [form for form, reason in reasons if reason is None]
+                results.append(
+                    {
+                        **{"device": str(where), "is": record, "dtype": str(dtype).removeprefix("torch.")},
+                        **{"format": name, "chosen": runs[0] if runs else None},
+                        "passed_over": {form: reason for form, reason in reasons if reason is not None},
+                    }
+                )
     return results
 
 

@@ -172,6 +172,19 @@ def doctor(console: Console, result: dict, arguments: dict) -> None:
         _row(passed_over, backend, reason, ", ".join(problems))
     if reasons:
         console.print(passed_over)
+    forms = _table(
+        "<device", "<dtype", "<format", "<form", "<not", title="form of the Triton kernels' linear, for few rows"
+    )
+    together: dict[tuple, list[str]] = {}
+    for f in result["forms"]:
+        why = "; ".join(f"{form} {reason}" for form, reason in f["passed_over"].items())
+        together.setdefault((f"{f['device']} ({f['is']})", f["dtype"], f["chosen"] or "NONE", why), []).append(
+            f["format"]
+        )
+    for (device, dtype, form, why), formats in together.items():
+        _row(forms, device, dtype, ", ".join(formats), form, why)
+    if together:
+        console.print(forms)
     for line in result["advice"]:
         console.print(f"- {line}", soft_wrap=True, highlight=False, markup=False)
 

@@ -30,8 +30,22 @@ def unavailable() -> str | None:
     return None
 
 
+def _kernels():
+    return importlib.import_module(".lowbit_kernels", __package__)
+
+
 def _run(op: str, *arguments):
-    return getattr(importlib.import_module(".lowbit_kernels", __package__), op)(*arguments)
+    return getattr(_kernels(), op)(*arguments)
+
+
+def explain_forms(device: torch.device, format: str, dtype: torch.dtype) -> tuple[str, list[tuple[str, str | None]]]:
+    """What a device is to the kernels, and for every form of their ``linear`` why it is passed over there, or None.
+
+    ``device`` has to be one that this backend runs on. Raises ValueError for an ``HF_LOWBIT_FORM`` that is unknown.
+    """
+    forms, layout = _kernels().forms, _kernels().parse(format)
+    record = forms.describe(device)
+    return str(record), forms.explain(record, layout, dtype)
 
 
 for _op in ("linear", "input_gradient", "dequantize", "embedding"):

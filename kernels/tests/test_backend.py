@@ -3,8 +3,10 @@
 import pytest
 import torch
 from problems import packed
+from rich.console import Console
+from support.inline_asm import emulate_inline_asm
 
-from hf_lowbit import backends, lowbit_kernels, ops
+from hf_lowbit import backends, doctor, lowbit_kernels, ops, tables
 from hf_lowbit.formats import FORMATS, parse_format
 from hf_lowbit.formats.nf import normal_float_levels
 
@@ -29,6 +31,24 @@ def test_the_kernels_are_chosen_for_all_that_they_run(op, device):
         reasons = dict(backends.explain(backends.Problem(op, spec, device, torch.float64)))
         assert reasons["triton"] == "does not take torch.float64" and reasons["torch"] is None
         assert dict(backends.explain(backends.Problem(op, spec, "mps", torch.float16)))["triton"] is not None
+
+
+def test_doctor_says_which_form_runs_and_why(device, monkeypatch, capsys):
+    if device != "cpu":
+        pytest.skip("a GPU has its own record")
+    emulate_inline_asm()
+    monkeypatch.setattr(lowbit_kernels.forms, "describe", lambda _: lowbit_kernels.forms.Device("nvidia", "sm_80", 108))
+    found = {(f["format"], f["dtype"]): f for f in doctor._forms([{"type": "cpu"}])}
+    assert found["int", "float16"]["is"] == "nvidia sm_80" and found["int", "float16"]["chosen"] == "subnormal"
+    assert found["nf", "bfloat16"]["chosen"] == "magic"
+    assert found["ternary", "float16"]["chosen"] == found["int", "float32"]["chosen"] == "portable"
+    assert found["ternary", "float16"]["passed_over"]["subnormal"].startswith("does not read ternary")
+    monkeypatch.setenv(lowbit_kernels.forms.ENVIRONMENT_VARIABLE, "magic")
+    result = doctor.diagnose()
+    assert {f["chosen"] for f in result["forms"] if f["dtype"] == "float16"} == {None}
+    tables.doctor(Console(width=240), result, {})
+    printed = capsys.readouterr().out
+    assert "cpu:0 (nvidia sm_80)" in printed and "FAILS" in printed and "magic does not take torch.float16" in printed
 
 
 @pytest.mark.parametrize("text", SPECS)
