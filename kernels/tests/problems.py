@@ -118,9 +118,9 @@ def intact(tensor: torch.Tensor) -> bool:
     return bool((edges == (-1 if tensor.dtype.is_signed else 255)).all())
 
 
-def packed(format: Format, N: int, K: int, device: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def packed(format: Format, N: int, K: int, device: str, seed: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """``weight`` and companions of a random packed weight, each between canaries."""
-    generator = torch.Generator().manual_seed(N * 10007 + K)
+    generator = torch.Generator().manual_seed(N * 10007 + K + seed)
 
     def uniform(*shape):
         return torch.rand(shape, generator=generator)

@@ -2,7 +2,8 @@
 
 :func:`linear`, :func:`input_gradient`, :func:`dequantize` and :func:`embedding` take a packed weight as plain tensors:
 ``weight`` (N, lanes), int16, its ``companions`` in stored order, the text of the ``format`` and ``in_features`` K (a
-packed row may be longer than K). :mod:`.plain` has the same functions in plain PyTorch; they are the specification.
+packed row may be longer than K). :func:`grouped_linear` and :func:`grouped_input_gradient` take those of a layer's
+experts, stacked. :mod:`.plain` has the same functions in plain PyTorch; they are the specification.
 
 Activations are float16, bfloat16 or float32; sums are float32, deterministic, in an order that depends on the shape
 alone. Nothing here is differentiable by itself: the caller joins :func:`linear` and :func:`input_gradient`.
@@ -17,12 +18,25 @@ import triton
 from . import forms, plain, tuning
 from .fast import FastTiles, fast_linear, fast_tiles
 from .forms import Device
+from .grouped import grouped_input_gradient, grouped_linear
 from .layout import Layout, name_tensors, parse
 from .matmul import add_kernel, gemm_kernel, gemv_kernel
 from .rows import input_gradient_kernel, rows_kernel
 from .tiles import GEMV_ROWS, Tiles, fast_split, gradient_tiles, linear_tiles, row_tiles
 
-__all__ = ["DTYPES", "Layout", "Tiles", "dequantize", "embedding", "input_gradient", "linear", "parse", "plain"]
+__all__ = [
+    "DTYPES",
+    "Layout",
+    "Tiles",
+    "dequantize",
+    "embedding",
+    "grouped_input_gradient",
+    "grouped_linear",
+    "input_gradient",
+    "linear",
+    "parse",
+    "plain",
+]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UNPACKED_WEIGHTS = 2**25  # of these at most are written out at a time

@@ -13,6 +13,7 @@ per width. The layout itself, bit by bit, is specified in ``docs/format.md`` of 
 It does not validate what a writer may choose; it refuses what the kernels could not read.
 """
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -166,3 +167,8 @@ def name_tensors(weight: torch.Tensor, companions: list[torch.Tensor], layout: L
     if layout.table != "none" and "levels" not in found:
         found["levels"] = constant_levels(layout, weight.device)
     return Packed(weight.contiguous(), *(found.get(name) for name in Packed._fields[1:]))
+
+
+def on_device(device: torch.device):
+    """Triton launches on the current device: makes ``device`` that."""
+    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

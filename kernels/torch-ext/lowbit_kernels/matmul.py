@@ -26,6 +26,91 @@ def _store(out, bias, split, m, n, value, M, N, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def gemv_sum(
+    x_row,
+    seen,
+    weight,
+    scales,
+    scale_range,
+    zeros,
+    levels,
+    row,
+    inside,
+    K,
+    first,
+    lanes,
+    LAYOUT: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """Sums (BLOCK_M, BLOCK_N) of rows of x times rows of W, over BLOCK_L lanes every STEP from ``first`` to ``lanes``.
+
+    ``x_row`` points at rows of x, (BLOCK_M, 1), of which those ``seen`` exist; ``row`` (BLOCK_N, 1) are rows of W.
+    """
+    FIELDS: tl.constexpr = LAYOUT.fields
+    total = tl.zeros((x_row.shape[0], row.shape[0], BLOCK_L), dtype=tl.float32)
+    for start in range(first, lanes, STEP):
+        lane = start + tl.arange(0, BLOCK_L)[None, :]
+        here = (lane < lanes) & inside
+        one, two, three = load_lanes(weight, row, lane, here, K, LAYOUT)
+        k = input_index(lane, 0, K, LAYOUT)
+        scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+        zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+        for field in tl.static_range(FIELDS):
+            k = input_index(lane, field, K, LAYOUT)
+            if not LAYOUT.group_spans_blocks:
+                scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+                zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+            code = decode_field(one, two, three, field, LAYOUT)
+            value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
+            inputs = tl.load(x_row + k, mask=seen & (lane < lanes) & (k < K), other=0).to(tl.float32)
+            total += value[None, :, :] * inputs[:, None, :]
+    return tl.sum(total, axis=2)
+
+
+@triton.jit
+def gemm_sum(
+    x_row,
+    seen,
+    weight,
+    scales,
+    scale_range,
+    zeros,
+    levels,
+    row,
+    inside,
+    K,
+    first,
+    lanes,
+    LAYOUT: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """As :func:`gemv_sum`, by ``tl.dot``; ``row`` and ``inside`` are (1, BLOCK_N)."""
+    FIELDS: tl.constexpr = LAYOUT.fields
+    total = tl.zeros((x_row.shape[0], row.shape[1]), dtype=tl.float32)
+    for start in range(first, lanes, STEP):
+        lane = start + tl.arange(0, BLOCK_L)[:, None]
+        x_lane = start + tl.arange(0, BLOCK_L)[None, :]
+        here = (lane < lanes) & inside
+        one, two, three = load_lanes(weight, row, lane, here, K, LAYOUT)
+        k = input_index(lane, 0, K, LAYOUT)
+        scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+        zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+        for field in tl.static_range(FIELDS):
+            if not LAYOUT.group_spans_blocks:
+                k = input_index(lane, field, K, LAYOUT)
+                scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+                zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+            code = decode_field(one, two, three, field, LAYOUT)
+            value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
+            x_k = input_index(x_lane, field, K, LAYOUT)
+            inputs = tl.load(x_row + x_k, mask=seen & (x_lane < lanes) & (x_k < K), other=0)
+            total = tl.dot(inputs, value.to(inputs.dtype), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def gemv_kernel(
     x,
     weight,
@@ -45,30 +130,15 @@ def gemv_kernel(
     BLOCK_L: tl.constexpr,
 ):
     """Grid (cdiv(N, BLOCK_N), SPLIT); all ``M <= BLOCK_M`` rows at once, BLOCK_N rows of W, BLOCK_L lanes a step."""
-    FIELDS: tl.constexpr = LAYOUT.fields
     split = tl.program_id(1)
     m = tl.arange(0, BLOCK_M)[:, None]
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = n[:, None].to(tl.int64)
-    lanes = row_lanes(K, LAYOUT)
-    total = tl.zeros((BLOCK_M, BLOCK_N, BLOCK_L), dtype=tl.float32)
-    for start in range(split * BLOCK_L, lanes, SPLIT * BLOCK_L):
-        lane = start + tl.arange(0, BLOCK_L)[None, :]
-        here = (lane < lanes) & (row < N)
-        first, second, third = load_lanes(weight, row, lane, here, K, LAYOUT)
-        k = input_index(lane, 0, K, LAYOUT)
-        scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
-        zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
-        for field in tl.static_range(FIELDS):
-            k = input_index(lane, field, K, LAYOUT)
-            if not LAYOUT.group_spans_blocks:
-                scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
-                zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
-            code = decode_field(first, second, third, field, LAYOUT)
-            value = dequantize(code, scale, zero, levels, row, row < N, LAYOUT)
-            inputs = tl.load(x + m * K + k, mask=(m < M) & (lane < lanes) & (k < K), other=0).to(tl.float32)
-            total += value[None, :, :] * inputs[:, None, :]
-    _store(out, bias, split, m, n[None, :], tl.sum(total, axis=2), M, N, SPLIT)
+    total = gemv_sum(
+        *(x + m * K, m < M, weight, scales, scale_range, zeros, levels, row, row < N, K),
+        *(split * BLOCK_L, row_lanes(K, LAYOUT), LAYOUT, SPLIT * BLOCK_L, BLOCK_L),
+    )
+    _store(out, bias, split, m, n[None, :], total, M, N, SPLIT)
 
 
 @triton.jit
@@ -91,32 +161,14 @@ def gemm_kernel(
     BLOCK_L: tl.constexpr,
 ):
     """Grid (cdiv(M, BLOCK_M), cdiv(N, BLOCK_N), SPLIT); programs that share weights run side by side."""
-    FIELDS: tl.constexpr = LAYOUT.fields
     split = tl.program_id(2)
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     row = n.to(tl.int64)
-    x_row = x + m.to(tl.int64) * K
-    lanes = row_lanes(K, LAYOUT)
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(split * BLOCK_L, lanes, SPLIT * BLOCK_L):
-        lane = start + tl.arange(0, BLOCK_L)[:, None]
-        x_lane = start + tl.arange(0, BLOCK_L)[None, :]
-        here = (lane < lanes) & (row < N)
-        first, second, third = load_lanes(weight, row, lane, here, K, LAYOUT)
-        k = input_index(lane, 0, K, LAYOUT)
-        scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
-        zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
-        for field in tl.static_range(FIELDS):
-            if not LAYOUT.group_spans_blocks:
-                k = input_index(lane, field, K, LAYOUT)
-                scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
-                zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
-            code = decode_field(first, second, third, field, LAYOUT)
-            value = dequantize(code, scale, zero, levels, row, row < N, LAYOUT)
-            x_k = input_index(x_lane, field, K, LAYOUT)
-            inputs = tl.load(x_row + x_k, mask=(m < M) & (x_lane < lanes) & (x_k < K), other=0)
-            total = tl.dot(inputs, value.to(inputs.dtype), total, input_precision="ieee")
+    total = gemm_sum(
+        *(x + m.to(tl.int64) * K, m < M, weight, scales, scale_range, zeros, levels, row, row < N, K),
+        *(split * BLOCK_L, row_lanes(K, LAYOUT), LAYOUT, SPLIT * BLOCK_L, BLOCK_L),
+    )
     _store(out, bias, split, m, n, total, M, N, SPLIT)
 
 

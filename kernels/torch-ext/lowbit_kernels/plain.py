@@ -89,3 +89,30 @@ def input_gradient(gradient, weight, companions, format, in_features):
 def embedding(index, weight, companions, format, in_features, dtype):
     """``W[index]`` (..., K) in ``dtype``."""
     return dequantize(weight, companions, format, in_features, dtype)[index]
+
+
+def _by_expert(function, rows, ends, width, weight, companions):
+    """``function(rows of an expert, its weight, its companions, expert)`` for all experts, as (R, width)."""
+    out, first = rows.new_zeros(rows.shape[0], width), 0
+    for expert, end in enumerate(ends.tolist()):
+        out[first:end] = function(rows[first:end], weight[expert], [c[expert] for c in companions], expert)
+        first = end
+    return out
+
+
+def grouped_linear(x, ends, weight, companions, bias, format, in_features):
+    """``x[r] @ W[e].T + bias[e]``: (R, K) to (R, N) for rows sorted by expert, which end at ``ends`` (E,)."""
+
+    def one(x, weight, companions, expert):
+        return linear(x, weight, companions, None if bias is None else bias[expert], format, in_features)
+
+    return _by_expert(one, x, ends, weight.shape[1], weight, companions)
+
+
+def grouped_input_gradient(gradient, ends, weight, companions, format, in_features):
+    """``gradient[r] @ W[e]``: (R, N) to (R, K)."""
+
+    def one(gradient, weight, companions, expert):
+        return input_gradient(gradient, weight, companions, format, in_features)
+
+    return _by_expert(one, gradient, ends, in_features, weight, companions)

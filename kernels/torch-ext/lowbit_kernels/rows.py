@@ -42,6 +42,37 @@ def rows_kernel(
 
 
 @triton.jit
+def input_gradient_sum(
+    gradient_row,
+    seen,
+    weight,
+    scales,
+    scale_range,
+    zeros,
+    levels,
+    first,
+    N,
+    k,
+    K,
+    LAYOUT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Sums (BLOCK_M, BLOCK_K) of rows of a gradient (.., N) times rows ``first`` to ``first + N`` of W.
+
+    ``gradient_row`` points at rows, (BLOCK_M, 1), of which those ``seen`` exist; ``k`` (1, BLOCK_K) are inputs.
+    """
+    total = tl.zeros((gradient_row.shape[0], k.shape[1]), dtype=tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        row = first + n[:, None].to(tl.int64)
+        here = (n[:, None] < N) & (k < K)
+        value = load_values(weight, scales, scale_range, zeros, levels, row, k, here, K, LAYOUT)
+        outputs = tl.load(gradient_row + n[None, :], mask=seen & (n[None, :] < N), other=0)
+        total = tl.dot(outputs, value.to(outputs.dtype), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def input_gradient_kernel(
     gradient,
     weight,
@@ -59,14 +90,9 @@ def input_gradient_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Grid (cdiv(M, BLOCK_M), cdiv(K, BLOCK_K)): ``out`` (M, K) = ``gradient`` (M, N) @ W, summed in float32."""
-    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
     k = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
-    m_row = m.to(tl.int64)
-    total = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    for start in range(0, N, BLOCK_N):
-        row = (start + tl.arange(0, BLOCK_N))[:, None].to(tl.int64)
-        value = load_values(weight, scales, scale_range, zeros, levels, row, k, (row < N) & (k < K), K, LAYOUT)
-        n = start + tl.arange(0, BLOCK_N)[None, :]
-        outputs = tl.load(gradient + m_row * N + n, mask=(m < M) & (n < N), other=0)
-        total = tl.dot(outputs, value.to(outputs.dtype), total, input_precision="ieee")
-    tl.store(out + m_row * K + k, total.to(out.dtype.element_ty), mask=(m < M) & (k < K))
+    total = input_gradient_sum(
+        *(gradient + m * N, m < M, weight, scales, scale_range, zeros, levels, 0, N, k, K, LAYOUT, BLOCK_N),
+    )
+    tl.store(out + m * K + k, total.to(out.dtype.element_ty), mask=(m < M) & (k < K))
