@@ -47,8 +47,8 @@ def test_fast_linear_is_the_reference(case, device):
     text, M, K, dtype, form = case
     format, N, split = parse_format(text), 70, 2 if M == 1 else 1
     weight, companions = packed(format, N, K, device)
-    x = guard(torch.randn(M, K, generator=torch.Generator().manual_seed(K)).to(dtype))
-    bias = guard(torch.randn(N, generator=torch.Generator().manual_seed(M)).to(dtype))
+    x = guard(torch.randn(M, K, generator=torch.Generator().manual_seed(K)).to(device, dtype))
+    bias = guard(torch.randn(N, generator=torch.Generator().manual_seed(M)).to(device, dtype))
     values = reference.dequantize(weight, companions, format.spec, K, torch.float64)
     expected = x.double() @ values.T + bias.double()
     scales = format.unpack(dict(zip(("", *format.suffixes()), (weight, *companions), strict=True)), (N, K)).scales
@@ -74,7 +74,7 @@ def test_every_weight_alone_is_exact_to_a_rounding(bits, dtype, device):
     format, N, K = parse_format(f"int:bits={bits},group_size=64"), 64, 256
     weight, companions = packed(format, N, K, device)
     k = torch.randperm(K, generator=torch.Generator().manual_seed(bits))[:16]
-    x = torch.zeros(16, K, dtype=dtype)
+    x = torch.zeros(16, K, dtype=dtype, device=device)
     x[torch.arange(16), k] = 1
     expected = reference.dequantize(weight, companions, format.spec, K, torch.float64)[:, k].T
     result = fast_linear(x, weight, companions, None, format.spec, K).double()

@@ -131,6 +131,9 @@ def mend() -> None:
     builder.create_fp_to_fp = _convert(builder.create_fp_to_fp)
     builder.create_dot = _dot(builder.create_dot)
     interpreter.ReduceScanOpInterface.apply = _reduce(interpreter.ReduceScanOpInterface.apply)
-    interpreter._patch_lang = _patch_once(interpreter._patch_lang)
+    if not hasattr(builder, "get_bf16"):  # before Triton 3.9
+        builder.get_bf16 = lambda self, value: _rounded(self.get_fp32(value))
+    if hasattr(interpreter, "_LangPatchScope"):  # since Triton 3.6
+        interpreter._patch_lang = _patch_once(interpreter._patch_lang)
     # Without a device there is nothing to time: every config is as good, and the first one is taken.
     autotuner.Autotuner._bench = lambda self, *arguments, config, **meta: [1.0, 1.0, 1.0]
