@@ -3,9 +3,9 @@
     from hf_lowbit import LowBitConfig
     model = AutoModelForCausalLM.from_pretrained(repo, quantization_config=LowBitConfig(bits=3))
 
-Importing the package registers it with transformers. Where torch is still being imported (see :mod:`._autoload`), or
-nothing of transformers has been imported yet, registration waits for ``transformers.quantizers``; public names are
-loaded on first use.
+Importing the package registers it with transformers and PEFT. Where torch is still being imported (see
+:mod:`._autoload`), or nothing of them has been imported yet, registration waits until it is; public names are loaded on
+first use.
 """
 
 import importlib
@@ -48,10 +48,10 @@ def _start() -> None:
         return  # the entry point that is being run installs the hook, or is switched off
     from . import _autoload
 
-    if _autoload.TARGET in sys.modules:
-        register()
-    else:
-        _autoload.wait()
+    for target in _autoload.TARGETS:
+        if target in sys.modules:
+            _autoload.register(target)
+    _autoload.wait()
 
 
 _start()

@@ -1,20 +1,23 @@
-"""Loads packed repos in processes that never import this package.
+"""Loads packed repos, and adapters for them, in processes that never import this package.
 
-Transformers has no entry points for quantizers, but torch runs those of the group ``torch.backends`` when it is
-imported. The one of this package puts a finder in front of ``sys.meta_path`` that waits for
-``transformers.quantizers`` and registers when that has been imported. It costs one class and one list insertion, and
-imports neither transformers nor anything else. It never raises, neither into ``import torch`` nor, should registering
-fail, into ``import transformers``, which then gets a warning.
+Transformers has no entry points for quantizers, nor PEFT for layers, but torch runs those of the group
+``torch.backends`` when it is imported. The one of this package puts a finder in front of ``sys.meta_path`` that waits
+for ``transformers.quantizers`` and ``peft.tuners.lora.config`` and registers with each when that has been imported. It
+costs one class and one list insertion, and imports neither transformers nor anything else. It never raises, neither
+into ``import torch`` nor, should registering fail, into ``import transformers`` or ``import peft``, which then gets a
+warning.
 
 Switched off by ``HF_LOWBIT_AUTOLOAD=0``, or by torch's own ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``.
 """
 
+import importlib
 import importlib.util
 import os
 import sys
 import warnings
 
-TARGET = "transformers.quantizers"
+TARGETS = ("transformers.quantizers", "peft.tuners.lora.config")
+_waiting: set[str] = set()
 
 
 class _Loader:
@@ -31,29 +34,41 @@ class _Loader:
 
     def exec_module(self, module):
         self._loader.exec_module(module)
-        from . import register
-
-        try:
-            register()
-        except Exception as error:  # a process that never asked for this package must go on
-            warnings.warn(f"hf_lowbit could not register with transformers: {error!r}", stacklevel=2)
+        register(module.__name__)
 
 
 class _Finder:
     @staticmethod
     def find_spec(fullname, path=None, target=None):
-        if fullname != TARGET:
+        if fullname not in _waiting:
             return None
-        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not _Finder]
+        _waiting.discard(fullname)
+        if not _waiting:
+            sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not _Finder]
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
         return spec
 
 
+def register(target: str) -> None:
+    """Registers with ``target``, one of TARGETS, which has been imported; a failure becomes a warning."""
+    import hf_lowbit
+
+    try:
+        if target == TARGETS[0]:
+            hf_lowbit.register()
+        else:
+            importlib.import_module("hf_lowbit.adapters.register").register(sys.modules[target])
+    except Exception as error:  # a process that never asked for this package must go on
+        name = target.partition(".")[0]
+        warnings.warn(f"hf_lowbit could not register with {name}: {error!r}", stacklevel=2)
+
+
 def wait() -> None:
-    """Registers when ``transformers.quantizers`` is imported."""
-    if _Finder not in sys.meta_path:
+    """Registers with each of TARGETS that is not imported yet when it is."""
+    _waiting.update(target for target in TARGETS if target not in sys.modules)
+    if _waiting and _Finder not in sys.meta_path:
         sys.meta_path.insert(0, _Finder)
 
 
@@ -62,5 +77,5 @@ def install() -> None:
     if os.environ.get("HF_LOWBIT_AUTOLOAD", "1") == "0":
         if getattr(sys.modules.get(__package__), "_imported_by_torch", False):
             del sys.modules[__package__]  # so that a user's own import, later, is a first one and registers
-    elif TARGET not in sys.modules:
+    else:
         wait()

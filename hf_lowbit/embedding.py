@@ -53,8 +53,8 @@ class LowBitEmbedding(PackedMixin, nn.Embedding):
         plain.__dict__ = {k: v for k, v in self.__dict__.items() if not k.startswith("packed_")}
         plain._parameters = {"weight": nn.Parameter(self.dequantize(dtype or self.weight_like.dtype))}
         plain.__class__ = self.float_class
-        for name in ("format", "spec", "backend", "float_class", "_is_hf_initialized"):
-            del plain.__dict__[name]
+        for name in ("format", "spec", "backend", "method", "float_class", "_is_hf_initialized"):
+            plain.__dict__.pop(name, None)
         return plain
 
     def extra_repr(self) -> str:

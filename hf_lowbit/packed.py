@@ -5,6 +5,7 @@ from torch import nn
 
 from . import ops
 from .formats import Format
+from .methods.base import Method
 
 
 class PackedMixin:
@@ -14,6 +15,8 @@ class PackedMixin:
     spec: str
     in_features: int
     backend: str
+    method: Method | None = None
+    """What packed it, to pack it again after a change; None where nobody said."""
 
     def register_packed(self, format: Format, shape: tuple[int, int], backend: str, device=None) -> None:
         """Creates the (uninitialised) parameters for a weight of ``shape`` (N, K)."""

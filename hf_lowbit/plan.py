@@ -20,7 +20,7 @@ from .methods import Method
 
 @dataclass(frozen=True)
 class Packed:
-    """One module to pack: its format, its method (None for a packed repo) and its float weight's (N, K)."""
+    """One module to pack: its format, its method (for a packed repo: as its config records it) and its float (N, K)."""
 
     name: str
     format: Format
@@ -169,7 +169,8 @@ def _replay_plan(model: nn.Module, config: LowBitConfig) -> Plan:
             )
         else:
             shape = tuple(module.weight.shape) if kind != "conv1d" else tuple(reversed(module.weight.shape))
-            plan.packed[name] = Packed(name, found, None, shape)
+            _, options = _matching_rule(config, name, prefix)
+            plan.packed[name] = Packed(name, found, config.resolve(options)[1], shape)
     for name, source in _tied_weights(model).items():
         name, source = name.removesuffix(".weight"), source.removesuffix(".weight")
         if name in plan.packed and source in plan.packed:

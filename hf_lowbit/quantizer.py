@@ -258,7 +258,9 @@ def replace_modules(model: torch.nn.Module, plan: Plan, backend: str) -> None:
     for name, planned in plan.packed.items():
         module = model.get_submodule(name)
         cls = LowBitEmbedding if isinstance(module, torch.nn.Embedding) else LowBitLinear
-        model.set_submodule(name, cls.like(module, planned.format, backend))
+        packed = cls.like(module, planned.format, backend)
+        packed.method = planned.method
+        model.set_submodule(name, packed)
     for name, source in plan.tied.items():
         for suffix in plan.packed[name].format.suffixes():
             model.all_tied_weights_keys[f"{name}.weight{suffix}"] = f"{source}.weight{suffix}"

@@ -1,0 +1,52 @@
+"""Rounding a packed layer again, after its float weight has been changed, and what that cost.
+
+The layer's own format is kept, and the method is the one that packed it, as the model's config records it. A method
+that needs calibration data cannot run here: the best one without data for the same format then takes its place.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..methods import BEST, make_method
+from ..plan import Packed
+from ..quantizer import quantize_weight
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What rounding a changed weight again cost, in Frobenius norms over the whole weight.
+
+    Attributes:
+        error: The distance of what is now stored from what was wanted, in parts of the norm of what was wanted.
+        error_to_change: The same distance in parts of the norm of the change. Above 1 more was lost than was changed.
+    """
+
+    error: float
+    error_to_change: float
+
+
+@torch.no_grad()
+def requantize(base: torch.nn.Module, weight: torch.Tensor, name: str = "") -> Cost:
+    """Packs ``weight`` into ``base``, in its own format and by its own method.
+
+    Args:
+        base: A packed module. Its parameters stay the same objects, so that ties hold.
+        weight: (N, K), floating point, finite; not changed.
+        name: The layer's, for messages.
+
+    Raises:
+        ValueError: for a weight that is not finite, naming the layer.
+    """
+    before = base.dequantize(torch.float32)
+    method = base.method
+    if method is None or method.needs_calibration:
+        method = make_method(BEST[base.format.name])
+    planned = Packed(name, base.format, method, base.packed_shape)
+    tensors = quantize_weight(weight, planned, f"the weight merged into {name or 'a packed layer'}")
+    for suffix, tensor in tensors.items():
+        getattr(base, "weight" + suffix).data = tensor
+    error = (base.dequantize(torch.float32) - weight).norm()
+    change = (before - weight).norm()
+    return Cost(float(error / weight.norm()), float(error / change) if change else math.inf)
