@@ -18,16 +18,18 @@ import json
 import os
 import shutil
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.utils import WeakFileLock, filter_repo_objects
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
 from .config import LowBitConfig
-from .pieces import Piece, make_pieces, produce
+from .pieces import Piece, Solved, make_pieces, produce
 from .plan import Plan, make_plan
 from .quantizer import LowBitHfQuantizer, replace_modules
 from .skeleton import KeyMap, build_skeleton, checkpoint_files, read_config, read_json
@@ -51,6 +53,7 @@ def quantize_folder(
     max_shard_size: int | str = "5GB",
     dtype: torch.dtype | str | None = None,
     progress: bool = True,
+    solved: Solved | None = None,
 ) -> dict:
     """Packs the model in ``source`` into the folder ``destination``, shard by shard.
 
@@ -63,6 +66,8 @@ def quantize_folder(
         dtype: Dtype into which weights are cast before they are quantized and in which the rest is kept; by default
             that of the checkpoint, as in ``from_pretrained``.
         progress: Whether to show a bar, in bytes of the source.
+        solved: Packed tensors, by suffix, of modules that were solved before (see :mod:`hf_lowbit.calibration`): a
+            function from a module's name to them, or to None for a module that its own method shall quantize.
 
     Returns:
         The coverage, as :meth:`hf_lowbit.plan.Plan.coverage`.
@@ -78,20 +83,9 @@ def quantize_folder(
         raise FileExistsError(f"{destination} exists and is not an empty folder: remove it, or choose another name")
     folder = fetch(str(source))
     check_source(folder)
-    files, metadata = checkpoint_files(folder)
-    entries = read_headers(files)
-    model = build_skeleton(folder, dtype, files, metadata)
-    parameters = model.num_parameters()
-    config = copy.deepcopy(config)
-    config.layers = None
-    plan = make_plan(model, config)
-    if not plan.packed:
-        raise ValueError(f"there is nothing to pack in {folder}: {type(model).__name__} has no nn.Linear or Conv1D")
-    config.layers = plan.layers()
-    replace_modules(model, plan, "auto")
-    hf_quantizer = LowBitHfQuantizer(config)
-    reader = Reader(files)
-    pieces = make_pieces(model, plan, KeyMap(model, hf_quantizer), entries, reader)
+    opened = open_source(folder, config, dtype)
+    model, plan, pieces, reader = opened.model, opened.plan, opened.pieces, opened.reader
+    parameters, hf_quantizer = opened.parameters, LowBitHfQuantizer(opened.config)
     # The tensors of one piece stay together: as one made-up tensor of all their bytes.
     split = split_torch_state_dict_into_shards(
         {p.target: torch.empty(stored_bytes(p), dtype=torch.uint8, device="meta") for p in pieces},
@@ -106,9 +100,9 @@ def quantize_folder(
         for file, members in shards.items()
     }
     manifest = {
-        "source": {f: fingerprint(Path(f)) for f in [str(folder / CONFIG_NAME), *files]},
+        "source": {f: fingerprint(Path(f)) for f in [str(folder / CONFIG_NAME), *opened.files]},
         "settings": {
-            **config.to_dict(),
+            **opened.config.to_dict(),
             "dtype": str(model.config.dtype).removeprefix("torch."),
             "max_shard_size": max_shard_size,
             "version": __version__,
@@ -126,7 +120,7 @@ def quantize_folder(
                 error.errno, f"{destination} cannot be written ({error.strerror}): choose another place"
             ) from error
         resume(partial, manifest)
-        write_shards(partial, shards, layouts, reader, plan, model, progress)
+        write_shards(partial, shards, layouts, reader, plan, model, progress, solved)
         with explained(partial, 2**20):
             if split.is_sharded:
                 index = {"metadata": {"total_parameters": parameters, **split.metadata}}
@@ -135,7 +129,7 @@ def quantize_folder(
             for name in small_files(folder):
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(folder / name, partial / name)
-            model.config.quantization_config = config
+            model.config.quantization_config = opened.config
             model.config.save_pretrained(partial)
             for path in partial.rglob("*"):
                 if path.is_file() and path.name not in layouts:
@@ -152,6 +146,55 @@ def quantize_folder(
 
 
 # -- the source --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Source:
+    """A float model on disk and what is to be packed of it.
+
+    Attributes:
+        folder: Where it is.
+        files: Its safetensors files.
+        model: Its skeleton on ``meta``, with packed modules in place.
+        config: A copy of the user's config, with ``layers``.
+        plan: What is packed.
+        key_map: Names in the files to names of parameters.
+        reader: Of the files.
+        pieces: What becomes of every tensor.
+        parameters: Number of the float model's parameters.
+    """
+
+    folder: Path
+    files: list[str]
+    model: PreTrainedModel
+    config: LowBitConfig
+    plan: Plan
+    key_map: KeyMap
+    reader: Reader
+    pieces: list[Piece]
+    parameters: int
+
+
+def open_source(folder: Path, config: LowBitConfig, dtype: torch.dtype | str | None) -> Source:
+    """Plans the packing of the float model in ``folder`` from its config and headers; arguments as above.
+
+    Raises:
+        ValueError: if there is nothing to pack, or files and config do not fit each other.
+    """
+    files, metadata = checkpoint_files(folder)
+    entries = read_headers(files)
+    model = build_skeleton(folder, dtype, files, metadata)
+    parameters = model.num_parameters()
+    config = copy.deepcopy(config)
+    config.layers = None
+    plan = make_plan(model, config)
+    if not plan.packed:
+        raise ValueError(f"there is nothing to pack in {folder}: {type(model).__name__} has no nn.Linear or Conv1D")
+    config.layers = plan.layers()
+    replace_modules(model, plan, "auto")
+    key_map, reader = KeyMap(model, LowBitHfQuantizer(config)), Reader(files)
+    pieces = make_pieces(model, plan, key_map, entries, reader)
+    return Source(folder, files, model, config, plan, key_map, reader, pieces, parameters)
 
 
 def fetch(source: str) -> Path:
@@ -214,6 +257,7 @@ def write_shards(
     plan: Plan,
     model,
     progress: bool,
+    solved: Solved | None,
 ) -> None:
     """Writes every shard that is not finished."""
     sizes = {file: sum(reader.nbytes(key) for p in members for key in p.keys) for file, members in shards.items()}
@@ -231,7 +275,7 @@ def write_shards(
 
         def tensors(members):
             for piece in members:
-                yield from produce(piece, reader, plan, model)
+                yield from produce(piece, reader, plan, model, solved)
                 bar.update(sum(reader.nbytes(key) for key in piece.keys))
 
         for file, members in shards.items():

@@ -10,7 +10,7 @@ too, and under the name of its parameter otherwise. What a converter makes only 
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +26,7 @@ from .storage.headers import Entry
 from .storage.shards import Reader
 
 logger = logging.get_logger(__name__)
+Solved = Callable[[str], dict[str, torch.Tensor] | None]
 
 
 @dataclass
@@ -188,8 +189,10 @@ def realize(piece: Piece, read, model) -> dict[str, torch.Tensor]:
     return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
 
 
-def produce(piece: Piece, reader: Reader, plan: Plan, model) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors to store for ``piece``, by stored name."""
+def produce(
+    piece: Piece, reader: Reader, plan: Plan, model, solved: Solved | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors to store for ``piece``, by stored name; ``solved`` as in ``quantize_folder``."""
     if not piece.keys:
         for made in piece.outputs.values():
             for stored, tensor in made.items():
@@ -198,7 +201,10 @@ def produce(piece: Piece, reader: Reader, plan: Plan, model) -> Iterator[tuple[s
     for name, tensor in realize(piece, reader.read, model).items():
         planned = plan.packed.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         tensors = {"": tensor}
-        if planned is not None:
+        found = solved(planned.name) if solved is not None and planned is not None else None
+        if found is not None:
+            tensors = found
+        elif planned is not None:
             try:
                 tensors = quantize_weight(tensor.T if transposed(model, name) else tensor, planned, name)
             except ValueError as error:

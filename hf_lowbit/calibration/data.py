@@ -1,0 +1,181 @@
+"""The text that a calibrated method looks at: strings, a file, token ids or a data set, cut into equal windows.
+
+Documents are tokenized one by one, without special tokens, joined by the end-of-text token where the tokenizer has one,
+and cut into windows of ``length`` tokens that do not overlap. If there are more windows than asked for, a fixed seed
+chooses. Windows have no padding, so that every position counts the same and no attention mask is needed.
+
+The defaults, 128 windows of 512 tokens, are 65,536 tokens: more than the input width of the widest layers in use, below
+which a covariance of inputs has directions that no token has seen.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+WINDOWS, LENGTH = 128, 512
+FIELDS = ("text", "messages", "content", "input_ids")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What to calibrate on.
+
+    Args:
+        source: One of
+
+            - a list (or other iterable) of strings, one per document;
+            - a list of token ids per document (lists of int, or 1-D integer tensors), or an integer tensor
+              (documents, tokens);
+            - a list of records: dicts with "text", "messages" (a chat) or "input_ids";
+            - a file: ``.jsonl`` with a record per line; any other is plain text, a document for each run of lines
+              between empty ones;
+            - the name of a data set for the package ``datasets``, "name" or "name:config", of which the split
+              "train" is read as a stream until there is enough.
+        windows: Number of windows, at most.
+        length: Tokens in a window.
+        seed: Chooses the windows where there are more.
+        chat_template: Whether strings are put into the tokenizer's chat template, as one message of the user each.
+    """
+
+    source: Any
+    windows: int = WINDOWS
+    length: int = LENGTH
+    seed: int = 0
+    chat_template: bool = False
+
+    def tokens(self, tokenizer: Any = None) -> torch.Tensor:
+        """The windows, int64 (W, ``length``).
+
+        Args:
+            tokenizer: A transformers tokenizer; needed unless the source is token ids.
+
+        Raises:
+            ValueError: for a source that is empty, too short for one window, or of an unknown kind.
+        """
+        if self.windows < 1 or self.length < 2:
+            raise ValueError(
+                f"calibration with windows={self.windows} of length={self.length}: use at least 1 of at least 2 tokens"
+            )
+        # Reading stops once there is eight times as much as is needed: enough to choose from, and an end for a stream.
+        enough = 8 * self.windows * self.length
+        separator = [] if getattr(tokenizer, "eos_token_id", None) is None else [tokenizer.eos_token_id]
+        ids: list[int] = []
+        for document in self._documents():
+            found = self._tokenize(document, tokenizer)
+            ids += ([*separator, *found] if ids else found) if found else []
+            if len(ids) >= enough:
+                break
+        if not ids:
+            raise ValueError(f"the calibration text is empty: {self._origin()} gave no tokens")
+        count = len(ids) // self.length
+        if count == 0:
+            raise ValueError(
+                f"the calibration text is too short: {self._origin()} gave {len(ids)} tokens, fewer than one window of "
+                f"length={self.length}; give more text, or a smaller length"
+            )
+        windows = torch.tensor(ids[: count * self.length], dtype=torch.int64).view(count, self.length)
+        if count < self.windows:
+            logger.warning(
+                "calibration: %s is enough for %d windows of %d tokens, not %d",
+                self._origin(), count, self.length, self.windows,
+            )  # fmt: skip
+            return windows
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))[: self.windows]
+        return windows[order.sort().values]
+
+    def _origin(self) -> str:
+        if isinstance(self.source, (str, Path)):
+            return repr(str(self.source))
+        return f"a {type(self.source).__name__}" + (
+            f" of {len(self.source)}" if hasattr(self.source, "__len__") else ""
+        )
+
+    def _documents(self) -> Iterator[Any]:
+        if isinstance(self.source, Path) or (isinstance(self.source, str) and Path(self.source).is_file()):
+            return _read_file(Path(self.source))
+        if isinstance(self.source, str):
+            return _read_dataset(self.source)
+        if isinstance(self.source, dict) or not isinstance(self.source, Iterable):
+            raise ValueError(
+                f"calibration cannot be read from a {type(self.source).__name__}: give strings, token ids, a file or "
+                "the name of a data set"
+            )
+        return iter(self.source)
+
+    def _tokenize(self, document: Any, tokenizer: Any) -> list[int]:
+        if isinstance(document, dict):
+            field = next((f for f in FIELDS if f in document), None)
+            if field is None:
+                raise ValueError(
+                    f"a calibration record has the fields {', '.join(document)}, none of {', '.join(FIELDS)}"
+                )
+            document = document[field]
+        if isinstance(document, torch.Tensor):
+            document = document.tolist()
+        if isinstance(document, (list, tuple)) and all(isinstance(i, int) for i in document):
+            return list(document)
+        chat = isinstance(document, (list, tuple)) and all(isinstance(m, dict) for m in document)
+        if not chat and not isinstance(document, str):
+            raise ValueError(
+                f"a calibration document is a {type(document).__name__}: give strings, lists of token ids (int), or "
+                "records with one of the fields " + ", ".join(FIELDS)
+            )
+        if tokenizer is None:
+            raise ValueError("the calibration text needs a tokenizer: give tokenizer=, or token ids instead of text")
+        if isinstance(document, str) and not self.chat_template:
+            return tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError(f"{type(tokenizer).__name__} has no chat template: give plain text, chat_template=False")
+        messages = document if chat else [{"role": "user", "content": document}]
+        return tokenizer(
+            tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False, verbose=False
+        )["input_ids"]
+
+
+def digest(tokens: torch.Tensor | None) -> str | None:
+    """SHA-256 of ``tokens`` (W, L), so that a run goes on only with the same text."""
+    return None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+
+
+def _read_file(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise ValueError(f"calibration file {path} does not exist")
+    with open(path, encoding="utf-8") as file:
+        if path.suffix == ".jsonl":
+            for number, line in enumerate(file, 1):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+            return
+        paragraph: list[str] = []
+        for line in file:
+            if line.strip():
+                paragraph.append(line)
+            elif paragraph:
+                yield "".join(paragraph)
+                paragraph = []
+        if paragraph:
+            yield "".join(paragraph)
+
+
+def _read_dataset(name: str) -> Iterator[Any]:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"calibration {name!r} is not a file, and reading it as a data set needs `pip install datasets`"
+        ) from error
+    path, _, config = name.partition(":")
+    try:
+        return iter(datasets.load_dataset(path, config or None, split="train", streaming=True))
+    except (OSError, ValueError) as error:  # what datasets raises for one that it cannot find, load or read
+        raise ValueError(f"calibration {name!r} is neither a file nor a data set that can be read: {error}") from error

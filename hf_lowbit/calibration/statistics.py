@@ -1,0 +1,69 @@
+"""What calibrated methods know of a linear layer's inputs: second moments and token counts.
+
+For a layer ``y = x W^T`` the squared error of the output over all tokens is a quadratic form of the weight's error,
+``sum |x E^T|^2 = tr(E S E^T)`` with ``S = sum x^T x``. So S (K, K) is all that GPTQ, EoRA and layer-wise ApiQ need, and
+the tokens themselves need not be kept. Layers that share an input (query, key and value) share one S.
+
+Where the layers before are quantized already, x is what the quantized model computes, and a method that corrects for
+their error too needs ``C = sum r^T x`` with r the float model's input at the same token: then
+``sum |x V^T - r W^T|^2 = tr(V S V^T) - 2 tr(W C V^T) + constant``.
+"""
+
+import torch
+
+
+class Moments:
+    """Mean second moments of the inputs of one or several layers, float32.
+
+    Attributes:
+        square: ``mean x^T x`` (K, K).
+        cross: ``mean r^T x`` (K, K), or None if it was not asked for.
+        reference: ``mean r^T r`` (K, K), or None.
+        tokens: Number of tokens counted.
+    """
+
+    def __init__(self, in_features: int, cross: bool = False, device: torch.device | str = "cpu"):
+        def zeros():
+            return torch.zeros(in_features, in_features, device=device)
+
+        self.square, self.tokens = zeros(), 0
+        self.cross: torch.Tensor | None = zeros() if cross else None
+        self.reference: torch.Tensor | None = zeros() if cross else None
+
+    def add(self, x: torch.Tensor, r: torch.Tensor | None = None) -> None:
+        """Counts tokens ``x`` (..., K) and, for cross moments, the float model's inputs ``r`` at the same tokens."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        total = self.tokens + len(x)
+        # A running mean: sums of a long calibration would lose what a single window adds.
+        keep, take = self.tokens / total, 1 / total
+        self.square.addmm_(x.T, x, beta=keep, alpha=take)
+        if self.cross is not None and self.reference is not None:
+            assert r is not None
+            r = r.detach().reshape(-1, r.shape[-1]).float()
+            self.cross.addmm_(r.T, x, beta=keep, alpha=take)
+            self.reference.addmm_(r.T, r, beta=keep, alpha=take)
+        self.tokens = total
+
+    def damped(self, damping: float) -> torch.Tensor:
+        """``square`` with ``damping`` times its mean diagonal added to the diagonal; the identity without tokens."""
+        identity = torch.eye(len(self.square), device=self.square.device)
+        level = self.square.diagonal().mean()
+        if not level > 0:
+            return identity
+        return self.square + damping * level * identity
+
+    def output_error(self, weight: torch.Tensor, other: torch.Tensor) -> float:
+        """Mean over tokens of ``|x V^T - r W^T|^2`` for ``weight`` W and ``other`` V (N, K), where r = x without cross
+        moments.
+
+        It is a difference of large numbers where V is close to W, so it is computed in float64.
+        """
+        W, V, S = weight.double(), other.double(), self.square.double()
+        if self.cross is None or self.reference is None:
+            E = V - W
+            return float(((E @ S) * E).sum())
+        return float(((V @ S) * V).sum() - 2 * ((W @ self.cross.double()) * V).sum() + self._reference_power(W))
+
+    def _reference_power(self, W: torch.Tensor) -> torch.Tensor:
+        assert self.reference is not None
+        return ((W @ self.reference.double()) * W).sum()
