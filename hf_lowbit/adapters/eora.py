@@ -1,0 +1,36 @@
+"""EoRA: the low-rank correction that is best for the inputs a layer really gets, in closed form.
+
+Liu et al., 2024 (arXiv 2410.21271). With ``S = mean x^T x`` over calibration tokens, the mean squared error of a
+layer's output is ``|(W - Q - B A) S^(1/2)|^2``. Let ``S = U L U^T``. In the coordinates of the eigenspace, scaled by
+the square root of the eigenvalues, this is a plain Frobenius norm, so the best ``B A`` is the truncated SVD of
+``(W - Q) U L^(1/2)``, mapped back. Nothing is trained. The inputs are those of the quantized model: the layers and
+blocks before are solved already.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..calibration import Layer, Moments, Solution
+from ..quantizer import quantize_weight
+from .factors import LowRankHook, correction
+
+
+@dataclass
+class EoRA(LowRankHook):
+    """The optimal low-rank correction in the norm of the inputs' second moments.
+
+    Args:
+        damping: Added to the diagonal of the second moments, in parts of its mean, so that directions that calibration
+            hardly saw count a little.
+    """
+
+    damping: float = 0.01
+
+    activations: ClassVar[str] = "quantized"
+
+    def solve_layer(self, layer: Layer, moments: Moments | None, generator) -> Solution:
+        assert moments is not None
+        tensors = quantize_weight(layer.weight, layer.planned, layer.name + ".weight")
+        error = layer.weight - layer.value(Solution(tensors))
+        A, B = correction(error, moments.damped(self.damping), self.rank)
+        return Solution(tensors, A, B)
