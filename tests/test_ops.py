@@ -133,6 +133,7 @@ def test_chunks_of_rows_give_the_same(monkeypatch, text):
 
     whole = run()
     monkeypatch.setattr(reference, "CHUNK_WEIGHTS", 5 * columns)
+    monkeypatch.setattr(reference, "BLOCK_WEIGHTS", 2 * columns)
     seen = []
     original = type(parse_format(spec)).dequantize
 
@@ -142,7 +143,8 @@ def test_chunks_of_rows_give_the_same(monkeypatch, text):
 
     monkeypatch.setattr(type(parse_format(spec)), "dequantize", dequantize)
     chunked = run()
-    assert seen == [(5, 70), (5, 70), (5, 70), (5, 70), (3, 70)] * 3
+    by_chunk = [2, 2, 1] * 4 + [2, 1]
+    assert seen == [(rows, 70) for rows in 2 * by_chunk + [2] * 11 + [1]]
     assert torch.equal(chunked[2], whole[2])
     for first, other in zip(whole[:2], chunked[:2], strict=True):  # sums in another order
         torch.testing.assert_close(other, first)
