@@ -4,8 +4,8 @@
     python benchmarks/adapters.py --bits 2 --methods eora,apiq-bw --windows 32 --print
 
 Calibration is on two of every three news articles, evaluation on the others ("news") and on the Python reference
-("docs", another kind of text than the calibration's). The model computes in float32 with the dequantized weights plus the
-adapter's product. Packed repos and adapters are kept in ~/.cache/hf_lowbit_benchmarks/adapters, to be finetuned.
+("docs", another kind of text than the calibration's). The model computes in float32 with the dequantized weights plus
+the adapter's product. Packed repos and adapters are kept in ~/.cache/hf_lowbit_benchmarks/adapters, to be finetuned.
 """
 
 import argparse

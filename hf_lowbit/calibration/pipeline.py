@@ -130,9 +130,12 @@ class Block:
         """Takes ``solution`` for the layer ``name`` and puts its value into the solved block."""
         layer = self.layers[name]
         layer.solution = solution
-        module = self.module.get_submodule(name)
-        value = layer.value(solution)
-        module.weight = nn.Parameter(value if _is_linear(module) else value.T.contiguous(), requires_grad=False)
+        weight = self.as_parameter(name, layer.value(solution))[name + ".weight"]
+        self.module.get_submodule(name).weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+
+    def as_parameter(self, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``value`` (N, K) for the layer ``name`` as its module keeps it, by the parameter's name."""
+        return {name + ".weight": value if _is_linear(self.module.get_submodule(name)) else value.T}
 
     def batches(self) -> list[torch.Tensor]:
         """Numbers of the windows that run together."""
