@@ -1,0 +1,72 @@
+"""The kernels inside ``torch.compile(fullgraph=True)`` and ``torch.export``: the op is opaque, the values are equal."""
+
+import pytest
+import torch
+from problems import packed
+from torch._dynamo.testing import CompileCounter
+
+from hf_lowbit.formats import parse_format
+from hf_lowbit.linear import LowBitLinear
+
+
+def two_layers(text: str, device: str) -> torch.nn.Module:
+    """A packed layer with a bias, an activation, and one without."""
+
+    def layer(N, K, bias):
+        format = parse_format(text)
+        module = LowBitLinear(K, N, bias, format, device=device, backend="triton")
+        weight, companions = packed(format, N, K, device)
+        module.set_packed(dict(zip(("", *format.suffixes()), (weight, *companions), strict=True)))
+        if bias:
+            torch.nn.init.normal_(module.bias, generator=torch.Generator(device).manual_seed(5))
+        return module
+
+    return torch.nn.Sequential(layer(40, 70, True), torch.nn.SiLU(), layer(24, 40, False))
+
+
+def rows(n: int, device: str, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(1, n, 70, generator=torch.Generator().manual_seed(n)).to(device, dtype)
+
+
+def lowbit_ops(graph) -> list[str]:
+    return [str(n.target).removesuffix(".default") for n in graph.graph.nodes if "lowbit" in str(n.target)]
+
+
+@pytest.mark.parametrize("text", ["int:bits=3", "nf:bits=4", "ternary:bits=1.58"])
+def test_compiled_and_exported_give_what_eager_gives(text, device):
+    torch._dynamo.reset()
+    model, graphs = two_layers(text, device), []
+
+    def keep(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=keep, dynamic=True)
+    x = rows(6, device)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x))
+        program = torch.export.export(model, (x,), dynamic_shapes=({1: torch.export.Dim("n", min=2, max=64)},))
+        assert torch.equal(program.module()(rows(9, device)), model(rows(9, device)))
+    assert [lowbit_ops(g) for g in (*graphs, program.graph_module)] == [["lowbit.linear"] * 2] * 2
+
+
+def test_gradients_compile(device):
+    torch._dynamo.reset()
+    model, x = two_layers("int:bits=4", device), rows(3, device).requires_grad_()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    parameters = [x, model[0].bias.requires_grad_()]
+    wanted = torch.autograd.grad(model(x).square().sum(), parameters)
+    got = torch.autograd.grad(compiled(x).square().sum(), parameters)
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_many_rows_and_one_row_are_two_graphs(device):
+    """Matrix-vector and tiles are chosen inside the op: the number of rows is nothing that torch has to know."""
+    torch._dynamo.reset()
+    model, counter = two_layers("int:bits=4", device), CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    with torch.no_grad():
+        for n in (5, 1, 2, 17, 1, 33):
+            assert torch.equal(compiled(rows(n, device)), model(rows(n, device)))
+    assert counter.frame_count == 2
