@@ -56,6 +56,7 @@ class LowBitHfQuantizer(HfQuantizer):
         self.plan: Plan | None = None
         self.failure: Exception | None = None
         self.freed = FreedMemory()
+        self.trains_scales = False  # set by hf_lowbit.adapters.scales
         if self.pre_quantized:
             quantization_config.check_requested()
             if quantization_config.layers is None:
@@ -184,6 +185,11 @@ class LowBitHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the Trainer may train the model without an adapter: once its scales are trainable."""
+        return self.trains_scales
 
     @property
     def is_compileable(self) -> bool:
