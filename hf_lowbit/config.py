@@ -10,6 +10,7 @@ from transformers.utils.quantization_config import MetalConfig
 
 from .backends import check_backend
 from .formats import FORMATS, Format, parse_format
+from .low_rank import parse_low_rank
 from .methods import BEST, Method, make_method, methods
 from .version import __version__
 
@@ -91,7 +92,7 @@ class LowBitConfig(MetalConfig):
         **kwargs: Any,
     ):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
-        saved = {key: kwargs.pop(key, None) for key in ("layers", "version")}
+        saved = {key: kwargs.pop(key, None) for key in ("layers", "low_rank", "version")}
         kwargs.pop("quant_method", None)
         if kwargs:
             option = next(iter(kwargs))
@@ -100,6 +101,7 @@ class LowBitConfig(MetalConfig):
             raise ValueError(f"LowBitConfig has no option {option!r}{hint}")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers takes any string
         self.layers: dict[str, str] | None = saved["layers"]
+        self.low_rank: dict[str, str] | None = saved["low_rank"]
         self.version: str = saved["version"] or __version__
         self.given = {k: copy.deepcopy(v) for k, v in arguments.items() if v is not None}
         if rules is not None:
@@ -139,6 +141,8 @@ class LowBitConfig(MetalConfig):
                 raise ValueError(f"rule {pattern!r}: {error}") from None
         for text in (self.layers or {}).values():
             parse_format(text)
+        for text in (self.low_rank or {}).values():
+            parse_low_rank(text)
 
     def resolve(self, overrides: dict[str, Any] | None = None) -> tuple[Format, Method]:
         """The format and the method that these options, changed by ``overrides`` (a rule), stand for."""
@@ -237,11 +241,12 @@ class LowBitConfig(MetalConfig):
             "format": self.format,
             "method": self.method,
             "layers": self.layers,
+            "low_rank": self.low_rank,
         }
         for key in (*_FORMAT_OPTIONS, "method_options", "rules", "modules_to_not_convert"):
             saved[key] = getattr(self, key)
         saved["rules"] = [[pattern, options] for pattern, options in self.rules.items()]  # JSON would sort a dict
-        optional = ("layers", "method_options", "rules")
+        optional = ("layers", "low_rank", "method_options", "rules")
         return {k: copy.deepcopy(v) for k, v in saved.items() if v is not None and (v or k not in optional)}
 
     @classmethod

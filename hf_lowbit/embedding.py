@@ -43,9 +43,12 @@ class LowBitEmbedding(PackedMixin, nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``input`` (...), integer, to rows (..., embedding_dim)."""
-        return ops.embedding(
-            input, self.weight, self.companions(), self.spec, self.embedding_dim, self.weight_like.dtype, self.backend
-        )
+        dtype = self.weight_like.dtype
+        rows = ops.embedding(input, self.weight, self.companions(), self.spec, self.embedding_dim, dtype, self.backend)
+        if self.low_rank is None:
+            return rows
+        factor_in, factor_out = self.factors()
+        return (rows + nn.functional.embedding(input, factor_out) @ factor_in).to(dtype)
 
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """The plain embedding with the dequantized table in ``dtype``."""
@@ -53,7 +56,7 @@ class LowBitEmbedding(PackedMixin, nn.Embedding):
         plain.__dict__ = {k: v for k, v in self.__dict__.items() if not k.startswith("packed_")}
         plain._parameters = {"weight": nn.Parameter(self.dequantize(dtype or self.weight_like.dtype))}
         plain.__class__ = self.float_class
-        for name in ("format", "spec", "backend", "method", "float_class", "_is_hf_initialized"):
+        for name in ("format", "spec", "backend", "method", "low_rank", "float_class", "_is_hf_initialized"):
             plain.__dict__.pop(name, None)
         return plain
 

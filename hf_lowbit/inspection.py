@@ -117,7 +117,7 @@ def _by_skeleton(model, config: LowBitConfig, entries: dict[str, Entry]) -> tupl
         sizes[name] = sizes.get(name, 0) + _nbytes(entry)
     sizes = {plan.tied.get(name, name): size for name, size in sizes.items()}
     for name, packed in plan.packed.items():
-        found, needed = sizes.get(name, 0), packed.format.nbytes(packed.shape)
+        found, needed = sizes.get(name, 0), packed.nbytes
         if name not in plan.tied and found != needed:
             raise ValueError(
                 f"the files hold {found} bytes of {name}, and {packed.format.spec} needs {needed} for {packed.shape}: "

@@ -68,7 +68,10 @@ class LowBitLinear(PackedMixin, nn.Linear):
                 f"a packed linear got an input of {x.dtype}: the model casts it to `weight.dtype`, that is that of the "
                 "packed codes; keep this layer in float by a rule {name: None}"
             )
-        return ops.linear(x, self.weight, self.companions(), self.bias, self.spec, self.in_features, self.backend)
+        y = ops.linear(x, self.weight, self.companions(), self.bias, self.spec, self.in_features, self.backend)
+        for factor in self.factors():
+            x = nn.functional.linear(x.to(factor.dtype), factor)
+        return y if self.low_rank is None else (y + x).to(y.dtype)
 
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The plain ``nn.Linear`` (or ``Conv1D``) with the dequantized weight in ``dtype``, on the same device."""

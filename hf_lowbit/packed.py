@@ -5,6 +5,7 @@ from torch import nn
 
 from . import ops
 from .formats import Format
+from .low_rank import NAMES, LowRank
 from .methods.base import Method
 
 
@@ -17,6 +18,8 @@ class PackedMixin:
     backend: str
     method: Method | None = None
     """What packed it, to pack it again after a change; None where nobody said."""
+    low_rank: LowRank | None = None
+    """The float correction beside the packed weight, if there is one."""
 
     def register_packed(self, format: Format, shape: tuple[int, int], backend: str, device=None) -> None:
         """Creates the (uninitialised) parameters for a weight of ``shape`` (N, K)."""
@@ -26,6 +29,27 @@ class PackedMixin:
         self.packed_names = tuple("weight" + suffix for suffix in tensors)
         for suffix, tensor in tensors.items():
             setattr(self, "weight" + suffix, nn.Parameter(tensor, requires_grad=False))
+
+    def register_factors(self, low_rank: LowRank, device=None) -> None:
+        """Creates the (uninitialised) factors of a low-rank correction."""
+        self.low_rank = low_rank
+        for name, shape in low_rank.shapes(self.packed_shape).items():
+            factor = torch.empty(shape, dtype=low_rank.dtype, device=device)
+            setattr(self, name, nn.Parameter(factor, requires_grad=False))
+
+    def set_factors(self, factor_in: torch.Tensor, factor_out: torch.Tensor) -> None:
+        """Sets the low-rank correction ``factor_out @ factor_in`` of (N, r) and (r, K), both of one dtype."""
+        self.low_rank = LowRank(factor_in.shape[0], factor_in.dtype)
+        for name, factor in zip(NAMES, (factor_in, factor_out), strict=True):
+            setattr(self, name, nn.Parameter(factor.detach().contiguous(), requires_grad=False))
+
+    def factors(self) -> list[torch.Tensor]:
+        """The factors (r, K) and (N, r) of the low-rank correction, or nothing."""
+        return [getattr(self, name) for name in self.fixed_names() if name in NAMES]
+
+    def fixed_names(self) -> tuple[str, ...]:
+        """Names of the parameters whose dtype means something: the packed tensors, and the factors if there are any."""
+        return self.packed_names + (NAMES if self.low_rank is not None else ())
 
     def companions(self) -> list[torch.Tensor]:
         """The stored tensors besides ``weight``, in the order in which ops take them."""
@@ -42,17 +66,24 @@ class PackedMixin:
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight (N, K) in ``dtype``."""
+        """The weight (N, K) in ``dtype``, the low-rank correction included."""
+        if self.low_rank is None:
+            return self.dequantize_packed(dtype)
+        factor_in, factor_out = (factor.float() for factor in self.factors())
+        return self.dequantize_packed(torch.float32).addmm_(factor_out, factor_in).to(dtype)
+
+    def dequantize_packed(self, dtype: torch.dtype) -> torch.Tensor:
+        """What the packed tensors alone stand for, (N, K) in ``dtype``."""
         return ops.dequantize(self.weight, self.companions(), self.spec, self.packed_shape[1], dtype, self.backend)
 
     def freeze_packed(self) -> None:
-        """Switches gradients of the packed tensors off; loaders switch them on for float companions."""
-        for name in self.packed_names:
+        """Switches gradients of the stored tensors off; loaders switch them on for float companions."""
+        for name in self.fixed_names():
             getattr(self, name).requires_grad_(False)
 
     def _apply(self, fn, recurse=True):
         # `.to(dtype)` and friends move the packed tensors but must not change what they mean.
-        before = {name: getattr(self, name).data for name in self.packed_names}
+        before = {name: getattr(self, name).data for name in self.fixed_names()}
         super()._apply(fn, recurse)
         for name, data in before.items():
             parameter = getattr(self, name)

@@ -15,6 +15,7 @@ from torch import nn
 
 from .config import LowBitConfig
 from .formats import Format, parse_format
+from .low_rank import LowRank, parse_low_rank
 from .methods import Method
 
 
@@ -26,6 +27,12 @@ class Packed:
     format: Format
     method: Method | None
     shape: tuple[int, int]
+    low_rank: LowRank | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that is stored for it."""
+        return self.format.nbytes(self.shape) + (self.low_rank.nbytes(self.shape) if self.low_rank else 0)
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,16 @@ class Plan:
         """Formats by module name, numbers replaced by ``*`` where all that match agree."""
         return _compress({name: p.format.spec for name, p in self.packed.items()}, [k.name for k in self.kept])
 
+    def low_rank(self) -> dict[str, str] | None:
+        """Low-rank corrections by module name, likewise; None without any."""
+        found = {name: p.low_rank.spec for name, p in self.packed.items() if p.low_rank is not None}
+        return _compress(found, [name for name in self.packed if name not in found]) or None
+
     def coverage(self) -> dict:
         """Totals: packed weights, bytes and bits per weight, and every kept module with its bytes and reason."""
         own = [p for name, p in self.packed.items() if name not in self.tied]
         weights = sum(p.shape[0] * p.shape[1] for p in own)
-        packed_bytes = sum(p.format.nbytes(p.shape) for p in own)
+        packed_bytes = sum(p.nbytes for p in own)
         kept = [k for k in self.kept if k.nbytes]
         return {
             "packed_modules": len(self.packed),
@@ -154,15 +166,13 @@ def _replay_plan(model: nn.Module, config: LowBitConfig) -> Plan:
     """The plan that a packed repo's ``layers`` describe, for this model class."""
     plan = Plan(replayed=True)
     prefix = getattr(model, "base_model_prefix", "")
-    patterns = [
-        (re.compile(r"\d+".join(map(re.escape, pattern.split("*")))), parse_format(spec))
-        for pattern, spec in config.layers.items()
-    ]
+    formats = [(_pattern(key), parse_format(spec)) for key, spec in config.layers.items()]
+    corrections = [(_pattern(key), parse_low_rank(spec)) for key, spec in (config.low_rank or {}).items()]
     for name, module in model.named_modules():
         kind = _kind(module)
         if kind is None:
             continue
-        found = next((f for p, f in patterns if any(p.fullmatch(n) for n in names(name, prefix))), None)
+        found = next((f for p, f in formats if any(p.fullmatch(n) for n in names(name, prefix))), None)
         if found is None:
             plan.kept.append(
                 Kept(name, module.weight.numel() * module.weight.element_size(), "kept when it was packed")
@@ -170,7 +180,8 @@ def _replay_plan(model: nn.Module, config: LowBitConfig) -> Plan:
         else:
             shape = tuple(module.weight.shape) if kind != "conv1d" else tuple(reversed(module.weight.shape))
             _, options = _matching_rule(config, name, prefix)
-            plan.packed[name] = Packed(name, found, config.resolve(options)[1], shape)
+            low_rank = next((f for p, f in corrections if any(p.fullmatch(n) for n in names(name, prefix))), None)
+            plan.packed[name] = Packed(name, found, config.resolve(options)[1], shape, low_rank)
     for name, source in _tied_weights(model).items():
         name, source = name.removesuffix(".weight"), source.removesuffix(".weight")
         if name in plan.packed and source in plan.packed:
@@ -286,6 +297,11 @@ def _reads_weight(owner: type, path: tuple[str, ...]) -> bool:
     pattern = re.compile(rf"self{steps}\.weight\b")
     own = (c for c in owner.__mro__ if not c.__module__.startswith(("torch.", "builtins", "transformers.modeling_")))
     return any(pattern.search(_source(c)) for c in own)
+
+
+def _pattern(key: str) -> re.Pattern:
+    """A key of ``layers`` or ``low_rank``, where ``*`` stands for digits, as an expression."""
+    return re.compile(r"\d+".join(map(re.escape, key.split("*"))))
 
 
 def _wildcard(name: str) -> str:

@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from .backends import select
 from .config import QUANT_METHOD, LowBitConfig
+from .low_rank import NAMES
 from .memory import FreedMemory
 from .packed import PackedMixin
 from .plan import Kept, Packed, Plan, make_plan
@@ -46,7 +47,15 @@ class LowBitHfQuantizer(HfQuantizer):
     quantization_config: LowBitConfig
     # The companions of a packed weight, for tensor- and expert-parallel plans.
     serialized_names: ClassVar[dict[str, list[str]]] = {
-        "weight": ["weight", "weight_scales", "weight_scales_range", "weight_zeros", "weight_codebook", "weight_like"]
+        "weight": [
+            "weight",
+            "weight_scales",
+            "weight_scales_range",
+            "weight_zeros",
+            "weight_codebook",
+            "weight_like",
+            *NAMES,
+        ]
     }
 
     def __init__(self, quantization_config: LowBitConfig, **kwargs):
@@ -160,6 +169,9 @@ class LowBitHfQuantizer(HfQuantizer):
             else:
                 # Where a model keeps a module in float32, transformers casts its scales, which loses nothing.
                 parameter.data = parameter.data.to(dtype)
+        for factor, tensor in zip(NAMES, module.factors(), strict=False):
+            if tensor.device.type != "meta" and not getattr(tensor, "_is_hf_initialized", False):
+                missing.append(factor)
         if missing and (self.pre_quantized or "weight" not in missing):
             raise ValueError(f"the checkpoint has no tensor {name}.{missing[0]}: it is incomplete")
         bias = getattr(module, "bias", None)
@@ -266,6 +278,8 @@ def replace_modules(model: torch.nn.Module, plan: Plan, backend: str) -> None:
         cls = LowBitEmbedding if isinstance(module, torch.nn.Embedding) else LowBitLinear
         packed = cls.like(module, planned.format, backend)
         packed.method = planned.method
+        if planned.low_rank is not None:
+            packed.register_factors(planned.low_rank, packed.weight.device)
         model.set_submodule(name, packed)
     for name, source in plan.tied.items():
         for suffix in plan.packed[name].format.suffixes():

@@ -6,7 +6,7 @@ functions here are loaded on first use.
 
 import importlib
 
-_PUBLIC = {"initialize": "initialization"}
+_PUBLIC = {"initialize": "initialization", "merge": "merging"}
 __all__ = [*_PUBLIC]
 
 

@@ -18,6 +18,7 @@ from peft.tuners.lora import layer as lora
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..packed import PackedMixin
@@ -47,13 +48,32 @@ class PackedDora(DoraLinearVariant):
         )
 
 
+class Original:
+    """A packed layer's parameters before a merge, to unmerge it bit for bit."""
+
+    def __init__(self, base: PackedMixin):
+        self.low_rank = base.low_rank
+        self.data = {name: p.data for name, p in base.named_parameters(recurse=False)}
+
+    def restore(self, base: PackedMixin) -> None:
+        """Puts them back, on the device where ``base`` is now."""
+        device = base.weight.device
+        for name in [name for name, _ in base.named_parameters(recurse=False) if name not in self.data]:
+            delattr(base, name)
+        base.low_rank = self.low_rank
+        for name, data in self.data.items():
+            getattr(base, name).data = data.to(device)
+
+
 class FloatView:
     """What packed LoRA layers have in common: the float view, and merging through it."""
 
     _view: nn.Module | None = None
-    _packed_original: dict[str, torch.Tensor] | None = None
+    _original: Original | None = None
     merge_cost: Cost | None = None
     """What the last rounding of this layer cost."""
+    keep_factors: bool = False
+    """Whether a merge keeps the adapter as the layer's low-rank correction, which costs nothing, and rounds nothing."""
 
     def get_base_layer(self) -> nn.Module:
         """The base layer, or its float stand-in while a view is open."""
@@ -72,8 +92,9 @@ class FloatView:
             yield
         finally:
             self.__dict__["_view"] = None
-        if not torch.equal(view.weight, base.dequantize(torch.float32)):
-            self.merge_cost = requantize(base, view.weight, self.target_name)
+        weight = view.weight.T if isinstance(view, Conv1D) else view.weight
+        if not torch.equal(weight, base.dequantize(torch.float32)):
+            self.merge_cost = requantize(base, weight, self.target_name)
         if getattr(base, "bias", None) is not None:
             base.bias.data = view.bias.to(base.bias.dtype)
 
@@ -94,24 +115,74 @@ class FloatView:
         base, merged = super().get_base_layer(), list(self.merged_adapters)
         if merged:
             self.unmerge()
-        original = {name: p.data for name, p in base.named_parameters(recurse=False)}
+        original = Original(base)
         try:
-            with self.float_view():
-                super().merge(safe_merge, merged + names)
+            if self.keep_factors:
+                self.merge_factors(base, merged + names)
+            else:
+                with self.float_view():
+                    super().merge(safe_merge, merged + names)
+                self.report()
         except Exception:
+            original.restore(base)
             self.merged_adapters = []
             raise
-        self.__dict__["_packed_original"] = original
+        self.__dict__["_original"] = original
+
+    def check_factors(self, names: list[str]) -> None:
+        """Refuses adapters that are not the product of two factors alone.
+
+        Raises:
+            ValueError: naming the first.
+        """
+        for name in names:
+            if name in self.lora_variant:
+                kind = type(self.lora_variant[name]).__name__.removeprefix("Packed").removesuffix("LinearVariant")
+                raise ValueError(
+                    f"adapter {name!r} uses {kind}, which is more than a product of two factors: it cannot be kept as "
+                    "a low-rank correction. Merge by 'dequantize', or by 'requantize'"
+                )
+
+    def merge_factors(self, base, names: list[str]) -> None:
+        """Adds the adapters ``names`` to the low-rank correction of ``base``."""
+        self.check_factors(names)
+        found = [(f.float(), g.float()) for f, g in [self.factors(name) for name in names if name in self.r]]
+        dtypes = {self.factors(name)[0].dtype for name in names if name in self.r}
+        if not found:
+            return
+        if base.low_rank is not None:
+            found.insert(0, tuple(base.factors()))
+            dtypes.add(base.low_rank.dtype)
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        base.set_factors(torch.cat([f.to(dtype) for f, _ in found]), torch.cat([g.to(dtype) for _, g in found], dim=1))
+        for name in names:
+            if self.lora_bias.get(name):
+                base.bias.data = base.bias.data + (self.lora_B[name].bias * self.scaling[name]).to(base.bias.dtype)
+        self.merged_adapters.extend(names)
+
+    def report(self) -> None:
+        """Logs what rounding cost: every layer at the level "info", and once that it costs something."""
+        if self.merge_cost is None:
+            return
+        logger.warning_once(
+            "merging an adapter into packed weights rounds them again, which loses a part of what it learnt. What "
+            "each layer loses is logged at the level 'info'; hf_lowbit.adapters.merge sums it up, and has two ways "
+            "without loss"
+        )
+        logger.info(
+            "%s: rounding the merged weight again moved it by %.2g %%, which is %.0f %% of what the adapter changed",
+            self.target_name,
+            100 * self.merge_cost.error,
+            100 * self.merge_cost.error_to_change,
+        )
 
     def unmerge(self) -> None:
         """Gives the packed weight back as it was before merging, bit for bit."""
-        if self._view is not None or self._packed_original is None:
+        if self._view is not None or self._original is None:
             super().unmerge()
             return
-        base = super().get_base_layer()
-        for name, data in self._packed_original.items():
-            getattr(base, name).data = data.to(getattr(base, name).device)
-        self.__dict__["_packed_original"] = None
+        self._original.restore(super().get_base_layer())
+        self.__dict__["_original"] = None
         self.merged_adapters.clear()
         self._caches.clear()
 
@@ -127,9 +198,26 @@ class LoraLowBitLinear(FloatView, lora.Linear):
     """LoRA on a :class:`~hf_lowbit.linear.LowBitLinear`. A is (r, K) and B (N, r), as on ``nn.Linear``."""
 
     @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the float weight is (K, N), whatever the config says: a packed one is not, its float view may be."""
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    @fan_in_fan_out.setter
+    def fan_in_fan_out(self, value: bool) -> None:
+        pass
+
+    @property
     def lora_variants(self):
         return {**super().lora_variants, ("use_dora",): PackedDora}
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors (r, K) and (N, r) of adapter ``name``, with its scaling."""
+        return self.lora_A[name].weight, self.lora_B[name].weight * self.scaling[name]
 
 
 class LoraLowBitEmbedding(FloatView, lora.Embedding):
     """LoRA on a :class:`~hf_lowbit.embedding.LowBitEmbedding`. A is (r, rows) and B (dimension, r)."""
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors (r, dimension) and (rows, r) of adapter ``name``, with its scaling."""
+        return self.lora_embedding_B[name].T * self.scaling[name], self.lora_embedding_A[name].T

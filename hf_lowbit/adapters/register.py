@@ -13,7 +13,7 @@ def register(config) -> None:
     """Wraps ``LoraConfig.__post_init__`` of ``config``, the module ``peft.tuners.lora.config``; once."""
     cls = config.LoraConfig
     original = cls.__post_init__
-    if getattr(original, "lowbit", False):
+    if hasattr(original, "__wrapped__"):
         return
 
     @functools.wraps(original)
@@ -25,5 +25,4 @@ def register(config) -> None:
 
         self._register_custom_module({LowBitLinear: LoraLowBitLinear, LowBitEmbedding: LoraLowBitEmbedding})
 
-    __post_init__.lowbit = True
     cls.__post_init__ = __post_init__

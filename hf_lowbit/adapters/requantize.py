@@ -33,18 +33,28 @@ def requantize(base: torch.nn.Module, weight: torch.Tensor, name: str = "") -> C
 
     Args:
         base: A packed module. Its parameters stay the same objects, so that ties hold.
-        weight: (N, K), floating point, finite; not changed.
+        weight: (N, K), floating point, finite; not changed. A low-rank correction of ``base`` stays as it is: what is
+            packed is the rest.
         name: The layer's, for messages.
 
     Raises:
         ValueError: for a weight that is not finite, naming the layer.
     """
+    bad = weight.numel() - int(torch.isfinite(weight).sum())
+    if bad:
+        raise ValueError(
+            f"merging makes {bad} weights of {name or 'a packed layer'} NaN or infinite: the adapter diverged in "
+            "training (or overflowed in float16); nothing was merged into this layer. Go back to an earlier checkpoint"
+        )
     before = base.dequantize(torch.float32)
     method = base.method
     if method is None or method.needs_calibration:
         method = make_method(BEST[base.format.name])
     planned = Packed(name, base.format, method, base.packed_shape)
-    tensors = quantize_weight(weight, planned, f"the weight merged into {name or 'a packed layer'}")
+    rest = weight
+    for factor_in, factor_out in [base.factors()] if base.low_rank is not None else []:
+        rest = torch.addmm(weight, factor_out.float(), factor_in.float(), alpha=-1)
+    tensors = quantize_weight(rest, planned, name or "a packed layer")
     for suffix, tensor in tensors.items():
         getattr(base, "weight" + suffix).data = tensor
     error = (base.dequantize(torch.float32) - weight).norm()

@@ -67,6 +67,11 @@ def check_float(entries: dict[str, Entry], plan: Plan, prefix: str) -> None:
             )
 
 
+def described(module: PackedMixin) -> str:
+    """What the config says of ``module``."""
+    return module.spec if module.low_rank is None else f"{module.spec} with {module.low_rank.spec}"
+
+
 def check_checkpoint(model, plan: Plan, files: Iterable[str] | None) -> None:
     """Reads the checkpoint's headers and compares the packed modules of ``model`` with them.
 
@@ -94,7 +99,7 @@ def check_checkpoint(model, plan: Plan, files: Iterable[str] | None) -> None:
             ):
                 raise ValueError(f"the checkpoint has no tensor {name}.weight: it is incomplete")
             continue
-        for tensor in module.packed_names:
+        for tensor in module.fixed_names():
             parameter, entry = getattr(module, tensor), entries.get(f"{alias}.{tensor}")
             if entry is None:
                 raise ValueError(f"the checkpoint has no tensor {alias}.{tensor}: it is incomplete")
@@ -102,5 +107,5 @@ def check_checkpoint(model, plan: Plan, files: Iterable[str] | None) -> None:
             if (entry.shape, entry.dtype) != expected:
                 raise ValueError(
                     f"{alias}.{tensor} is {entry.dtype} of shape {entry.shape} in {os.path.basename(entry.file)}, but "
-                    f"the config says {module.spec}, which needs {expected[1]} of shape {expected[0]}"
+                    f"the config says {described(module)}, which needs {expected[1]} of shape {expected[0]}"
                 )
