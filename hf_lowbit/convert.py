@@ -307,7 +307,7 @@ def resume(partial: Path, manifest: dict) -> None:
     differences = [
         f"{key} ({part.get(key)!r} then, {now.get(key)!r} now)"
         for section in ("settings", "source", "shards")
-        for part, now in [(begun.get(section) or {}, manifest[section])]
+        for part, now in [(begun.get(section) or {}, manifest.get(section) or {})]
         for key in sorted({*part, *now})
         if part.get(key) != now.get(key)
     ]

@@ -1,15 +1,15 @@
 """ApiQ: the adapter and the grid's ranges trained together, so that activations survive quantization.
 
-Liao et al., 2024 (arXiv 2402.05147). Where LoftQ approximates weights, ApiQ approximates what layers compute, on inputs that
-carry the error of everything quantized before: ``|X W^T - X_q (Q + B A)^T|^2`` for one layer after the other
-(:class:`ApiQLayerwise`, "lw", equation 3), or the output of a whole block (:class:`ApiQBlockwise`, "bw", equation 4).
+Liao et al., 2024 (arXiv 2402.05147). Where LoftQ approximates weights, ApiQ approximates what layers compute, on inputs
+that carry the error of everything quantized before: ``|X W^T - X_q (Q + B A)^T|^2`` for one layer after the other
+(:class:`ApiQLayerwise`, "lw"), or the output of a whole block (:class:`ApiQBlockwise`, "bw").
 
 Trained are A, B and, per group, the two ends of the grid: ``high = 2 sigmoid(g) high_0``, ``low = 2 sigmoid(h) low_0``,
-from which scale and zero point follow (OmniQuant's learned clipping, arXiv 2308.13137, around the grid that the layer's own
-method has chosen, so that training begins exactly there). Rounding passes gradients straight through. Two things differ
-from the paper: training begins at EoRA's solution, not at B = 0, which a few epochs on a few windows cannot reach; and
-the layer-wise objective is a quadratic form in second moments (:class:`~hf_lowbit.calibration.Moments`), so that every
-step sees all tokens at the price of one. The better of start and end is kept.
+from which scale and zero point follow (OmniQuant's learned clipping, arXiv 2308.13137, around the grid that the layer's
+own method has chosen, so that training begins exactly there). Rounding passes gradients straight through. Two things
+differ from the paper: training begins at EoRA's solution, not at B = 0; and the layer-wise objective is a quadratic
+form in second moments (:class:`~hf_lowbit.calibration.Moments`), so that every step sees all tokens at the price of
+one. The better of start and end is kept.
 """
 
 from dataclasses import dataclass
