@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..packed import PackedMixin
+from .branch import add_low_rank
 from .requantize import Cost, requantize
 
 logger = logging.get_logger("transformers.hf_lowbit")
@@ -205,6 +206,16 @@ class LoraLowBitLinear(FloatView, lora.Linear):
     @fan_in_fan_out.setter
     def fan_in_fan_out(self, value: bool) -> None:
         pass
+
+    def forward(self, x, *args, **kwargs):
+        """As PEFT's; one plain adapter in training keeps less for the backward pass, see :mod:`.branch`."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        special = len(names) != 1 or self.merged or self.disable_adapters or names[0] in self.lora_variant
+        if special or not self.training or kwargs or self.lora_B[names[0]].bias is not None:
+            return super().forward(x, *args, **kwargs)
+        name = names[0]
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return add_low_rank(self.base_layer(x), self.lora_dropout[name](x), a, b, self.scaling[name])
 
     @property
     def lora_variants(self):
