@@ -270,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("gpu_check needs a GPU and a build of torch that supports it; torch finds none", file=sys.stderr)
         return 2
     if given.interpret:
-        interpreted(check)
+        check.record = interpreted()
     output = given.output or (None if check.small else RESULTS)
     found = {"environment": environment(check), "steps": {}}
     for step in [s for s in STEPS if s in given.only or not given.only]:
@@ -284,16 +284,17 @@ def main(arguments: list[str] | None = None) -> int:
     return int(bool(failed))
 
 
-def interpreted(check: Check) -> None:
-    """Mends the interpreter, gives it inline assembly and declares the device an H100, so that all forms run."""
+def interpreted():
+    """Mends the interpreter, gives it inline assembly and declares its device an H100, so that all forms run."""
     from lowbit_kernels import forms
     from support.inline_asm import emulate_inline_asm
     from support.interpreter import mend
 
     mend()
     emulate_inline_asm()
-    check.record = forms.Device("nvidia", "sm_90", 132)
-    forms.describe = lambda device: check.record
+    record = forms.Device("nvidia", "sm_90", 132)
+    forms.describe = lambda device: record
+    return record
 
 
 if __name__ == "__main__":
