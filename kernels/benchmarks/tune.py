@@ -47,6 +47,7 @@ def neighbours(sizes: dict[str, int], name: str) -> list[dict[str, int]]:
         changed = {**sizes, name: new}
         if name == "blocks" and sizes["columns"] > 1:  # columns are groups in a step: they go with it
             changed["columns"] = max(1, sizes["columns"] * new // value)
+            changed["rows"] = max(sizes["rows"], 8 // changed["columns"])  # a tensor core takes 8 at least
         found.append(changed)
     return found
 

@@ -45,15 +45,17 @@ def linear_tiles(M: int, N: int, K: int, layout: Layout) -> Tiles:
     return Tiles(rows, outputs, lanes, _shares(programs, steps, 2 * _MULTIPROCESSORS))
 
 
-def fast_split(M: int, N: int, K: int, layout: Layout, tiles: FastTiles, multiprocessors: int = 0) -> int:
+def fast_split(
+    M: int, N: int, K: int, layout: Layout, tiles: FastTiles, multiprocessors: int = 0, resident: int = 4
+) -> int:
     """How many programs of :func:`.fast.fast_kernel` share the inputs of one output tile.
 
-    Four programs for each multiprocessor, which is what registers and shared memory leave room for in compiled code;
-    but no more shares than are written and read again with a quarter of the traffic of the weights.
+    ``resident`` programs for each multiprocessor, four being what registers and shared memory leave room for in most
+    compiled code; but no more shares than are written and read again with a quarter of the traffic of the weights.
     """
     programs, steps = -(-M // tiles.rows) * -(-N // tiles.outputs), -(-K // (64 * tiles.blocks))
     worth = K * layout.bits // (256 * M)  # 8 bytes a share and row against bits / 8 a weight
-    return _shares(programs, min(steps, worth), 4 * (multiprocessors or _MULTIPROCESSORS))
+    return _shares(programs, min(steps, worth), resident * (multiprocessors or _MULTIPROCESSORS))
 
 
 def _shares(programs: int, most: int, fill: int) -> int:
