@@ -2,8 +2,8 @@
 
 Transformers has no entry points for quantizers, nor PEFT for layers, but torch runs those of the group
 ``torch.backends`` when it is imported. The one of this package puts a finder in front of ``sys.meta_path`` that waits
-for ``transformers.quantizers`` and ``peft.tuners.lora.config`` and registers with each when that has been imported. It
-costs one class and one list insertion, and imports neither transformers nor anything else. It never raises, neither
+for ``transformers.quantizers`` and three modules of PEFT and registers with each when that has been imported. It costs
+one class and one list insertion, and imports neither transformers nor anything else. It never raises, neither
 into ``import torch`` nor, should registering fail, into ``import transformers`` or ``import peft``, which then gets a
 warning.
 
@@ -16,7 +16,12 @@ import os
 import sys
 import warnings
 
-TARGETS = ("transformers.quantizers", "peft.tuners.lora.config")
+TARGETS = (
+    "transformers.quantizers",
+    "peft.tuners.lora.config",
+    "peft.utils.quantization_utils",
+    "peft.tuners.tuners_utils",
+)
 _waiting: set[str] = set()
 
 
@@ -59,7 +64,7 @@ def register(target: str) -> None:
         if target == TARGETS[0]:
             hf_lowbit.register()
         else:
-            importlib.import_module("hf_lowbit.adapters.register").register(sys.modules[target])
+            importlib.import_module("hf_lowbit.adapters.register").HOOKS[target](sys.modules[target])
     except Exception as error:  # a process that never asked for this package must go on
         name = target.partition(".")[0]
         warnings.warn(f"hf_lowbit could not register with {name}: {error!r}", stacklevel=2)

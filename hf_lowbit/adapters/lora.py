@@ -23,9 +23,13 @@ from transformers.utils import logging
 
 from ..packed import PackedMixin
 from .branch import add_low_rank
-from .requantize import Cost, requantize
+from .requantize import Cost, Original, requantize
 
 logger = logging.get_logger("transformers.hf_lowbit")
+PLAIN_STARTS = (True, False, "gaussian", "eva")
+"""Values of ``init_lora_weights`` that do not look at the base weight."""
+STATISTICS = {"eigens", "_peft_loraga_grad"}
+"""What PEFT's preprocessing functions leave on a base layer, for CorDA and LoRA-GA."""
 
 
 class PackedDora(DoraLinearVariant):
@@ -47,23 +51,6 @@ class PackedDora(DoraLinearVariant):
             base_result=base_result,
             adapter_name=active_adapter,
         )
-
-
-class Original:
-    """A packed layer's parameters before a merge, to unmerge it bit for bit."""
-
-    def __init__(self, base: PackedMixin):
-        self.low_rank = base.low_rank
-        self.data = {name: p.data for name, p in base.named_parameters(recurse=False)}
-
-    def restore(self, base: PackedMixin) -> None:
-        """Puts them back, on the device where ``base`` is now."""
-        device = base.weight.device
-        for name in [name for name, _ in base.named_parameters(recurse=False) if name not in self.data]:
-            delattr(base, name)
-        base.low_rank = self.low_rank
-        for name, data in self.data.items():
-            getattr(base, name).data = data.to(device)
 
 
 class FloatView:
@@ -99,11 +86,53 @@ class FloatView:
         if getattr(base, "bias", None) is not None:
             base.bias.data = view.bias.to(base.bias.dtype)
 
-    def update_layer(self, adapter_name, *args, **kwargs):
-        """Adds an adapter as PEFT does; see its ``LoraLayer.update_layer``."""
+    def update_layer(self, adapter_name, r, lora_alpha, config, **kwargs):
+        """Adds an adapter as PEFT does; see its ``LoraLayer.update_layer``.
+
+        Raises:
+            ValueError: for a start that cannot be made from packed weights, naming the layer and what can be done.
+        """
         self.target_name = kwargs.get("target_name") or getattr(self, "target_name", "")
-        with self.float_view():
-            super().update_layer(adapter_name, *args, **kwargs)
+        base, start = super().get_base_layer(), config.init_lora_weights
+        plain = start in PLAIN_STARTS and self.resolve_lora_variant(config=config) is None
+        if isinstance(base, PackedMixin):
+            self.check_start(base, r, start, plain)
+        with contextlib.nullcontext() if plain else self.float_view():
+            if self._view is not None:
+                for name in STATISTICS & vars(base).keys():  # which PEFT consumes
+                    setattr(self._view, name, base.__dict__.pop(name))
+            super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def check_start(self, base: PackedMixin, r: int, start: bool | str, plain: bool) -> None:
+        """Refuses, or warns of, a rank or a start that cannot work."""
+        name, limit = self.target_name or "a packed layer", min(base.packed_shape)
+        if start == "loftq":
+            raise ValueError(
+                f"{name} is packed, and PEFT's init_lora_weights='loftq' rounds float weights on a grid of its own: "
+                "use hf_lowbit.adapters.initialize(..., method='loftq'), or 'eora' or 'apiq', which fit the adapter "
+                "to this package's formats. To load an adapter that was made so, set init_lora_weights to true in its "
+                "config"
+            )
+        if start == "corda" and not hasattr(base, "eigens"):
+            raise ValueError(
+                f"{name} has no statistics for init_lora_weights='corda': run PEFT's preprocess_corda with a "
+                "cache_file on the float model (LowBitConfig(dequantize=True) gives it) and then on this one, which "
+                "reads that file; or use hf_lowbit.adapters.initialize(..., method='eora')"
+            )
+        if start == "lora_ga" and not hasattr(base, "_peft_loraga_grad"):
+            logger.warning_once(
+                "init_lora_weights='lora_ga' needs gradients of float weights, which packed layers do not have: "
+                "adapters start as plain LoRA (and are loaded as they were saved)"
+            )
+        if r > limit:
+            rows, columns = base.packed_shape
+            message = (
+                f"rank {r} is above {limit}, the smaller dimension of {name.rpartition('.')[2]} ({rows}x{columns}), "
+                "and cannot add to what it can learn: lower r, or give such layers their own by rank_pattern"
+            )
+            if not plain:
+                raise ValueError(message)
+            logger.warning_once(message)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merges adapters into the packed weight, which is rounded again once; see PEFT's ``merge``."""
@@ -123,7 +152,6 @@ class FloatView:
             else:
                 with self.float_view():
                     super().merge(safe_merge, merged + names)
-                self.report()
         except Exception:
             original.restore(base)
             self.merged_adapters = []
@@ -160,22 +188,6 @@ class FloatView:
             if self.lora_bias.get(name):
                 base.bias.data = base.bias.data + (self.lora_B[name].bias * self.scaling[name]).to(base.bias.dtype)
         self.merged_adapters.extend(names)
-
-    def report(self) -> None:
-        """Logs what rounding cost: every layer at the level "info", and once that it costs something."""
-        if self.merge_cost is None:
-            return
-        logger.warning_once(
-            "merging an adapter into packed weights rounds them again, which loses a part of what it learnt. What "
-            "each layer loses is logged at the level 'info'; hf_lowbit.adapters.merge sums it up, and has two ways "
-            "without loss"
-        )
-        logger.info(
-            "%s: rounding the merged weight again moved it by %.2g %%, which is %.0f %% of what the adapter changed",
-            self.target_name,
-            100 * self.merge_cost.error,
-            100 * self.merge_cost.error_to_change,
-        )
 
     def unmerge(self) -> None:
         """Gives the packed weight back as it was before merging, bit for bit."""

@@ -8,10 +8,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+from transformers.utils import logging
 
 from ..methods import BEST, make_method
+from ..packed import PackedMixin
 from ..plan import Packed
 from ..quantizer import quantize_weight
+
+logger = logging.get_logger("transformers.hf_lowbit")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,23 @@ class Cost:
 
     error: float
     error_to_change: float
+
+
+class Original:
+    """A packed layer's parameters before a merge, to unmerge it bit for bit."""
+
+    def __init__(self, base: PackedMixin):
+        self.low_rank = base.low_rank
+        self.data = {name: p.data for name, p in base.named_parameters(recurse=False)}
+
+    def restore(self, base: PackedMixin) -> None:
+        """Puts them back, on the device where ``base`` is now."""
+        device = base.weight.device
+        for name in [name for name, _ in base.named_parameters(recurse=False) if name not in self.data]:
+            delattr(base, name)
+        base.low_rank = self.low_rank
+        for name, data in self.data.items():
+            getattr(base, name).data = data.to(device)
 
 
 @torch.no_grad()
@@ -59,4 +80,16 @@ def requantize(base: torch.nn.Module, weight: torch.Tensor, name: str = "") -> C
         getattr(base, "weight" + suffix).data = tensor
     error = (base.dequantize(torch.float32) - weight).norm()
     change = (before - weight).norm()
-    return Cost(float(error / weight.norm()), float(error / change) if change else math.inf)
+    cost = Cost(float(error / weight.norm()), float(error / change) if change else math.inf)
+    logger.warning_once(
+        "changed weights of packed layers (a merged adapter, or a start that takes a part out of them) are rounded "
+        "again, which loses a part of the change. What each layer loses is logged at the level 'info'; "
+        "hf_lowbit.adapters.merge sums it up, and has two ways without loss"
+    )
+    logger.info(
+        "%s: rounding the changed weight again moved it by %.2g %%, which is %.0f %% of the change",
+        name,
+        100 * cost.error,
+        100 * cost.error_to_change,
+    )
+    return cost
