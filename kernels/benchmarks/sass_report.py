@@ -108,9 +108,9 @@ def _launch(case: Case):
 
     parsed, M = layout.parse(case.format), ROWS[case.kernel]
     if case.form == "portable":
-        size = tiles.linear_tiles(M, 4096, 4096, parsed)
+        size = tiles.linear_tiles(M, 4096, 4096, parsed, AMD.get(case.target, 32))
         kernel = matmul.gemv_kernel if M == 1 else matmul.gemm_kernel
-        constants = {"SPLIT": 4, "BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCK_L": size.inputs}
+        constants = {"SPLIT": 4, "BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCK_L": size.inputs, "EVEN": True}
         return kernel, parsed, constants, size.warps, size.outputs * size.inputs * parsed.fields
     size = fast.fast_tiles(M, parsed)
     constants = {"FORM": case.form, "SPLIT": 4, "BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCKS": size.blocks}
@@ -144,21 +144,21 @@ def _compile(case: Case):
     return compiled, warps, target.warp_size, weights
 
 
-def _loads_of(*functions) -> set[tuple[str, int]]:
-    """File name and number of the lines of device functions that load."""
+def _lines_of(*functions) -> set[tuple[str, int]]:
+    """File name and number of every line of device functions; the compiler may give a load to a neighbouring line."""
     found = set()
     for function in functions:
         code = function.fn.__code__
         lines, first = inspect.getsourcelines(function.fn)
-        found |= {(Path(code.co_filename).name, first + i) for i, line in enumerate(lines) if "tl.load(" in line}
+        found |= {(Path(code.co_filename).name, first + i) for i in range(len(lines))}
     return found
 
 
 def _weight_lines() -> set[tuple[str, int]]:
-    """The source lines that load packed weights and nothing else."""
+    """The source lines of functions that load packed weights and nothing else."""
     from lowbit_kernels import decode, fast
 
-    return _loads_of(fast._words, decode.load_lanes, decode._plane)
+    return _lines_of(fast._words, decode.load_lanes, decode._plane)
 
 
 @dataclass(frozen=True)

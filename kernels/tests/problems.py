@@ -45,14 +45,15 @@ def _problems():
 
     problems: list[Problem] = []
     dtypes = (BF16, FP16, FP32)
-    # Every width, asymmetric and symmetric, matrix-vector and tiles; the dtypes and row counts take turns.
+    # Every width, asymmetric and symmetric, matrix-vector and tiles; the dtypes and row counts take turns. Inputs that
+    # come in whole pairs of blocks have kernels of their own.
     for bits in range(1, 9):
         add("linear", f"int:bits={bits}", bits % 4 + 1, 66, 333, dtypes[bits % 3])
-        add("linear", f"int:bits={bits},symmetric=True", 4 - bits % 4, 33, 257, dtypes[(bits + 1) % 3])
+        add("linear", f"int:bits={bits},symmetric=True", 4 - bits % 4, 33, 256, dtypes[(bits + 1) % 3])
         add("linear", f"int:bits={bits}", 4 + bits, 66, 333, dtypes[(bits + 2) % 3])
-        add("input_gradient", f"int:bits={bits}", 4 + bits, 66, 333, dtypes[bits % 3])
+        add("input_gradient", f"int:bits={bits}", 4 + bits, 66, 384 if bits % 2 else 333, dtypes[bits % 3])
         add("dequantize", f"int:bits={bits}", 0, 13, 333, FP32)
-        add("embedding", f"int:bits={bits}", 5, 13, 333, dtypes[bits % 3])
+        add("embedding", f"int:bits={bits}", 5, 13, 256, dtypes[bits % 3])
     # Every dtype on one width of one plane and one of three.
     for dtype in dtypes:
         for bits in (4, 7):
@@ -92,7 +93,7 @@ def _problems():
         add("dequantize", "ternary:bits=1.58", 0, N, K, FP16)
     for bits in (3, 8):
         for M in (1, 20, 65):
-            add("linear", f"int:bits={bits}", M, 18, 1100, BF16)
+            add("linear", f"int:bits={bits}", M, 18, 1152 if M == 20 else 1100, BF16)
         add("input_gradient", f"int:bits={bits}", 65, 130, 200, BF16)
     return problems
 

@@ -34,7 +34,7 @@ class Experts:
 def _problems() -> list[Experts]:
     dtypes = (BF16, FP16, FP32)
     # Every width; few rows an expert, more, and none for some.
-    found = [Experts(f"int:bits={b}", (3, 0, 1, 2), 33, 130, dtypes[b % 3]) for b in range(1, 9)]
+    found = [Experts(f"int:bits={b}", (3, 0, 1, 2), 17, 128, dtypes[b % 3]) for b in range(1, 9)]
     found += [Experts(f"int:bits={b},symmetric=True", (0, 19, 2), 34, 65, dtypes[(b + 1) % 3]) for b in range(1, 9)]
     # Tables for all, of the tensor and of the row; ternary; scales that share a number of the tensor.
     for format in (

@@ -125,3 +125,5 @@ def test_the_list_covers_what_the_kernels_read():
     assert {l.scale for l in layouts} == {*layout.SCALES, "none"}
     assert {l.group for l in layouts} == {0, *(2**i for i in range(4, 11))}
     assert {l.zeros for l in layouts} == {"int", "float", "fixed"}
+    for op in ("linear", "input_gradient", "embedding"):
+        assert {layout.even(p.K) for p in PROBLEMS if p.op == op} == {True, False}

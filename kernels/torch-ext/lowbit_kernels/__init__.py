@@ -19,7 +19,7 @@ from . import forms, plain, tuning
 from .fast import FastTiles, fast_linear, fast_tiles
 from .forms import Device
 from .grouped import grouped_input_gradient, grouped_linear
-from .layout import Layout, name_tensors, parse
+from .layout import Layout, even, name_tensors, parse
 from .matmul import add_kernel, gemm_kernel, gemv_kernel
 from .rows import input_gradient_kernel, rows_kernel
 from .tiles import GEMV_ROWS, Tiles, fast_split, gradient_tiles, linear_tiles, row_tiles
@@ -85,7 +85,7 @@ def linear(
 def _tiles(device: Device, layout: Layout, M: int, N: int, K: int) -> Tiles:
     """Sizes for the portable form: the tuned ones, or those of the rule."""
     entry = tuning.find(device.architecture, "portable", layout, M, N, K)
-    return linear_tiles(M, N, K, layout) if entry is None else Tiles(**entry.tiles, split=entry.split)
+    return linear_tiles(M, N, K, layout, device.warp) if entry is None else Tiles(**entry.tiles, split=entry.split)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -126,6 +126,7 @@ def _portable(x, weight, companions, bias, layout, K, tiles) -> torch.Tensor:
     kernel, grid = (gemv_kernel, (along, tiles.split)) if gemv else (gemm_kernel, (across, along, tiles.split))
     kernel[grid](
         *(rows, *packed, bias, target, M, N, K),
+        EVEN=even(K),
         LAYOUT=layout,
         SPLIT=tiles.split,
         BLOCK_M=tiles.rows,
@@ -155,10 +156,11 @@ def input_gradient(
     out = torch.empty((M, K), dtype=gradient.dtype, device=gradient.device)
     if out.numel() == 0:
         return out.view(*gradient.shape[:-1], K)
-    tiles = tiles or gradient_tiles(M, N, K)
+    tiles = tiles or gradient_tiles(M, N, K, layout, forms.describe(gradient.device).warp)
     with _on(gradient.device):
         input_gradient_kernel[(triton.cdiv(M, tiles.rows), triton.cdiv(K, tiles.inputs))](
             *(rows, *packed, out, M, N, K),
+            EVEN=even(K),
             LAYOUT=layout,
             BLOCK_M=tiles.rows,
             BLOCK_N=tiles.outputs,
@@ -174,10 +176,11 @@ def _rows(index, weight, companions, format, K, dtype, tiles) -> torch.Tensor:
     R = N if index is None else index.numel()
     out = torch.empty((R, K), dtype=dtype, device=weight.device)
     if out.numel():
-        tiles = tiles or row_tiles(R, K)
+        tiles = tiles or row_tiles(R, K, layout, forms.describe(weight.device).warp)
         with _on(weight.device):
             rows_kernel[(triton.cdiv(R, tiles.rows), triton.cdiv(K, tiles.inputs))](
                 *(index, *packed, out, R, N, K),
+                EVEN=even(K),
                 LAYOUT=layout,
                 BLOCK_R=tiles.rows,
                 BLOCK_K=tiles.inputs,

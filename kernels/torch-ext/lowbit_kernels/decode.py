@@ -4,12 +4,11 @@ A packed weight can be walked in two orders with the same functions, because the
 
 - *lane order*: load a tile of 16-bit lanes once and take field 0, 1, 2, ... of all of them (``field`` a constant). One
   shift and one mask give a tile of values. Kernels that sum over the inputs use it: the order of a sum is free.
-- *natural order*: lane and field are computed from the input index (``field`` a tensor). Lanes are loaded as often as
-  they have fields, mostly from cache. Kernels whose output runs along the inputs use it.
+- *natural order*: a tile of lanes is spread over a dimension of fields (``field`` a tensor), and the dimensions blocks,
+  fields and lanes together run along the inputs. Kernels whose output does too use it.
 
-A width that is a sum of planes is walked by the lanes of its first plane. Those of the others are fewer: every one is
-loaded again for each field that it holds of the first plane's lanes, and shifted once so that the field's index alone
-says where the bits are.
+A width that is a sum of planes is walked by the lanes of its first plane. Those of the others are fewer: they are
+loaded once, spread over the lanes they go with, and shifted so that the field's index alone says where the bits are.
 
 ``row`` is an int64 tile of output features, ``lane``, ``group`` and ``field`` int32 tiles; all broadcast together.
 """
@@ -19,21 +18,8 @@ import triton.language as tl
 
 
 @triton.jit
-def lane_and_field(k, K, LAYOUT: tl.constexpr):
-    """Where input ``k`` of a row lies: its lane in the first plane, and its field there."""
-    if LAYOUT.ternary:
-        lanes = (K + 9) // 10
-        lane = k % lanes
-        field = k // lanes
-    else:
-        lane = k // 64 * LAYOUT.lanes + k % LAYOUT.lanes
-        field = k % 64 // LAYOUT.lanes
-    return lane, field
-
-
-@triton.jit
 def input_index(lane, field, K, LAYOUT: tl.constexpr):
-    """Inverse of :func:`lane_and_field`."""
+    """The input that field ``field`` of lane ``lane`` of the first plane belongs to."""
     if LAYOUT.ternary:
         k = (K + 9) // 10 * field + lane
     else:
@@ -42,49 +28,70 @@ def input_index(lane, field, K, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def row_lanes(K, LAYOUT: tl.constexpr):
-    """Lanes of the first plane in a row."""
+def row_lanes(K, EVEN: tl.constexpr, LAYOUT: tl.constexpr):
+    """Lanes of the first plane in a row; ``EVEN`` promises pairs of blocks, and so lanes in pieces of 16 bytes."""
     if LAYOUT.ternary:
         lanes = (K + 9) // 10
     else:
-        lanes = (K + 63) // 64 * LAYOUT.lanes
+        lanes = _blocks(K, EVEN) * LAYOUT.lanes
     return lanes
 
 
 @triton.jit
-def _plane(row_start, lane, mask, start, LAYOUT: tl.constexpr, PLANE: tl.constexpr):
-    """Lanes of a later plane, shifted to where the fields of the first plane's ``lane`` begin."""
-    within = lane % LAYOUT.lanes
-    address = start + lane // LAYOUT.lanes * (4 * PLANE) + within % (4 * PLANE)
-    word = tl.load(row_start + address, mask=mask, other=0).to(tl.int32)
-    return word >> (within // (4 * PLANE) * PLANE)
+def _blocks(K, EVEN: tl.constexpr):
+    blocks = (K + 63) // 64
+    if EVEN:
+        blocks = tl.multiple_of(blocks, 2)
+    return blocks
 
 
 @triton.jit
-def load_lanes(weight, row, lane, mask, K, LAYOUT: tl.constexpr):
-    """Lanes of all planes, int32; what a format has not is the first plane again."""
+def _plane(row_start, start, inside, blocks, LAYOUT: tl.constexpr, PLANE: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Lanes of a later plane for BLOCK_L lanes of the first, shifted to where the fields of those begin; int16.
+
+    Its lanes are fewer: each is loaded once and spread over the lanes of the first plane that it goes with.
+    """
+    LANES: tl.constexpr = 4 * PLANE
+    PARTS: tl.constexpr = LAYOUT.lanes // LANES
+    BLOCKS: tl.constexpr = BLOCK_L // LAYOUT.lanes
+    lane = start // LAYOUT.lanes * LANES + tl.arange(0, BLOCKS * LANES)[None, :]
+    word = tl.load(row_start + lane, mask=inside & (lane < blocks * LANES), other=0)
+    word = word.reshape(word.shape[0], BLOCKS, 1, LANES).broadcast_to(word.shape[0], BLOCKS, PARTS, LANES)
+    shift = (tl.arange(0, PARTS) * PLANE).to(tl.int16)[None, None, :, None]
+    return (word >> shift).reshape(word.shape[0], BLOCK_L)
+
+
+@triton.jit
+def load_lanes(weight, row, start, inside, K, EVEN: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_L: tl.constexpr):
+    """BLOCK_L lanes of the first plane from ``start``, in rows (BLOCK_N, 1), and what goes with them of the others.
+
+    Three tiles (BLOCK_N, BLOCK_L), int16; what a format has not is the first plane again.
+    """
+    lanes = row_lanes(K, EVEN, LAYOUT)
+    lane = start + tl.arange(0, BLOCK_L)[None, :]
+    here = inside & (lane < lanes)
     if LAYOUT.ternary:
-        row_start = weight + row * ((K + 9) // 10)
-        first = tl.load(row_start + lane, mask=mask, other=0).to(tl.int32) & 0xFFFF
+        first = tl.load(weight + row * lanes + lane, mask=here, other=0)
         second = first
         third = first
     else:
-        blocks = (K + 63) // 64
+        blocks = _blocks(K, EVEN)
         row_start = weight + row * (blocks * (4 * LAYOUT.bits))
-        first = tl.load(row_start + lane, mask=mask, other=0).to(tl.int32)
+        first = tl.load(row_start + lane, mask=here, other=0)
         second = first
         third = first
         if len(LAYOUT.planes) > 1:
-            start = blocks * LAYOUT.lanes
-            second = _plane(row_start, lane, mask, start, LAYOUT, LAYOUT.planes[1])
+            row_start += lanes
+            second = _plane(row_start, start, inside, blocks, LAYOUT, LAYOUT.planes[1], BLOCK_L)
             if len(LAYOUT.planes) > 2:
-                third = _plane(row_start, lane, mask, start + blocks * (4 * LAYOUT.planes[1]), LAYOUT, LAYOUT.planes[2])
+                row_start += blocks * (4 * LAYOUT.planes[1])
+                third = _plane(row_start, start, inside, blocks, LAYOUT, LAYOUT.planes[2], BLOCK_L)
     return first, second, third
 
 
 @triton.jit
 def _bits(word, field, LAYOUT: tl.constexpr, PLANE: tl.constexpr):
-    return (word >> (field * (LAYOUT.lanes // 4))) & ((1 << PLANE) - 1)
+    return (word.to(tl.int32) >> (field * (LAYOUT.lanes // 4))) & ((1 << PLANE) - 1)
 
 
 @triton.jit
@@ -94,7 +101,7 @@ def decode_field(first, second, third, field, LAYOUT: tl.constexpr):
         # 3**field, from the binary digits of the field.
         power = (1 + (field & 1) * 2) * (1 + (field >> 1 & 1) * 8)
         power *= (1 + (field >> 2 & 1) * 80) * (1 + (field >> 3 & 1) * 6560)
-        code = ((first * power) & 0xFFFF) * 3 >> 16
+        code = (((first.to(tl.int32) & 0xFFFF) * power) & 0xFFFF) * 3 >> 16
     else:
         code = _bits(first, field, LAYOUT, LAYOUT.planes[0])
         if len(LAYOUT.planes) > 1:
@@ -173,12 +180,94 @@ def dequantize(code, scale, zero, levels, row, mask, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def load_values(weight, scales, scale_range, zeros, levels, row, k, mask, K, LAYOUT: tl.constexpr):
-    """Weights (row, k), float32, in natural order; 0 where ``mask`` is not."""
-    lane, field = lane_and_field(k, K, LAYOUT)
-    first, second, third = load_lanes(weight, row, lane, mask, K, LAYOUT)
-    group = group_of(k, LAYOUT)
-    scale = load_scale(scales, scale_range, row, group, mask, K, LAYOUT)
-    zero = load_zero(zeros, row, group, mask, K, LAYOUT)
-    value = dequantize(decode_field(first, second, third, field, LAYOUT), scale, zero, levels, row, mask, LAYOUT)
-    return tl.where(mask, value, 0.0)
+def _over_lanes(value, BLOCK_L: tl.constexpr):
+    """A value of every block (BLOCK_N, BLOCKS), for all lanes of the block: (BLOCK_N, BLOCK_L)."""
+    LANES: tl.constexpr = BLOCK_L // value.shape[1]
+    value = value[:, :, None].broadcast_to(value.shape[0], value.shape[1], LANES)
+    return value.reshape(value.shape[0], BLOCK_L)
+
+
+@triton.jit
+def load_grid(scales, scale_range, zeros, row, start, inside, K, LAYOUT: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Scales and zero points of BLOCK_L lanes from ``start``, where no group ends within a block.
+
+    They are loaded once for each block; tiles (BLOCK_N, BLOCK_L), or what broadcasts to that.
+    """
+    if LAYOUT.group == 0:
+        group = (row * 0).to(tl.int32)
+        scale = load_scale(scales, scale_range, row, group, inside, K, LAYOUT)
+        zero = load_zero(zeros, row, group, inside, K, LAYOUT)
+    else:
+        BLOCKS: tl.constexpr = BLOCK_L // LAYOUT.lanes
+        k = (start // LAYOUT.lanes + tl.arange(0, BLOCKS)[None, :]) * 64
+        here = inside & (k < K)
+        scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here, K, LAYOUT)
+        zero = load_zero(zeros, row, group_of(k, LAYOUT), here, K, LAYOUT)
+        if LAYOUT.scale != "none":
+            scale = _over_lanes(scale, BLOCK_L)
+        if LAYOUT.zeros != "fixed":
+            zero = _over_lanes(zero, BLOCK_L)
+    return scale, zero
+
+
+@triton.jit
+def _over_fields(word, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr):
+    """Lanes (BLOCK_N, BLOCKS * lanes), as often as they have fields: (BLOCK_N, BLOCKS, fields, lanes)."""
+    word = word.reshape(word.shape[0], BLOCKS, 1, LAYOUT.lanes)
+    return word.broadcast_to(word.shape[0], BLOCKS, 16 // LAYOUT.planes[0], LAYOUT.lanes)
+
+
+@triton.jit
+def load_values(
+    weight,
+    scales,
+    scale_range,
+    zeros,
+    levels,
+    row,
+    inside,
+    first,
+    K,
+    DTYPE: tl.constexpr,
+    EVEN: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Weights (BLOCK_N, BLOCK_K) from input ``first``, in ``DTYPE``; 0 behind K and in rows that are not ``inside``.
+
+    ``row`` and ``inside`` are (BLOCK_N, 1); ``first`` and BLOCK_K are multiples of 64.
+    """
+    if LAYOUT.ternary:
+        k = first + tl.arange(0, BLOCK_K)[None, :]
+        here = inside & (k < K)
+        lanes = row_lanes(K, EVEN, LAYOUT)
+        word = tl.load(weight + row * lanes + k % lanes, mask=here, other=0)
+        code = decode_field(word, word, word, k // lanes, LAYOUT)
+        scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here, K, LAYOUT)
+        value = tl.where(here, dequantize(code, scale, LAYOUT.fixed_zero, levels, row, here, LAYOUT), 0.0).to(DTYPE)
+    else:
+        BLOCKS: tl.constexpr = BLOCK_K // 64
+        LANES: tl.constexpr = LAYOUT.lanes
+        one, two, three = load_lanes(weight, row, first // 64 * LANES, inside, K, EVEN, LAYOUT, BLOCKS * LANES)
+        row = row[:, :, None, None]
+        inside = inside[:, :, None, None]
+        block = first + 64 * tl.arange(0, BLOCKS)[None, :, None, None]
+        field = tl.arange(0, 16 // LAYOUT.planes[0])[None, None, :, None]
+        k = block + field * LANES + tl.arange(0, LANES)[None, None, None, :]
+        # The first input of every run that shares a group, as few as the group allows.
+        if LAYOUT.group == 0 or LAYOUT.group >= 64:
+            start = block
+        elif LAYOUT.group >= LANES:
+            start = block + field * LANES
+        else:
+            start = k
+        group = group_of(start, LAYOUT)
+        scale = load_scale(scales, scale_range, row, group, inside & (start < K), K, LAYOUT)
+        zero = load_zero(zeros, row, group, inside & (start < K), K, LAYOUT)
+        if len(LAYOUT.planes) > 1:
+            two = _over_fields(two, BLOCKS, LAYOUT)
+            three = _over_fields(three, BLOCKS, LAYOUT)
+        code = decode_field(_over_fields(one, BLOCKS, LAYOUT), two, three, field, LAYOUT)
+        value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
+        value = tl.where(inside & (k < K), value, 0.0).to(DTYPE).reshape(row.shape[0], BLOCK_K)
+    return value

@@ -51,6 +51,11 @@ class Device:
         """Ten times NVIDIA's compute capability, 90 for 9.0; 0 for others."""
         return int(self.architecture[3:]) if self.architecture.startswith("sm_") else 0
 
+    @property
+    def warp(self) -> int:
+        """Threads in a warp: 64 on AMD's CDNA (gfx9), else 32."""
+        return 64 if self.architecture.startswith("gfx9") else 32
+
     def __str__(self) -> str:
         return f"{self.vendor} {self.architecture}".strip()
 

@@ -19,8 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
+from . import forms
 from .decode import row_lanes
-from .layout import Layout, Packed, name_tensors, on_device, parse
+from .layout import Layout, Packed, even, name_tensors, on_device, parse
 from .matmul import gemm_sum, gemv_sum
 from .rows import input_gradient_sum
 from .tiles import GEMV_ROWS, Tiles, gradient_tiles, linear_tiles
@@ -65,6 +66,7 @@ def grouped_linear_kernel(
     RANGE: tl.constexpr,
     TABLE: tl.constexpr,
     GEMV: tl.constexpr,
+    EVEN: tl.constexpr,
     LAYOUT: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -76,22 +78,23 @@ def grouped_linear_kernel(
     if start < stop:
         m = (start + tl.arange(0, BLOCK_M))[:, None]
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        lanes = tl.where(expert < E, row_lanes(K, LAYOUT), 0)
+        lanes = tl.where(expert < E, row_lanes(K, EVEN, LAYOUT), 0)
         own = tl.minimum(expert, E - 1).to(tl.int64)
         if RANGE > 0:
             scale_range += own * RANGE
         if TABLE > 0:
             levels += own * TABLE
         x_row = x + m.to(tl.int64) * K
+        row = (own * N + n)[:, None]
         if GEMV:
             total = gemv_sum(
-                *(x_row, m < stop, weight, scales, scale_range, zeros, levels),
-                *((own * N + n)[:, None], n[:, None] < N, K, 0, lanes, LAYOUT, BLOCK_L, BLOCK_L),
+                *(x_row, m < stop, weight, scales, scale_range, zeros, levels, row, n[:, None] < N, K),
+                *(0, lanes, EVEN, LAYOUT, BLOCK_L, BLOCK_L),
             )
         else:
             total = gemm_sum(
-                *(x_row, m < stop, weight, scales, scale_range, zeros, levels),
-                *((own * N + n)[None, :], n[None, :] < N, K, 0, lanes, LAYOUT, BLOCK_L, BLOCK_L),
+                *(x_row, m < stop, weight, scales, scale_range, zeros, levels, row, n[:, None] < N, K),
+                *(0, lanes, EVEN, LAYOUT, BLOCK_L, BLOCK_L),
             )
         n = n[None, :]
         if bias is not None:
@@ -116,6 +119,7 @@ def grouped_input_gradient_kernel(
     K,
     RANGE: tl.constexpr,
     TABLE: tl.constexpr,
+    EVEN: tl.constexpr,
     LAYOUT: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -135,7 +139,7 @@ def grouped_input_gradient_kernel(
         outputs = tl.where(expert < E, N, 0)
         total = input_gradient_sum(
             *(gradient + m * N, m < stop, weight, scales, scale_range, zeros, levels),
-            *(own * N, outputs, k, K, LAYOUT, BLOCK_N),
+            *(own * N, outputs, tl.program_id(1) * BLOCK_K, K, EVEN, LAYOUT, BLOCK_N, BLOCK_K),
         )
         tl.store(out + m * K + k, total.to(out.dtype.element_ty), mask=(m < stop) & (k < K))
 
@@ -205,12 +209,14 @@ def grouped_linear(
     if out.numel() == 0:
         return out
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    tiles = tiles or replace(linear_tiles(triton.cdiv(R, E), N, K, layout), split=1)
+    warp = forms.describe(x.device).warp
+    tiles = tiles or replace(linear_tiles(triton.cdiv(R, E), N, K, layout, warp), split=1)
     with on_device(x.device):
         grouped_linear_kernel[(row_tiles_needed(R, E, tiles.rows), triton.cdiv(N, tiles.outputs))](
             *(x.contiguous(), ends.contiguous(), *packed, bias, out, E, R, N, K),
             **_shares(packed, layout, E),
             GEMV=tiles.rows <= GEMV_ROWS,
+            EVEN=even(K),
             LAYOUT=layout,
             BLOCK_E=triton.next_power_of_2(E + 1),
             BLOCK_M=tiles.rows,
@@ -237,11 +243,12 @@ def grouped_input_gradient(
     out = torch.empty((R, K), dtype=gradient.dtype, device=gradient.device)
     if out.numel() == 0:
         return out
-    tiles = tiles or gradient_tiles(triton.cdiv(R, E), N, K)
+    tiles = tiles or gradient_tiles(triton.cdiv(R, E), N, K, layout, forms.describe(gradient.device).warp)
     with on_device(gradient.device):
         grouped_input_gradient_kernel[(row_tiles_needed(R, E, tiles.rows), triton.cdiv(K, tiles.inputs))](
             *(gradient.contiguous(), ends.contiguous(), *packed, out, E, R, N, K),
             **_shares(packed, layout, E),
+            EVEN=even(K),
             LAYOUT=layout,
             BLOCK_E=triton.next_power_of_2(E + 1),
             BLOCK_M=tiles.rows,

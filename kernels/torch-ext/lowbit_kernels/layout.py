@@ -169,6 +169,11 @@ def name_tensors(weight: torch.Tensor, companions: list[torch.Tensor], layout: L
     return Packed(weight.contiguous(), *(found.get(name) for name in Packed._fields[1:]))
 
 
+def even(in_features: int) -> bool:
+    """Whether every plane of every row begins at 16 bytes: blocks come in pairs, the least of which has 16."""
+    return in_features % (2 * BLOCK) == 0
+
+
 def on_device(device: torch.device):
     """Triton launches on the current device: makes ``device`` that."""
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

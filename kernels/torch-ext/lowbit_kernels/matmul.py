@@ -13,7 +13,17 @@ layer's weight would be.
 import triton
 import triton.language as tl
 
-from .decode import decode_field, dequantize, group_of, input_index, load_lanes, load_scale, load_zero, row_lanes
+from .decode import (
+    decode_field,
+    dequantize,
+    group_of,
+    input_index,
+    load_grid,
+    load_lanes,
+    load_scale,
+    load_zero,
+    row_lanes,
+)
 
 
 @triton.jit
@@ -39,6 +49,7 @@ def gemv_sum(
     K,
     first,
     lanes,
+    EVEN: tl.constexpr,
     LAYOUT: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -52,10 +63,9 @@ def gemv_sum(
     for start in range(first, lanes, STEP):
         lane = start + tl.arange(0, BLOCK_L)[None, :]
         here = (lane < lanes) & inside
-        one, two, three = load_lanes(weight, row, lane, here, K, LAYOUT)
-        k = input_index(lane, 0, K, LAYOUT)
-        scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
-        zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+        one, two, three = load_lanes(weight, row, start, inside, K, EVEN, LAYOUT, BLOCK_L)
+        if LAYOUT.group_spans_blocks:
+            scale, zero = load_grid(scales, scale_range, zeros, row, start, inside, K, LAYOUT, BLOCK_L)
         for field in tl.static_range(FIELDS):
             k = input_index(lane, field, K, LAYOUT)
             if not LAYOUT.group_spans_blocks:
@@ -82,31 +92,29 @@ def gemm_sum(
     K,
     first,
     lanes,
+    EVEN: tl.constexpr,
     LAYOUT: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """As :func:`gemv_sum`, by ``tl.dot``; ``row`` and ``inside`` are (1, BLOCK_N)."""
+    """As :func:`gemv_sum`, by ``tl.dot``."""
     FIELDS: tl.constexpr = LAYOUT.fields
-    total = tl.zeros((x_row.shape[0], row.shape[1]), dtype=tl.float32)
+    total = tl.zeros((x_row.shape[0], row.shape[0]), dtype=tl.float32)
     for start in range(first, lanes, STEP):
-        lane = start + tl.arange(0, BLOCK_L)[:, None]
-        x_lane = start + tl.arange(0, BLOCK_L)[None, :]
+        lane = start + tl.arange(0, BLOCK_L)[None, :]
         here = (lane < lanes) & inside
-        one, two, three = load_lanes(weight, row, lane, here, K, LAYOUT)
-        k = input_index(lane, 0, K, LAYOUT)
-        scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
-        zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+        one, two, three = load_lanes(weight, row, start, inside, K, EVEN, LAYOUT, BLOCK_L)
+        if LAYOUT.group_spans_blocks:
+            scale, zero = load_grid(scales, scale_range, zeros, row, start, inside, K, LAYOUT, BLOCK_L)
         for field in tl.static_range(FIELDS):
+            k = input_index(lane, field, K, LAYOUT)
             if not LAYOUT.group_spans_blocks:
-                k = input_index(lane, field, K, LAYOUT)
                 scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
                 zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
             code = decode_field(one, two, three, field, LAYOUT)
             value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
-            x_k = input_index(x_lane, field, K, LAYOUT)
-            inputs = tl.load(x_row + x_k, mask=seen & (x_lane < lanes) & (x_k < K), other=0)
-            total = tl.dot(inputs, value.to(inputs.dtype), total, input_precision="ieee")
+            inputs = tl.load(x_row + k, mask=seen & (lane < lanes) & (k < K), other=0)
+            total = tl.dot(inputs, tl.trans(value.to(inputs.dtype)), total, input_precision="ieee")
     return total
 
 
@@ -123,6 +131,7 @@ def gemv_kernel(
     M,
     N,
     K,
+    EVEN: tl.constexpr,
     LAYOUT: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -136,7 +145,7 @@ def gemv_kernel(
     row = n[:, None].to(tl.int64)
     total = gemv_sum(
         *(x + m * K, m < M, weight, scales, scale_range, zeros, levels, row, row < N, K),
-        *(split * BLOCK_L, row_lanes(K, LAYOUT), LAYOUT, SPLIT * BLOCK_L, BLOCK_L),
+        *(split * BLOCK_L, row_lanes(K, EVEN, LAYOUT), EVEN, LAYOUT, SPLIT * BLOCK_L, BLOCK_L),
     )
     _store(out, bias, split, m, n[None, :], total, M, N, SPLIT)
 
@@ -154,6 +163,7 @@ def gemm_kernel(
     M,
     N,
     K,
+    EVEN: tl.constexpr,
     LAYOUT: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -163,13 +173,13 @@ def gemm_kernel(
     """Grid (cdiv(M, BLOCK_M), cdiv(N, BLOCK_N), SPLIT); programs that share weights run side by side."""
     split = tl.program_id(2)
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    row = n.to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = n[:, None].to(tl.int64)
     total = gemm_sum(
         *(x + m.to(tl.int64) * K, m < M, weight, scales, scale_range, zeros, levels, row, row < N, K),
-        *(split * BLOCK_L, row_lanes(K, LAYOUT), LAYOUT, SPLIT * BLOCK_L, BLOCK_L),
+        *(split * BLOCK_L, row_lanes(K, EVEN, LAYOUT), EVEN, LAYOUT, SPLIT * BLOCK_L, BLOCK_L),
     )
-    _store(out, bias, split, m, n, total, M, N, SPLIT)
+    _store(out, bias, split, m, n[None, :], total, M, N, SPLIT)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ def rows_kernel(
     R,
     N,
     K,
+    EVEN: tl.constexpr,
     LAYOUT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -36,9 +37,11 @@ def rows_kernel(
     else:
         row = tl.load(index + r, mask=r < R, other=0).to(tl.int64)
     inside = (row >= 0) & (row < N)
-    value = load_values(weight, scales, scale_range, zeros, levels, row, k, inside & (r < R) & (k < K), K, LAYOUT)
-    value = tl.where(inside, value, float("nan"))
-    tl.store(out + r * K + k, value.to(out.dtype.element_ty), mask=(r < R) & (k < K))
+    value = load_values(
+        *(weight, scales, scale_range, zeros, levels, row, inside & (r < R), tl.program_id(1) * BLOCK_K, K),
+        *(out.dtype.element_ty, EVEN, LAYOUT, BLOCK_K),
+    )
+    tl.store(out + r * K + k, tl.where(inside, value, float("nan")), mask=(r < R) & (k < K))
 
 
 @triton.jit
@@ -50,25 +53,28 @@ def input_gradient_sum(
     scale_range,
     zeros,
     levels,
-    first,
+    row,
     N,
-    k,
+    first,
     K,
+    EVEN: tl.constexpr,
     LAYOUT: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """Sums (BLOCK_M, BLOCK_K) of rows of a gradient (.., N) times rows ``first`` to ``first + N`` of W.
+    """Sums (BLOCK_M, BLOCK_K) of rows of a gradient (.., N) times N rows of W from ``row``, at BLOCK_K inputs.
 
-    ``gradient_row`` points at rows, (BLOCK_M, 1), of which those ``seen`` exist; ``k`` (1, BLOCK_K) are inputs.
+    ``gradient_row`` points at rows, (BLOCK_M, 1), of which those ``seen`` exist; ``first`` is the first input.
     """
-    total = tl.zeros((gradient_row.shape[0], k.shape[1]), dtype=tl.float32)
+    total = tl.zeros((gradient_row.shape[0], BLOCK_K), dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        row = first + n[:, None].to(tl.int64)
-        here = (n[:, None] < N) & (k < K)
-        value = load_values(weight, scales, scale_range, zeros, levels, row, k, here, K, LAYOUT)
         outputs = tl.load(gradient_row + n[None, :], mask=seen & (n[None, :] < N), other=0)
-        total = tl.dot(outputs, value.to(outputs.dtype), total, input_precision="ieee")
+        value = load_values(
+            *(weight, scales, scale_range, zeros, levels, row + n[:, None].to(tl.int64), n[:, None] < N, first, K),
+            *(outputs.dtype, EVEN, LAYOUT, BLOCK_K),
+        )
+        total = tl.dot(outputs, value, total, input_precision="ieee")
     return total
 
 
@@ -84,6 +90,7 @@ def input_gradient_kernel(
     M,
     N,
     K,
+    EVEN: tl.constexpr,
     LAYOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -93,6 +100,7 @@ def input_gradient_kernel(
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
     k = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
     total = input_gradient_sum(
-        *(gradient + m * N, m < M, weight, scales, scale_range, zeros, levels, 0, N, k, K, LAYOUT, BLOCK_N),
+        *(gradient + m * N, m < M, weight, scales, scale_range, zeros, levels, 0, N),
+        *(tl.program_id(1) * BLOCK_K, K, EVEN, LAYOUT, BLOCK_N, BLOCK_K),
     )
     tl.store(out + m * K + k, total.to(out.dtype.element_ty), mask=(m < M) & (k < K))

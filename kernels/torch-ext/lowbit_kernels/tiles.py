@@ -2,6 +2,10 @@
 
 The rules are plain arithmetic over the shape. They aim at enough programs to fill a GPU and at tiles that keep their
 registers; the files read by :mod:`.tuning` go before them, and a caller who knows better passes a :class:`Tiles`.
+
+In the portable kernels a thread loads 16 bytes of the narrowest plane at a time, if the tile has that many for every
+thread: the rules count in threads, and warps follow from how wide the device's are. 16 bytes of a 1-bit plane are 128
+weights, more than registers hold everywhere; where a 1-bit plane comes after one of 4 bits, 8 bytes have to do.
 """
 
 from dataclasses import dataclass
@@ -20,7 +24,7 @@ class Tiles:
     Args:
         rows: Rows of x (``linear``, ``input_gradient``) or of the result (``dequantize``, ``embedding``).
         outputs: Rows of W.
-        inputs: 16-bit lanes a step (``linear``), or inputs.
+        inputs: 16-bit lanes a step (``linear``), or inputs; whole blocks of 64 inputs, except in ternary rows.
         split: Programs that share the inputs of one output tile (``linear``).
         warps: Warps a program.
     """
@@ -37,12 +41,15 @@ def _power(n: int, low: int, high: int) -> int:
     return min(high, max(low, 1 << max(0, n - 1).bit_length()))
 
 
-def linear_tiles(M: int, N: int, K: int, layout: Layout) -> Tiles:
-    """For ``x`` (M, K) and a weight (N, K)."""
+def linear_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32) -> Tiles:
+    """For ``x`` (M, K) and a weight (N, K), on a device with ``warp`` threads in a warp."""
     gemv = M <= GEMV_ROWS
-    rows, outputs, lanes = (_power(M, 1, 4), 16, 64) if gemv else (_power(M, 16, 64), 64, 32)
+    rows, outputs, lanes, threads = (_power(M, 1, 4), 16, 32, 64) if gemv else (_power(M, 16, 64), 64, 16, 128)
+    if not layout.ternary:
+        lanes = max(layout.lanes, lanes * min(2, layout.planes[0] // layout.planes[-1]))
     programs, steps = -(-M // rows) * -(-N // outputs), -(-layout.row_lanes(K) // lanes)
-    return Tiles(rows, outputs, lanes, _shares(programs, steps, 2 * _MULTIPROCESSORS))
+    split = _shares(programs, steps, 2 * _MULTIPROCESSORS)
+    return Tiles(rows, outputs, lanes, split, threads // warp)
 
 
 def fast_split(
@@ -66,11 +73,15 @@ def _shares(programs: int, most: int, fill: int) -> int:
     return split
 
 
-def gradient_tiles(M: int, N: int, K: int) -> Tiles:
+def gradient_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32) -> Tiles:
     """For a gradient (M, N) and a weight (N, K)."""
-    return Tiles(_power(M, 16, 64), 32, 64)
+    least = 1 if layout.ternary else layout.planes[-1]
+    rows, outputs, inputs = (64, 64, 64) if least == 4 else (64, 32, 64) if least == 8 else (32, 64, 128)
+    return Tiles(_power(M, 16, rows), outputs, inputs, 1, 128 // warp)
 
 
-def row_tiles(R: int, K: int) -> Tiles:
+def row_tiles(R: int, K: int, layout: Layout, warp: int = 32) -> Tiles:
     """For R rows of K values."""
-    return Tiles(_power(R, 1, 8), 1, 256)
+    rows = _power(R, 1, 8)
+    inputs = 2048 if layout.ternary else 8192 // layout.planes[-1]
+    return Tiles(rows, 1, _power(K, 64, inputs // rows), 1, 64 // warp)
