@@ -1,5 +1,6 @@
 """The kernels as the Hub's ``kernels`` package loads them: from a folder, knowing nothing of this repository."""
 
+import ast
 import re
 import sys
 
@@ -18,12 +19,21 @@ def test_the_sources_import_nothing_but_torch_and_triton():
         assert outside <= {"torch", "triton"}, file
 
 
+def test_no_loop_unpacks_in_two_levels():
+    """Triton before 3.8 fails to look through ``for a, (b, c) in ...`` in what a kernel uses."""
+    for file in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.For) and isinstance(node.target, ast.Tuple):
+                assert not any(isinstance(e, ast.Tuple) for e in node.target.elts), f"{file}, line {node.lineno}"
+
+
 def test_every_backend_gets_a_build(tmp_path):
     folders = assemble(tmp_path)
     assert [f.name for f in folders] == ["torch-cuda", "torch-rocm", "torch-xpu"]
     for folder in folders:
-        built = {f.relative_to(folder) for f in folder.rglob("*.py")}
-        assert built == {f.relative_to(SOURCE) for f in SOURCE.rglob("*.py")}
+        built = {f.relative_to(folder) for f in folder.rglob("*") if f.name != "metadata.json" and f.is_file()}
+        sources = {f.relative_to(SOURCE) for e in ("*.py", "*.json") for f in SOURCE.rglob(e)}
+        assert built == sources and any(f.match("tuning/*.json") for f in built)
     assert assemble(tmp_path) == folders  # again, over the old one
 
 
