@@ -7,7 +7,8 @@ How it counts. A kernel's main loop is the longest piece of code that a branch b
 weight are its instructions, predicated ones, address arithmetic, scales and synchronisation included, times the
 threads of the program, divided by the weights that one turn takes. What is before and after the loop (pointers, the
 last reduction, the store) is not in it: it does not grow with K. Shapes are whole multiples of a step. A kernel with
-several loops one after another would be counted wrongly; ours have one.
+several loops one after another would be counted wrongly; ours have one. Those that write weights out have none: there
+every instruction counts.
 
 Registers, shared memory and spills (STL, LDL; on AMD scratch) come from the compiled file. ``load_bits`` is the width
 of the narrowest load from global memory in the loop that line information traces to the source that loads packed
@@ -41,6 +42,9 @@ KEYS = (
 NVIDIA = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = {"gfx942": 64, "gfx1100": 32}
 ROWS = {"gemv": 1, "gemm16": 16}
+# Kernels that have the portable form alone, with rows of x or of the result.
+PORTABLE_ROWS = {"gemm64": 64, "input_gradient": 64, "dequantize": 4096, "embedding": 1, "grouped": 1}
+UNLOOPED = ("dequantize", "embedding")
 # Multiprocessors, clock in GHz, bandwidth in GB/s (data sheets), warps and KiB of shared memory of one.
 DEVICES = {
     "sm_80": ("A100 40GB", 108, 1.41, 1555, 64, 164),
@@ -91,9 +95,12 @@ def cases() -> list[Case]:
     """The whole matrix."""
     found = []
     for target in (*NVIDIA, *AMD):
-        for kernel in ROWS:
+        for kernel in (*ROWS, *PORTABLE_ROWS):
             for format in formats():
                 for dtype in ("fp16", "bf16"):
+                    if kernel in PORTABLE_ROWS:
+                        found.append(Case(target, kernel, format, dtype, "portable"))
+                        continue
                     fast = ("magic",) if dtype == "bf16" else ("subnormal", "lop3")
                     forms = ("portable", *fast) if target in NVIDIA else ("portable",)
                     if not format.startswith("int"):
@@ -102,16 +109,38 @@ def cases() -> list[Case]:
     return found
 
 
+def _portable(case: Case, layout, M: int):
+    """As :func:`_launch`, for the portable kernels."""
+    from lowbit_kernels import grouped, matmul, rows, tiles
+
+    warp = AMD.get(case.target, 32)
+    constants = {"EVEN": True}
+    if case.kernel in UNLOOPED:
+        size = tiles.row_tiles(M, 4096, layout, warp)
+        constants |= {"BLOCK_R": size.rows, "BLOCK_K": size.inputs}
+        return rows.rows_kernel, layout, constants, size.warps, size.rows * size.inputs
+    if case.kernel == "input_gradient":
+        size = tiles.gradient_tiles(M, 4096, 4096, layout, warp)
+        constants |= {"BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCK_K": size.inputs}
+        return rows.input_gradient_kernel, layout, constants, size.warps, size.outputs * size.inputs
+    size = tiles.linear_tiles(M, 4096, 4096, layout, warp)
+    constants |= {"BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCK_L": size.inputs}
+    kernel = matmul.gemv_kernel if M <= tiles.GEMV_ROWS else matmul.gemm_kernel
+    if case.kernel == "grouped":
+        constants |= {"RANGE": 2 if layout.scale == "log8" else 0, "TABLE": 0, "GEMV": True, "BLOCK_E": 256}
+        kernel = grouped.grouped_linear_kernel
+    else:
+        constants["SPLIT"] = 4
+    return kernel, layout, constants, size.warps, size.outputs * size.inputs * layout.fields
+
+
 def _launch(case: Case):
     """Kernel, constants, grid-independent options and weights a turn, for a large shape that whole steps fill."""
-    from lowbit_kernels import fast, layout, matmul, tiles
+    from lowbit_kernels import fast, layout
 
-    parsed, M = layout.parse(case.format), ROWS[case.kernel]
+    parsed, M = layout.parse(case.format), {**ROWS, **PORTABLE_ROWS}[case.kernel]
     if case.form == "portable":
-        size = tiles.linear_tiles(M, 4096, 4096, parsed, AMD.get(case.target, 32))
-        kernel = matmul.gemv_kernel if M == 1 else matmul.gemm_kernel
-        constants = {"SPLIT": 4, "BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCK_L": size.inputs, "EVEN": True}
-        return kernel, parsed, constants, size.warps, size.outputs * size.inputs * parsed.fields
+        return _portable(case, parsed, M)
     size = fast.fast_tiles(M, parsed)
     constants = {"FORM": case.form, "SPLIT": 4, "BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCKS": size.blocks}
     constants |= {"COLUMNS": size.columns, "WINDOW": size.window, "EVEN": True, "STAGES": size.stages}
@@ -126,12 +155,20 @@ def _compile(case: Case):
 
     kernel, layout, constants, warps, weights = _launch(case)
     stored = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "none": None}.get(layout.scale, "*u8")
-    types = {"x": f"*{case.dtype}", "weight": "*i16", "scales": stored}
+    types = {"x": f"*{case.dtype}", "gradient": f"*{case.dtype}", "weight": "*i16", "scales": stored, "ends": "*i32"}
     types["scale_range"] = "*fp32" if layout.scale in ("log8", "e4m3") else None
     types["zeros"] = {"fixed": None, "float": "*fp16"}.get(layout.zeros, "*u8")
     types["levels"] = None if layout.table == "none" else "*fp16" if layout.name == "codebook" else "*fp32"
-    types |= {"bias": None, "out": "*fp32", "M": "i32", "N": "i32", "K": "i32"}
-    constants |= {"LAYOUT": layout, **{name: None for name, type in types.items() if type is None}}
+    types |= {
+        "bias": None,
+        "out": "*fp32" if "SPLIT" in constants else f"*{case.dtype}",
+        **dict.fromkeys("MNKER", "i32"),
+    }
+    types["index"] = "*i64" if case.kernel == "embedding" else None
+    constants |= {
+        "LAYOUT": layout,
+        **{name: None for name, type in types.items() if type is None and name in kernel.arg_names},
+    }
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name in ("N", "K")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if signature[kernel.arg_names[i]] != "constexpr"}
@@ -181,12 +218,14 @@ def _tool(tool: str, code: bytes, *options: str) -> str:
 
 
 def longest_loop(
-    text: str, label: str, line: str, instruction: str, branch: str
+    text: str, label: str, line: str, instruction: str, branch: str, looped: bool = True
 ) -> tuple[list[Instruction], list[str]]:
     """The loop body of an assembly text, and all instructions as text; the patterns say what its lines look like.
 
+    All of it counts as the body if it is not ``looped``.
+
     Raises:
-        ValueError: if no branch goes backwards.
+        ValueError: if it should be, and no branch goes backwards.
     """
     found: list[Instruction] = []
     labels: dict[str, int] = {}
@@ -201,6 +240,8 @@ def longest_loop(
             found.append(Instruction(match[1].strip(), here))
             if (to := re.search(branch, match[1])) and to[1] in labels:
                 spans.append((labels[to[1]], len(found)))
+    if not looped:
+        return found, [i.text for i in found]
     if not spans:
         raise ValueError("the kernel has no loop: nothing to count")
     first, last = max(spans, key=lambda span: span[1] - span[0])
@@ -221,7 +262,7 @@ _AMD_WIDTHS |= dict.fromkeys(
 _AMD_WIDTHS |= dict.fromkeys(("ubyte", "sbyte", "u8", "i8"), 8)
 
 
-def _nvidia(code: bytes, weights: int, warps: int) -> tuple[float, int, int, int, int]:
+def _nvidia(code: bytes, weights: int, warps: int, looped: bool) -> tuple[float, int, int, int, int]:
     import triton
 
     usage = _tool(triton.knobs.nvidia.cuobjdump.path, code, "-res-usage")
@@ -232,6 +273,7 @@ def _nvidia(code: bytes, weights: int, warps: int) -> tuple[float, int, int, int
         line=r'//## File ".*?([^/"]+)", line (\d+)(?! inlined)',
         instruction=r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;",
         branch=r"\bBRA\b.*?`\((\.L_x_\d+)\)",
+        looped=looped,
     )
     spills = sum(bool(re.search(r"\b(STL|LDL)\b", t)) for t in whole)
     tensor = sum("MMA." in i.opcode for i in loop)
@@ -244,7 +286,7 @@ def _nvidia(code: bytes, weights: int, warps: int) -> tuple[float, int, int, int
     return len(loop) * warps * 32 / weights, int(re.search(r"REG:(\d+)", usage)[1]), spills, load, tensor
 
 
-def _amd(text: str, weights: int, threads: int) -> tuple[float, int, int, int, int]:
+def _amd(text: str, weights: int, threads: int, looped: bool) -> tuple[float, int, int, int, int]:
     files = {number: Path(name).name for number, name in re.findall(r'\.file\s+(\d+)\s+"[^"]*"\s+"([^"]+)"', text)}
     text = re.sub(r"\.loc\s+(\d+)", lambda m: f".loc {files.get(m[1], m[1])}", text)
     loop, _ = longest_loop(
@@ -253,6 +295,7 @@ def _amd(text: str, weights: int, threads: int) -> tuple[float, int, int, int, i
         line=r"\.loc (\S+)\s+(\d+)",
         instruction=r"^\s+([a-z]+_\w+(?:\s.*)?)$",
         branch=r"^s_c?branch\w*\s+(\.LBB\w+)",
+        looped=looped,
     )
     tensor = sum("mfma" in i.opcode or "wmma" in i.opcode for i in loop)
     load = _narrowest(loop, _weight_lines(), r"(?:global|buffer)_load_(\w+)", _AMD_WIDTHS)
@@ -263,10 +306,11 @@ def _amd(text: str, weights: int, threads: int) -> tuple[float, int, int, int, i
 def count(case: Case) -> Cost:
     """Compiles a case and counts."""
     compiled, warps, warp_size, weights = _compile(case)
+    looped = case.kernel not in UNLOOPED
     if case.target in AMD:
-        counted = _amd(compiled.asm["amdgcn"], weights, warps * warp_size)
+        counted = _amd(compiled.asm["amdgcn"], weights, warps * warp_size, looped)
     else:
-        counted = _nvidia(compiled.asm["cubin"], weights, warps)
+        counted = _nvidia(compiled.asm["cubin"], weights, warps, looped)
     ratio, registers, spills, load_bits, tensor = counted
     from lowbit_kernels.layout import parse
 
