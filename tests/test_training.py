@@ -41,7 +41,7 @@ class Losses(TrainerCallback):
         self.values += [logs["loss"]] if "loss" in logs else []
 
 
-def run(model, folder, resume=None, evaluation=None, **options):
+def run(model, folder, resume=None, evaluation=None, callbacks=(), **options):
     """Trains and returns (trainer, losses of all steps)."""
     arguments = {
         "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
@@ -51,7 +51,7 @@ def run(model, folder, resume=None, evaluation=None, **options):
     losses = Losses()
     trainer = Trainer(
         model=model, args=TrainingArguments(str(folder), **{**arguments, **options}), train_dataset=data(32),
-        eval_dataset=evaluation, callbacks=[losses],
+        eval_dataset=evaluation, callbacks=[losses, *callbacks],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     return trainer, losses.values
