@@ -5,9 +5,9 @@
     python benchmarks/finetune.py --only 'ours|bf16'   # with bitsandbytes: pip install 'hf-lowbit[bench,peers]'
 
 Every contestant is a process of its own, and with several rounds they take turns. Ours load a repo that is packed
-already, bitsandbytes packs while loading. Memory is resident memory above that after the imports: "peak MB" counts everything (VmHWM), mapped weights of
-a bfloat16 file too; "anonymous MB" leaves mapped files out (RssAnon, sampled). Seconds are of the wall; CPU seconds
-count all threads and suffer less from what else runs on the machine.
+already, bitsandbytes packs while loading. Memory is resident memory above that after the imports: "peak MB" counts
+everything (VmHWM), mapped weights of a bfloat16 file too; "anonymous MB" leaves mapped files out (RssAnon, sampled).
+Seconds are of the wall; CPU seconds count all threads and suffer less from what else runs on the machine.
 """
 
 import argparse
