@@ -51,7 +51,7 @@ def declared(monkeypatch, device):
         (A100, "int:bits=3,group_size=-1", FP16, 512, "subnormal"),
         (A100, "int:bits=3", FP16, 4096, "subnormal"),
         (B200, "nf:bits=4", BF16, 16, "magic"),
-        (H100, "nf:bits=3", FP16, 1, "portable"),
+        (H100, "codebook:bits=8", FP16, 1, "portable"),
         (H100, "ternary:bits=1.58", FP16, 1, "portable"),
         (H100, "int:bits=8,group_size=16", FP16, 1, "portable"),
         (H100, "int:bits=4", FP16, 1023, "subnormal"),
