@@ -77,7 +77,7 @@ class Kernel:
 
 
 KERNELS: list[Kernel] = []
-KERNEL_MODULES = (".reference", ".triton_backend")
+KERNEL_MODULES = (".reference", ".native_backend", ".triton_backend")
 
 
 def kernels() -> list[Kernel]:

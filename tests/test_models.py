@@ -127,8 +127,9 @@ def test_saving_twice_changes_nothing(case, packed, tmp_path):
 
 def test_dequantized_models_compute_what_the_packed_ones_do(plain, packed):
     for case, (_, result) in plain.items():
-        # The same float32 weights through the same matrix products.
-        assert torch.equal(result, packed[case][1]), case
+        # The same float32 weights; sums of at most 256 terms in another order, through at most 32 layers in a row.
+        error = (result - packed[case][1]).norm() / packed[case][1].norm()
+        assert error <= 32 * 256 * 2**-24, (case, error)
 
 
 @pytest.mark.parametrize("name", TINY)

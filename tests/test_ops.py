@@ -109,11 +109,11 @@ def test_values_are_those_of_the_dequantized_weight(text, dtype):
         bias = random(rows, seed=2)
         for leading in ((), (4,), (2, 3), (0,), (2, 0)):
             x = random(*leading, columns, dtype=dtype)
-            y = ops.linear(x, weight, companions, bias, spec, columns)
+            y = ops.linear(x, weight, companions, bias, spec, columns, "torch")
             assert y.shape == (*leading, rows) and y.dtype == dtype
             torch.testing.assert_close(y, F.linear(x, meant.to(dtype), bias.to(dtype)))
             gradient = random(*leading, rows, dtype=dtype)
-            back = torch.ops.lowbit.input_gradient(gradient, weight, companions, spec, columns, "auto")
+            back = torch.ops.lowbit.input_gradient(gradient, weight, companions, spec, columns, "torch")
             assert back.shape == (*leading, columns) and back.dtype == dtype
             torch.testing.assert_close(back, gradient @ meant.to(dtype))
 
@@ -126,9 +126,9 @@ def test_chunks_of_rows_give_the_same(monkeypatch, text):
 
     def run():
         return (
-            ops.linear(x, weight, companions, bias, spec, columns),
-            torch.ops.lowbit.input_gradient(gradient, weight, companions, spec, columns, "auto"),
-            ops.dequantize(*arguments, torch.float32),
+            ops.linear(x, weight, companions, bias, spec, columns, "torch"),
+            torch.ops.lowbit.input_gradient(gradient, weight, companions, spec, columns, "torch"),
+            ops.dequantize(*arguments, torch.float32, "torch"),
         )
 
     whole = run()

@@ -1,0 +1,246 @@
+"""The ``native`` backend: kernels in C++ for CPUs, called through a C interface.
+
+``kernels/cpu`` builds one shared library that knows nothing of torch; this module finds it beside the Triton kernels,
+describes a packed weight to it by plain pointers, and registers what it can run. One row of activations is multiplied
+while the weight is decoded, a few rows with small decoded panels, and many rows (:data:`FEW_ROWS` up) by decoding rows
+of the weight into a buffer of :data:`BUFFER_WEIGHTS` floats and handing each to torch's own matrix product. Products
+are float32 whatever the dtype: half precision is slow on most CPUs.
+
+Threads are those of torch's OpenMP where its library has libgomp's interface, else a pool of the library's own.
+
+Where the library is missing (no compiler when the package was installed), or is that of another version, the backend
+says so and plain PyTorch serves.
+"""
+
+import ctypes
+import functools
+import threading
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.weak import WeakIdKeyDictionary
+
+from . import __path__ as _package_path
+from .backends import Kernel, register_kernel
+from .formats import Format, parse_format
+from .formats.lookup import LookupFormat
+from .formats.scales import decode_scales
+
+LIBRARY = "liblowbit_cpu.so"
+VERSION = 1
+FEW_ROWS = 24
+BUFFER_WEIGHTS = 2**19  # 2 MB of float32: what a core's second cache holds, more or less
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_SCALES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}
+_STREAM, _FLOAT16_ZERO = 1, 2
+_SHARED, _BY_ROW = 1, 2
+_BAD_ARGUMENT = -2
+_buffers = threading.local()
+
+
+class _Weight(ctypes.Structure):
+    """``lowbit_weight`` of ``kernels/cpu/lowbit_cpu.h``."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "scale_table", "zeros", "levels")),
+        *((name, ctypes.c_int64) for name in ("rows", "inputs", "group")),
+        *((name, ctypes.c_int32) for name in ("bits", "scale", "zero", "table")),
+        ("fixed_zero", ctypes.c_float),
+    ]
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none."""
+    found = [path for folder in _package_path if (path := Path(folder) / "lowbit_kernels" / LIBRARY).is_file()]
+    if not found:
+        return None, "was not built: install a C++ compiler (gcc or clang) and this package again"
+    try:
+        library = ctypes.CDLL(str(found[0]))
+    except OSError as error:
+        return None, f"its library cannot be loaded: {error}"
+    if library.lowbit_version() != VERSION:
+        return None, "its library is that of another version: install this package again"
+    pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.lowbit_linear.argtypes = [pointer, pointer, pointer, pointer, number, flag, flag]
+    library.lowbit_dequantize.argtypes = [pointer, pointer, number, number, pointer, flag, flag]
+    library.lowbit_isa.restype = library.lowbit_isas.restype = ctypes.c_char_p
+    library.lowbit_force_isa.argtypes = [ctypes.c_char_p]
+    library.lowbit_use_openmp.argtypes = [pointer]
+    openmp = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    if openmp is not None:
+        library.lowbit_use_openmp(ctypes.cast(openmp, pointer))
+    return library, None
+
+
+def library() -> ctypes.CDLL:
+    """The library; only where :func:`unavailable` gives no reason."""
+    loaded, reason = _load()
+    if loaded is None:
+        raise RuntimeError(f"the CPU kernels {reason}")
+    return loaded
+
+
+def unavailable() -> str | None:
+    """What is missing on this machine, or None."""
+    return _load()[1]
+
+
+class _Described:
+    """A packed weight as the library sees it, with all that its pointers point to."""
+
+    def __init__(self, weight: torch.Tensor, companions: list[torch.Tensor], spec: str, in_features: int):
+        format = parse_format(spec)
+        self.key = _key(weight, companions, spec, in_features)
+        tensors = dict(zip(("", *format.suffixes()), (weight, *companions), strict=True))
+        for suffix, (shape, dtype) in format.tensors((weight.shape[0], in_features)).items():
+            if tensors[suffix].shape != shape or tensors[suffix].dtype != dtype:
+                raise ValueError(
+                    f"a packed weight of {weight.shape[0]} x {in_features} in {spec} has `weight{suffix}` of shape "
+                    f"{tuple(shape)} and {dtype}, not {tuple(tensors[suffix].shape)} and {tensors[suffix].dtype}"
+                )
+        tensors = {suffix: tensor.contiguous() for suffix, tensor in tensors.items()}
+        self.record = _Weight(codes=tensors[""].data_ptr(), rows=weight.shape[0], inputs=in_features)
+        self.record.group = max(0, format.group_size)
+        self.record.bits = int(format.bits) if format.name != "ternary" else 0
+        self.alive = [*tensors.values(), *self._scales(tensors, format), *self._grid(tensors, format)]
+        self.pointer = ctypes.addressof(self.record)
+
+    def _scales(self, tensors: dict[str, torch.Tensor], format: Format) -> list[torch.Tensor]:
+        scales = tensors.get("_scales")
+        if scales is None:
+            return []
+        self.record.scales, self.record.scale = scales.data_ptr(), _SCALES[scales.dtype]
+        if scales.dtype != torch.uint8:
+            return []
+        table = decode_scales({**tensors, "_scales": torch.arange(256, dtype=torch.uint8)}, format.scale_dtype)
+        self.record.scale_table = table.data_ptr()
+        return [table]
+
+    def _grid(self, tensors: dict[str, torch.Tensor], format: Format) -> list[torch.Tensor]:
+        if isinstance(format, LookupFormat):
+            levels = format.table(tensors.get("_codebook"), torch.device("cpu")).to(torch.float32).contiguous()
+            self.record.levels = levels.data_ptr()
+            self.record.table = _BY_ROW if "_scales" not in tensors else _SHARED
+            return [levels]
+        zeros = tensors.get("_zeros")
+        if zeros is None:
+            self.record.fixed_zero = getattr(format, "fixed_zero", 0)
+            return []
+        self.record.zeros = zeros.data_ptr()
+        self.record.zero = _STREAM if zeros.dtype == torch.uint8 else _FLOAT16_ZERO
+        return []
+
+
+_described = WeakIdKeyDictionary()
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _key(weight: torch.Tensor, companions: list[torch.Tensor], spec: str, in_features: int) -> tuple:
+    """What a description depends on: where the tensors lie, and how often those that it copies were changed."""
+    return (spec, in_features, weight.data_ptr(), *((t.data_ptr(), _version(t)) for t in companions))
+
+
+def describe(weight: torch.Tensor, companions: list[torch.Tensor], spec: str, in_features: int) -> _Described:
+    """The description of a packed weight, remembered for as long as ``weight`` lives and nothing of it changes."""
+    found = _described.get(weight)
+    if found is None or found.key != _key(weight, companions, spec, in_features):
+        found = _described[weight] = _Described(weight, companions, spec, in_features)
+    return found
+
+
+def _check(code: int) -> None:
+    if code:
+        raise RuntimeError(f"a CPU kernel refused its arguments (error {code})")
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def _buffer(rows: int, columns: int) -> torch.Tensor:
+    """(rows, columns), float32, uninitialised; overwritten by the next call in this thread."""
+    kept = getattr(_buffers, "kept", None)
+    if kept is None or kept.numel() < rows * columns:
+        kept = _buffers.kept = torch.empty(max(rows * columns, BUFFER_WEIGHTS))
+    return kept[: rows * columns].view(rows, columns)
+
+
+def _decoded(weight: _Described, rows: int, in_features: int):
+    """Yields (first, last, decoded rows (last - first, K)), all rows in turn, in one buffer."""
+    size = max(1, BUFFER_WEIGHTS // in_features)
+    run, threads = library().lowbit_dequantize, _threads()
+    for first in range(0, rows, size):
+        last = min(first + size, rows)
+        part = _buffer(last - first, in_features)
+        _check(run(weight.pointer, None, first, last - first, part.data_ptr(), 0, threads))
+        yield first, last, part
+
+
+def linear(x, weight, companions, bias, format, in_features):
+    """``x @ W.T + bias``; shapes as in :func:`hf_lowbit.ops.linear`."""
+    described, N = describe(weight, companions, format, in_features), weight.shape[0]
+    x = x.contiguous()
+    out = x.new_empty((*x.shape[:-1], N))
+    rows = x.numel() // in_features
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    if rows < FEW_ROWS:
+        pointer = None if bias is None else bias.data_ptr()
+        dtype, run = DTYPES[x.dtype], library().lowbit_linear
+        _check(run(described.pointer, x.data_ptr(), pointer, out.data_ptr(), rows, dtype, _threads()))
+        return out
+    inputs, outputs = x.view(rows, in_features).to(torch.float32), out.view(rows, N)
+    bias = None if bias is None else bias.to(torch.float32)
+    for first, last, part in _decoded(described, N, in_features):
+        outputs[:, first:last] = F.linear(inputs, part, None if bias is None else bias[first:last])
+    return out
+
+
+def input_gradient(gradient, weight, companions, format, in_features):
+    """``gradient @ W``; shapes as in :func:`hf_lowbit.ops.input_gradient`."""
+    described, N = describe(weight, companions, format, in_features), weight.shape[0]
+    rows = gradient.numel() // max(1, N)
+    flat = gradient.reshape(rows, N).to(torch.float32)
+    total = torch.zeros((rows, in_features))
+    for first, last, part in _decoded(described, N, in_features):
+        total.addmm_(flat[:, first:last], part)
+    return total.to(gradient.dtype).view(*gradient.shape[:-1], in_features)
+
+
+def dequantize(weight, companions, format, in_features, dtype):
+    """``W``; shapes as in :func:`hf_lowbit.ops.dequantize`. Equal to plain PyTorch bit by bit."""
+    described, N = describe(weight, companions, format, in_features), weight.shape[0]
+    out = torch.empty((N, in_features), dtype=dtype)
+    run = library().lowbit_dequantize
+    _check(run(described.pointer, None, 0, N, out.data_ptr(), DTYPES[dtype], _threads()))
+    return out
+
+
+def embedding(index, weight, companions, format, in_features, dtype):
+    """``W[index]``; shapes as in :func:`hf_lowbit.ops.embedding`. Equal to plain PyTorch bit by bit."""
+    described, rows = describe(weight, companions, format, in_features), index.to(torch.int64).contiguous()
+    out = torch.empty((*index.shape, in_features), dtype=dtype)
+    run = library().lowbit_dequantize
+    code = run(described.pointer, rows.data_ptr(), 0, rows.numel(), out.data_ptr(), DTYPES[dtype], _threads())
+    if code == _BAD_ARGUMENT:
+        raise IndexError(f"index out of range: {rows.min()} to {rows.max()} in a table of {weight.shape[0]} rows")
+    _check(code)
+    return out
+
+
+for _op in (linear, input_gradient, dequantize, embedding):
+    register_kernel(
+        Kernel(
+            backend="native",
+            op=_op.__name__,
+            run=_op,
+            devices=frozenset({"cpu"}),
+            dtypes=frozenset(DTYPES),
+            unavailable=unavailable,
+        )
+    )

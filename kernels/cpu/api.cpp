@@ -1,0 +1,170 @@
+// The C interface: checks, the choice of an instruction set, and the split of work among threads.
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+
+#include "kernels.h"
+#include "lowbit_cpu.h"
+#include "parallel.h"
+
+using namespace lowbit;
+
+namespace {
+
+constexpr int64_t PART_WEIGHTS = 32768;  // of a part: some ten microseconds, far above what handing one out costs
+constexpr int PARTS_PER_THREAD = 4;
+
+// All copies that were compiled, the best first; the portable one runs everywhere.
+const Kernels *const ALL[] = {
+#if defined(LOWBIT_X86)
+    &kernels_avx512(), &kernels_avx2(),
+#endif
+    &kernels_portable()};
+
+const Kernels *best() {
+    for (const Kernels *k : ALL)
+        if (k->here()) return k;
+    return nullptr;
+}
+
+std::atomic<const Kernels *> chosen{nullptr};
+
+const Kernels *kernels() {
+    const Kernels *k = chosen.load(std::memory_order_relaxed);
+    if (!k) chosen = k = best();
+    return k;
+}
+
+bool sound(const lowbit_weight *w) {
+    if (!w || !w->codes || w->rows < 0 || w->inputs <= 0 || w->bits < 0 || w->bits > 8) return false;
+    if (w->group && (w->group < 16 || (w->group & (w->group - 1)))) return false;
+    if (w->scale < LOWBIT_SCALE_NONE || w->scale > LOWBIT_SCALE_BYTE || (w->scale && !w->scales)) return false;
+    if (w->scale == LOWBIT_SCALE_BYTE && !w->scale_table) return false;
+    if (w->zero < LOWBIT_ZERO_FIXED || w->zero > LOWBIT_ZERO_F16 || (w->zero && !w->zeros)) return false;
+    if (w->table && w->zero) return false;  // levels need no zero point
+    if (w->table < LOWBIT_TABLE_NONE || w->table > LOWBIT_TABLE_ROW || (w->table && (!w->levels || w->bits == 0))) return false;
+    return true;
+}
+
+bool known(int dtype) { return dtype >= LOWBIT_F32 && dtype <= LOWBIT_BF16; }
+
+// Splits `count` rows of `width` weights; never so small that handing them out would show.
+struct Split {
+    int64_t count, size;
+    int parts;
+    Split(int64_t count, int64_t width, int threads) : count(count) {
+        int64_t least = PART_WEIGHTS / (width > 0 ? width : 1) + 1;
+        size = threads <= 1 ? count : (count + threads * PARTS_PER_THREAD - 1) / (threads * PARTS_PER_THREAD);
+        if (size < least) size = least;
+        parts = size ? (int)((count + size - 1) / size) : 0;
+    }
+    int64_t first(int part) const { return part * size; }
+    int64_t last(int part) const { return (part + 1) * size < count ? (part + 1) * size : count; }
+};
+
+template <class Body> void run(const Split &split, int threads, Body &body) {
+    run_parts([](void *context, int part) { (*(Body *)context)(part); }, &body, split.parts, threads);
+}
+
+struct Free { void operator()(void *p) const { std::free(p); } };
+typedef std::unique_ptr<float, Free> Floats;
+Floats floats(int64_t count) {
+    return Floats((float *)std::aligned_alloc(64, (size_t)((count * 4 + 63) / 64 * 64)));
+}
+
+}  // namespace
+
+extern "C" {
+
+int lowbit_version(void) { return LOWBIT_VERSION; }
+
+int lowbit_linear(const lowbit_weight *w, const void *x, const void *bias, void *out, int64_t m, int dtype, int threads) {
+    if (!sound(w)) return LOWBIT_BAD_WEIGHT;
+    if (m < 0 || !known(dtype) || threads < 1 || (m && w->rows && (!x || !out))) return LOWBIT_BAD_ARGUMENT;
+    if (m == 0 || w->rows == 0) return LOWBIT_OK;
+    const Kernels *k = kernels();
+    const int64_t K = w->inputs, stride = (K + 63) / 64 * 64, element = dtype == LOWBIT_F32 ? 4 : 2;
+    const bool copy = dtype != LOWBIT_F32 || stride != K;
+    const Split split(w->rows, K * (m < 8 ? m : 8), threads);
+    const int64_t own = scratch_floats(K, w->bits, m);
+    Floats copied = copy ? floats(m * stride) : nullptr, scratch = own ? floats(split.parts * own) : nullptr;
+    if ((copy && !copied) || (own && !scratch)) return LOWBIT_NO_MEMORY;
+    for (int64_t i = 0; copy && i < m; i++) {
+        float *row = copied.get() + i * stride;
+        k->widen((const char *)x + i * K * element, row, K, dtype);
+        for (int64_t j = K; j < stride; j++) row[j] = 0;
+    }
+    const float *rows = copy ? copied.get() : (const float *)x;
+    auto body = [&](int part) {
+        k->linear(w, rows, stride, m, bias, out, dtype, split.first(part), split.last(part), scratch.get() + part * own);
+    };
+    run(split, threads, body);
+    return LOWBIT_OK;
+}
+
+int lowbit_dequantize(const lowbit_weight *w, const int64_t *index, int64_t first, int64_t count, void *out, int dtype,
+                      int threads) {
+    if (!sound(w)) return LOWBIT_BAD_WEIGHT;
+    if (count < 0 || !known(dtype) || threads < 1 || (count && !out)) return LOWBIT_BAD_ARGUMENT;
+    if (!index && (first < 0 || first + count > w->rows)) return LOWBIT_BAD_ARGUMENT;
+    for (int64_t i = 0; index && i < count; i++)
+        if (index[i] < 0 || index[i] >= w->rows) return LOWBIT_BAD_ARGUMENT;
+    if (count == 0) return LOWBIT_OK;
+    const Kernels *k = kernels();
+    const Split split(count, w->inputs, threads);
+    const int64_t width = w->inputs + 64;
+    Floats scratch = w->bits == 0 ? floats(split.parts * width) : nullptr;
+    if (w->bits == 0 && !scratch) return LOWBIT_NO_MEMORY;
+    auto body = [&](int part) {
+        k->dequantize(w, index, first, out, dtype, split.first(part), split.last(part),
+                      scratch ? scratch.get() + part * width : nullptr);
+    };
+    run(split, threads, body);
+    return LOWBIT_OK;
+}
+
+int lowbit_pack(const uint8_t *codes, uint16_t *lanes, int64_t rows, int64_t inputs, int bits, int threads) {
+    if (rows < 0 || inputs <= 0 || bits < 0 || bits > 8 || threads < 1 || (rows && (!codes || !lanes))) return LOWBIT_BAD_ARGUMENT;
+    const Split split(rows, inputs, threads);
+    auto body = [&](int part) { kernels()->pack(codes, lanes, inputs, bits, split.first(part), split.last(part)); };
+    run(split, threads, body);
+    return LOWBIT_OK;
+}
+
+int lowbit_unpack(const uint16_t *lanes, uint8_t *codes, int64_t rows, int64_t inputs, int bits, int threads) {
+    if (rows < 0 || inputs <= 0 || bits < 0 || bits > 8 || threads < 1 || (rows && (!codes || !lanes))) return LOWBIT_BAD_ARGUMENT;
+    const Split split(rows, inputs, threads);
+    auto body = [&](int part) { kernels()->unpack(lanes, codes, inputs, bits, split.first(part), split.last(part)); };
+    run(split, threads, body);
+    return LOWBIT_OK;
+}
+
+int64_t lowbit_row_lanes(int64_t inputs, int bits) {
+    return inputs <= 0 || bits < 0 || bits > 8 ? (int64_t)LOWBIT_BAD_ARGUMENT : row_lanes(inputs, bits);
+}
+
+const char *lowbit_isas(void) {
+    static const std::string names = [] {
+        std::string found;
+        for (const Kernels *k : ALL)
+            if (k->here()) found += (found.empty() ? "" : ",") + std::string(k->name);
+        return found;
+    }();
+    return names.c_str();
+}
+
+const char *lowbit_isa(void) { return kernels()->name; }
+
+int lowbit_force_isa(const char *name) {
+    for (const Kernels *k : ALL)
+        if (name && !std::strcmp(k->name, name) && k->here()) {
+            chosen = k;
+            return LOWBIT_OK;
+        }
+    return LOWBIT_BAD_ARGUMENT;
+}
+
+}  // extern "C"

@@ -1,0 +1,49 @@
+// What one instruction set offers to the interface. Arguments were checked by it; rows are first .. last - 1.
+#pragma once
+
+#include <cstdint>
+
+#include "lowbit_cpu.h"
+
+namespace lowbit {
+
+// A panel: rows of the weight and blocks of 64 inputs that are decoded at once, 64 KB; what a core's second cache holds beside x.
+constexpr int PANEL_ROWS = 16, PANEL_BLOCKS = 16;
+
+// Floats of scratch memory that `linear` needs for m rows of x.
+static inline int64_t scratch_floats(int64_t inputs, int bits, int64_t m) {
+    const int64_t blocks = (inputs + 63) / 64, step = bits && blocks > PANEL_BLOCKS ? PANEL_BLOCKS : blocks;
+    return m == 1 ? (bits ? 0 : 64 * blocks) : PANEL_ROWS * (64 * step + m);
+}
+
+struct Kernels {
+    const char *name;
+    bool (*here)();  // whether this processor has it
+    // x (m, stride), zero from `inputs` on; out (m, rows); scratch as many floats as scratch_floats says.
+    void (*linear)(const lowbit_weight *, const float *x, int64_t stride, int64_t m, const void *bias, void *out, int dtype,
+                   int64_t first, int64_t last, float *scratch);
+    // out (.., inputs); scratch `inputs` floats, rounded up to 16, for ternary weights.
+    void (*dequantize)(const lowbit_weight *, const int64_t *index, int64_t start, void *out, int dtype, int64_t first,
+                       int64_t last, float *scratch);
+    void (*widen)(const void *from, float *to, int64_t count, int dtype);
+    void (*pack)(const uint8_t *codes, uint16_t *lanes, int64_t inputs, int bits, int64_t first, int64_t last);
+    void (*unpack)(const uint16_t *lanes, uint8_t *codes, int64_t inputs, int bits, int64_t first, int64_t last);
+};
+
+const Kernels &kernels_avx512();
+const Kernels &kernels_avx2();
+const Kernels &kernels_portable();
+
+static inline int64_t row_lanes(int64_t inputs, int bits) {
+    return bits == 0 ? (inputs + 9) / 10 : (inputs + 63) / 64 * 4 * bits;
+}
+
+// Widths of the planes of a code, the most significant first; 0 where there is none.
+struct Planes { int width[3]; };
+static inline Planes planes_of(int bits) {
+    static const Planes all[9] = {{{0, 0, 0}}, {{1, 0, 0}}, {{2, 0, 0}}, {{2, 1, 0}}, {{4, 0, 0}},
+                                  {{4, 1, 0}}, {{4, 2, 0}}, {{4, 2, 1}}, {{8, 0, 0}}};
+    return all[bits];
+}
+
+}  // namespace lowbit

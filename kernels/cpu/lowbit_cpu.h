@@ -1,0 +1,76 @@
+/* CPU kernels over packed low-bit weights: a C interface that knows nothing of torch.
+ *
+ * A packed weight is described by plain pointers (docs/format.md of hf-lowbit says what they point to, bit by bit). Every
+ * function returns 0, or a negative number of the enum lowbit_error and touches nothing. The instruction set is chosen when
+ * the library is loaded; lowbit_force_isa chooses another for tests. Results depend on the arguments and the instruction set,
+ * not on the number of threads: every output is computed by one thread, in one order.
+ */
+#ifndef LOWBIT_CPU_H
+#define LOWBIT_CPU_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define LOWBIT_EXPORT __declspec(dllexport)
+#else
+#define LOWBIT_EXPORT __attribute__((visibility("default")))
+#endif
+
+/* Of this interface; a caller compares it with what lowbit_version returns. */
+#define LOWBIT_VERSION 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum lowbit_dtype { LOWBIT_F32 = 0, LOWBIT_F16 = 1, LOWBIT_BF16 = 2 };
+enum lowbit_scale { LOWBIT_SCALE_NONE = 0, LOWBIT_SCALE_F32 = 1, LOWBIT_SCALE_F16 = 2, LOWBIT_SCALE_BF16 = 3, LOWBIT_SCALE_BYTE = 4 };
+enum lowbit_zero { LOWBIT_ZERO_FIXED = 0, LOWBIT_ZERO_STREAM = 1, LOWBIT_ZERO_F16 = 2 };
+enum lowbit_table { LOWBIT_TABLE_NONE = 0, LOWBIT_TABLE_SHARED = 1, LOWBIT_TABLE_ROW = 2 };
+enum lowbit_error { LOWBIT_OK = 0, LOWBIT_BAD_WEIGHT = -1, LOWBIT_BAD_ARGUMENT = -2, LOWBIT_NO_MEMORY = -3 };
+
+/* A weight of rows x inputs. Pointers may be unaligned to anything but their own element. */
+typedef struct {
+    const uint16_t *codes;     /* (rows, lanes) */
+    const void *scales;        /* (rows, groups), in the dtype that `scale` names; NULL for LOWBIT_SCALE_NONE */
+    const float *scale_table;  /* 256 values of an 8-bit scale, for LOWBIT_SCALE_BYTE */
+    const void *zeros;         /* a stream of bits for each row, (rows, ceil(groups * bits / 8)), or float16 (rows, groups) */
+    const float *levels;       /* (1 or rows, 2^bits), for tables */
+    int64_t rows, inputs;
+    int64_t group;             /* inputs that share a scale, a power of two from 16; 0: the whole row */
+    int32_t bits;              /* 1 to 8; 0 is ternary, ten digits to a lane */
+    int32_t scale, zero, table;
+    float fixed_zero;          /* the code of value 0, for LOWBIT_ZERO_FIXED without a table */
+} lowbit_weight;
+
+LOWBIT_EXPORT int lowbit_version(void);
+
+/* out (m, rows) = x (m, inputs) times the weight transposed, plus bias (rows) or NULL; x, bias and out of one dtype, contiguous.
+ * Sums are float32. */
+LOWBIT_EXPORT int lowbit_linear(const lowbit_weight *weight, const void *x, const void *bias, void *out, int64_t m, int dtype,
+                                int threads);
+
+/* out (count, inputs), contiguous: rows first .. first + count - 1 of the weight, or rows index[0 .. count - 1]. */
+LOWBIT_EXPORT int lowbit_dequantize(const lowbit_weight *weight, const int64_t *index, int64_t first, int64_t count, void *out,
+                                    int dtype, int threads);
+
+/* codes (rows, inputs), one byte each, to lanes and back. */
+LOWBIT_EXPORT int lowbit_pack(const uint8_t *codes, uint16_t *lanes, int64_t rows, int64_t inputs, int bits, int threads);
+LOWBIT_EXPORT int lowbit_unpack(const uint16_t *lanes, uint8_t *codes, int64_t rows, int64_t inputs, int bits, int threads);
+
+/* Lanes of a packed row, or a negative number. */
+LOWBIT_EXPORT int64_t lowbit_row_lanes(int64_t inputs, int bits);
+
+/* The instruction sets that were compiled in and that this processor has, best first, separated by commas. */
+LOWBIT_EXPORT const char *lowbit_isas(void);
+LOWBIT_EXPORT const char *lowbit_isa(void);
+LOWBIT_EXPORT int lowbit_force_isa(const char *name);
+
+/* Given the entry point of the OpenMP that the process already has (GOMP_parallel of libgomp, or what speaks its interface), work
+ * runs on its threads, so that nothing spins beside them; without one the library has a pool of its own. */
+LOWBIT_EXPORT void lowbit_use_openmp(void *gomp_parallel);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

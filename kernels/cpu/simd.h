@@ -1,0 +1,147 @@
+// Sixteen floats, and sixteen 32-bit numbers, on each instruction set: just what the kernels need.
+//
+// One header for all: LOWBIT_AVX512, LOWBIT_AVX2 or neither (plain loops that any compiler takes and good ones vectorise) is
+// defined by the build for each copy of kernels.cpp. `lookup` reads a table of 16 by the low four bits of an index.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(LOWBIT_AVX512) || defined(LOWBIT_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace lowbit {
+namespace LOWBIT_ISA {
+
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(LOWBIT_AVX512)
+
+typedef __m512 F;
+typedef __m512i U;
+INLINE F zero() { return _mm512_setzero_ps(); }
+INLINE F set1(float a) { return _mm512_set1_ps(a); }
+INLINE F load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void store(float *p, F a) { _mm512_storeu_ps(p, a); }
+INLINE void store_first(float *p, F a, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), a); }
+INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE float sum(F a) { return _mm512_reduce_add_ps(a); }
+INLINE F lookup(F table, U index) { return _mm512_permutexvar_ps(index, table); }
+INLINE F gather(const float *table, U index) { return _mm512_i32gather_ps(index, table, 4); }
+INLINE F to_float(U a) { return _mm512_cvtepi32_ps(a); }
+INLINE U lanes16(const uint16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE U lanes8(const uint16_t *p) {  // eight lanes, twice
+    return _mm512_cvtepu16_epi32(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p)));
+}
+INLINE U lanes4(const uint16_t *p) {  // four lanes, four times
+    uint64_t four;
+    memcpy(&four, p, 8);
+    return _mm512_cvtepu16_epi32(_mm256_set1_epi64x((long long)four));
+}
+template <int N> INLINE U shift(U a) { return N ? _mm512_srli_epi32(a, N) : a; }
+template <int N> INLINE U shift_up(U a) { return _mm512_slli_epi32(a, N); }
+INLINE U halves_shift(U a) {  // 0 bits down in the first half, 2 in the second
+    return _mm512_srlv_epi32(a, _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0));
+}
+INLINE U quarters_shift(U a) {  // 0, 1, 2, 3 bits down in the quarters
+    return _mm512_srlv_epi32(a, _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0));
+}
+INLINE U mask(U a, uint32_t m) { return _mm512_and_si512(a, _mm512_set1_epi32((int)m)); }
+INLINE U either(U a, U b) { return _mm512_or_si512(a, b); }
+INLINE U choose(U a, U b, uint32_t m) {  // bits of a where m has a one, of b elsewhere
+    return _mm512_ternarylogic_epi32(a, b, _mm512_set1_epi32((int)m), 0xE4);
+}
+INLINE U plus(U a, U b) { return _mm512_add_epi32(a, b); }
+
+#elif defined(LOWBIT_AVX2)
+
+struct F { __m256 v[2]; };
+struct U { __m256i v[2]; };
+#define BOTH(type, expression) { type r; for (int i = 0; i < 2; i++) r.v[i] = expression; return r; }
+INLINE F zero() BOTH(F, _mm256_setzero_ps())
+INLINE F set1(float a) BOTH(F, _mm256_set1_ps(a))
+INLINE F load(const float *p) BOTH(F, _mm256_loadu_ps(p + 8 * i))
+INLINE void store(float *p, F a) { _mm256_storeu_ps(p, a.v[0]); _mm256_storeu_ps(p + 8, a.v[1]); }
+INLINE void store_first(float *p, F a, int n) { float t[16]; store(t, a); memcpy(p, t, 4 * (size_t)n); }
+INLINE F add(F a, F b) BOTH(F, _mm256_add_ps(a.v[i], b.v[i]))
+INLINE F sub(F a, F b) BOTH(F, _mm256_sub_ps(a.v[i], b.v[i]))
+INLINE F mul(F a, F b) BOTH(F, _mm256_mul_ps(a.v[i], b.v[i]))
+INLINE F fma(F a, F b, F c) BOTH(F, _mm256_fmadd_ps(a.v[i], b.v[i], c.v[i]))
+INLINE float sum(F a) {
+    __m256 s = _mm256_add_ps(a.v[0], a.v[1]);
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+INLINE F lookup(F table, U index)  // bit 3 chooses the half of the table: it goes to the sign, which blends
+    BOTH(F, _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.v[0], index.v[i]), _mm256_permutevar8x32_ps(table.v[1], index.v[i]),
+                             _mm256_castsi256_ps(_mm256_slli_epi32(index.v[i], 28))))
+INLINE F gather(const float *table, U index) BOTH(F, _mm256_i32gather_ps(table, index.v[i], 4))
+INLINE F to_float(U a) BOTH(F, _mm256_cvtepi32_ps(a.v[i]))
+INLINE U lanes16(const uint16_t *p) BOTH(U, _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8 * i))))
+INLINE U lanes8(const uint16_t *p) {
+    __m256i a = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return U{{a, a}};
+}
+INLINE U lanes4(const uint16_t *p) {
+    uint64_t four;
+    memcpy(&four, p, 8);
+    __m256i a = _mm256_cvtepu16_epi32(_mm_set1_epi64x((long long)four));
+    return U{{a, a}};
+}
+template <int N> INLINE U shift(U a) BOTH(U, _mm256_srli_epi32(a.v[i], N))
+template <int N> INLINE U shift_up(U a) BOTH(U, _mm256_slli_epi32(a.v[i], N))
+INLINE U halves_shift(U a) { return U{{a.v[0], _mm256_srli_epi32(a.v[1], 2)}}; }
+INLINE U quarters_shift(U a) {
+    return U{{_mm256_srlv_epi32(a.v[0], _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0)),
+              _mm256_srlv_epi32(a.v[1], _mm256_set_epi32(3, 3, 3, 3, 2, 2, 2, 2))}};
+}
+INLINE U mask(U a, uint32_t m) BOTH(U, _mm256_and_si256(a.v[i], _mm256_set1_epi32((int)m)))
+INLINE U either(U a, U b) BOTH(U, _mm256_or_si256(a.v[i], b.v[i]))
+INLINE U plus(U a, U b) BOTH(U, _mm256_add_epi32(a.v[i], b.v[i]))
+INLINE U choose(U a, U b, uint32_t m) { return either(mask(a, m), mask(b, ~m)); }
+#undef BOTH
+
+#else
+
+struct F { float v[16]; };
+struct U { uint32_t v[16]; };
+#define EACH(type, expression) { type r; for (int i = 0; i < 16; i++) r.v[i] = expression; return r; }
+INLINE F zero() EACH(F, 0)
+INLINE F set1(float a) EACH(F, a)
+INLINE F load(const float *p) EACH(F, p[i])
+INLINE void store(float *p, F a) { memcpy(p, a.v, sizeof a.v); }
+INLINE void store_first(float *p, F a, int n) { memcpy(p, a.v, 4 * (size_t)n); }
+INLINE F add(F a, F b) EACH(F, a.v[i] + b.v[i])
+INLINE F sub(F a, F b) EACH(F, a.v[i] - b.v[i])
+INLINE F mul(F a, F b) EACH(F, a.v[i] * b.v[i])
+INLINE F fma(F a, F b, F c) EACH(F, a.v[i] * b.v[i] + c.v[i])
+INLINE float sum(F a) {
+    for (int n = 8; n; n /= 2)
+        for (int i = 0; i < n; i++) a.v[i] += a.v[i + n];
+    return a.v[0];
+}
+INLINE F lookup(F table, U index) EACH(F, table.v[index.v[i] & 15])
+INLINE F gather(const float *table, U index) EACH(F, table[index.v[i]])
+INLINE F to_float(U a) EACH(F, (float)(int32_t)a.v[i])
+INLINE U lanes16(const uint16_t *p) EACH(U, p[i])
+INLINE U lanes8(const uint16_t *p) EACH(U, p[i % 8])
+INLINE U lanes4(const uint16_t *p) EACH(U, p[i % 4])
+template <int N> INLINE U shift(U a) EACH(U, a.v[i] >> N)
+template <int N> INLINE U shift_up(U a) EACH(U, a.v[i] << N)
+INLINE U halves_shift(U a) EACH(U, a.v[i] >> (i / 8 * 2))
+INLINE U quarters_shift(U a) EACH(U, a.v[i] >> (i / 4))
+INLINE U mask(U a, uint32_t m) EACH(U, a.v[i] & m)
+INLINE U either(U a, U b) EACH(U, a.v[i] | b.v[i])
+INLINE U plus(U a, U b) EACH(U, a.v[i] + b.v[i])
+INLINE U choose(U a, U b, uint32_t m) EACH(U, (a.v[i] & m) | (b.v[i] & ~m))
+#undef EACH
+
+#endif
+
+}  // namespace LOWBIT_ISA
+}  // namespace lowbit
