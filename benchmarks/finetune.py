@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from adapters import split_news
-from common import CACHE, model_folder, write_results
+from common import CACHE, RESULTS, model_folder, write_results
 from loading import Peak, anonymous_mb
 
 SEED = 0
@@ -46,8 +46,8 @@ RECOVER = {
     "2 bits, EoRA": "int2-eora",
     "2 bits, ApiQ-lw": "int2-apiq-lw",
     "2 bits, ApiQ-bw": "int2-apiq-bw",
-    "LoRA on bfloat16 weights": None,
-    "bitsandbytes nf4 (QLoRA, 4 bits)": "nf4",
+    "LoRA, not packed": None,
+    "bitsandbytes nf4 (QLoRA), 4 bits": "nf4",
 }
 RANK = 16  # of the adapters in benchmarks/adapters.py
 
@@ -227,6 +227,13 @@ def step_rows(source: str, names: list[str], rounds: int, steps: int) -> list[di
     return rows
 
 
+def earlier_rows(name: str, command: str) -> dict[str, dict]:
+    """What an earlier run of the same command has written, by method: with --only a long run goes on."""
+    file = RESULTS / f"{name}.json"
+    data = json.loads(file.read_text()) if file.exists() else {}
+    return {row["method"]: row for row in data.get("rows", []) if data["command"] == command and "error" not in row}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or repo; default SmolLM2-135M-Instruct off its grid")
@@ -256,18 +263,18 @@ def main():
             command = f"python benchmarks/finetune.py --rounds {args.rounds} --steps {steps}"
             write_results("finetune_step", command, rows, note)
         return
-    rows = []
+    command = f"python benchmarks/finetune.py --recover --steps {steps} --windows {args.windows}"
+    note = (
+        f"Rank {RANK}, {steps} steps of 2 x 128 tokens of news, AdamW, rate {args.rate:g} falling to 0; "
+        f"perplexity on {args.windows} windows of 512 tokens of other articles. All compute in float32."
+    )
+    rows = earlier_rows("finetune_recover", command)
     for name in names:
         made = run_child("recover", source, packed(source, RECOVER[name]), steps, args.rate, args.windows)
-        rows.append({"method": name, **{k: v for k, v in made.items() if k != "losses"}})
-        print(rows[-1], flush=True)
+        print(name, made, flush=True)
+        rows[name] = {"method": name, **{k: v for k, v in made.items() if k != "losses"}}
         if not args.print:  # after every contestant: the run is long
-            command = f"python benchmarks/finetune.py --recover --steps {steps} --windows {args.windows}"
-            note = (
-                f"Rank {RANK}, {steps} steps of 2 x 128 tokens of news, AdamW, rate {args.rate:g} falling to 0; "
-                f"perplexity on {args.windows} windows of 512 tokens of other articles. All compute in float32."
-            )
-            write_results("finetune_recover", command, rows, note)
+            write_results("finetune_recover", command, [rows[n] for n in RECOVER if n in rows], note)
 
 
 if __name__ == "__main__":
