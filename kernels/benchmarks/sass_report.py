@@ -143,8 +143,11 @@ def _launch(case: Case):
         return _portable(case, parsed, M)
     size = fast.fast_tiles(M, parsed)
     constants = {"FORM": case.form, "SPLIT": 4, "BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCKS": size.blocks}
-    constants |= {"COLUMNS": size.columns, "WINDOW": size.window, "EVEN": True, "STAGES": size.stages}
-    return fast.fast_kernel, parsed, constants, size.warps, size.outputs * size.blocks * 64
+    constants |= {
+        **{"STRIPS": size.strips, "SPANS": size.spans, "COLUMNS": size.columns, "WINDOW": size.window, "EVEN": True},
+        **{"STAGES": size.stages, "ROWS_OF_ONES": 16 * size.warps},
+    }
+    return fast.fast_kernel, parsed, constants, size.warps, size.outputs * size.blocks * size.spans * 64
 
 
 def _compile(case: Case):
@@ -193,9 +196,9 @@ def _lines_of(*functions) -> set[tuple[str, int]]:
 
 def _weight_lines() -> set[tuple[str, int]]:
     """The source lines of functions that load packed weights and nothing else."""
-    from lowbit_kernels import decode, fast
+    from lowbit_kernels import decode, fast_fields
 
-    return _lines_of(fast._words, decode.load_lanes, decode._plane)
+    return _lines_of(fast_fields._words, decode.load_lanes, decode._plane)
 
 
 @dataclass(frozen=True)

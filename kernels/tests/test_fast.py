@@ -2,8 +2,8 @@
 
 Tolerances follow from the arithmetic: products of codes and inputs are exact in float32, and summed there, K of them
 with an error of 4 * sqrt(K) * 2**-24 of the sum of magnitudes (four standard deviations of independent roundings); the
-result is rounded once to the dtype. Tables are rounded to the dtype first. The form "magic" sums 128 + code, so that
-magnitudes grow by 128 * |scale|, for each of the two nibbles of 8 bits.
+result is rounded once to the dtype. Tables are rounded to the dtype first. In bfloat16 values stand above an offset of
+128 (8 bits: 256), and the sum of inputs is subtracted as often: both sums count.
 """
 
 import pytest
@@ -17,17 +17,20 @@ FP16, BF16 = torch.float16, torch.bfloat16
 CASES = [
     *((f"int:bits={b},group_size=64", M, 512, FP16, None) for b in range(1, 9) for M in (1, 5)),
     *((f"int:bits={b},group_size=128,symmetric=True", 3, 512, BF16, None) for b in range(1, 9)),
-    *((f"int:bits={b},group_size=64", 2, 330, FP16, "lop3") for b in (1, 3, 4, 8)),
+    *((f"int:bits={b},group_size=64", 2, 330, FP16, "lop3") for b in range(1, 9)),
+    *((f"int:bits={b},group_size=64", 17, 330, BF16, None) for b in range(1, 9)),
     *((f"int:bits=4,group_size={g}", 2, 320, FP16, None) for g in (16, 32, 128, 256, -1)),
     *((f"int:bits={b},group_size=32", 6, 192, BF16, None) for b in (1, 2, 7, 8)),
     ("int:bits=4,group_size=64,scale_dtype=log8,symmetric=True", 1, 512, FP16, None),
     ("int:bits=4,group_size=64,zeros=float", 1, 512, FP16, None),
     *(
         (f, M, 256, d, None)
-        for f in ("nf:bits=4", "nf:bits=2", "fp4:bits=4", "codebook:bits=4")
+        for f in ("nf:bits=4", "nf:bits=3", "nf:bits=2", "fp4:bits=4", "codebook:bits=4", "codebook:bits=1")
         for M, d in ((1, FP16), (7, BF16))
     ),
-    ("codebook:bits=4,group_size=-1,codebook=row", 2, 200, FP16, None),
+    ("nf:bits=4,group_size=32", 2, 192, FP16, None),
+    ("fp4:bits=4,group_size=16,scale_dtype=e4m3", 2, 192, FP16, None),
+    *((f"codebook:bits={b},group_size=-1,codebook=row", 2, 200, FP16, None) for b in (3, 4)),
 ]
 
 
@@ -53,7 +56,8 @@ def test_fast_linear_is_the_reference(case, device):
     expected = x.double() @ values.T + bias.double()
     scales = format.unpack(dict(zip(("", *format.suffixes()), (weight, *companions), strict=True)), (N, K)).scales
     one = 0 if scales is None else (scales.abs().double().repeat_interleave(-(-K // scales.shape[1]), 1)[:, :K])
-    reach = 128 * 17 if dtype == BF16 or form == "lop3" else 2**format.bits
+    offset = (256 if format.bits == 8 else 128) if dtype == BF16 else 0
+    reach = 2 * (2**format.bits + offset)
     magnitude = x.double().abs() @ (values.abs() + one * reach).T
     half = torch.finfo(dtype).eps / 2
     table = half * (x.double().abs() @ values.abs().T) if format.name in ("nf", "fp4", "codebook") else 0
@@ -82,7 +86,9 @@ def test_every_weight_alone_is_exact_to_a_rounding(bits, dtype, device):
     assert ((result - expected).abs() <= expected.abs() * (torch.finfo(dtype).eps / 2 + 2.0**-23) + 2.0**-25).all()
 
 
-@pytest.mark.parametrize("format", ["ternary:bits=1.58", "nf:bits=3", "int:bits=8,group_size=16"])
+@pytest.mark.parametrize(
+    "format", ["ternary:bits=1.58", "codebook:bits=5", "int:bits=8,group_size=16", "nf:bits=4,group_size=16"]
+)
 def test_a_format_without_a_fast_kernel_is_refused(format, device):
     from lowbit_kernels.fast import fast_linear
 

@@ -1,8 +1,8 @@
 """Runs the PTX of ``tl.inline_asm_elementwise`` in Triton's interpreter, which has none.
 
-Only what :mod:`lowbit_kernels.fast_asm` writes is understood: 32-bit integer moves, shifts, logic, byte permutes and
-``sub.f16x2``, one instruction after another, without branches. Anything else raises. Each instruction is applied to
-whole arrays of registers. It accepts operands that an assembler refuses, so compile as well.
+Only what :mod:`lowbit_kernels.fast_asm` writes is understood: 32-bit integer moves, shifts, rotations, logic, byte
+permutes and ``sub.f16x2``, one instruction after another, without branches. Anything else raises. Each instruction is
+applied to whole arrays of registers. It accepts operands that an assembler refuses, so compile as well.
 
 Tensors are packed as Triton packs them: ``pack`` elements an instance, those of less than 32 bits several to a
 register, wider ones a register each.
@@ -48,6 +48,18 @@ def _shift(function):
     return lambda a, n: np.where(n > 31, np.uint32(0), function(a, np.minimum(n, 31))).astype(np.uint32)
 
 
+def _rotate(left):
+    """``shf.wrap.b32`` of a register with itself."""
+
+    def rotate(low, high, n):
+        if low is not high:
+            raise NotImplementedError("inline assembly: a funnel shift of two registers")
+        n = (n if left else 32 - n) & np.uint32(31)
+        return ((low << n) | (low >> ((32 - n) & np.uint32(31)))).astype(np.uint32)
+
+    return rotate
+
+
 INSTRUCTIONS = {
     "mov.b32": lambda a: a,
     "and.b32": np.bitwise_and,
@@ -55,6 +67,8 @@ INSTRUCTIONS = {
     "shr.b32": _shift(np.right_shift),
     "shr.u32": _shift(np.right_shift),
     "shl.b32": _shift(np.left_shift),
+    "shf.l.wrap.b32": _rotate(left=True),
+    "shf.r.wrap.b32": _rotate(left=False),
     "lop3.b32": _logic,
     "prmt.b32": _permute,
     "sub.f16x2": _subtract_halves,

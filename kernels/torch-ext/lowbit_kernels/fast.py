@@ -1,18 +1,21 @@
-"""Fast NVIDIA forms of ``x @ W.T``: codes go from memory to tensor cores with little more than one AND for two weights.
+"""Fast NVIDIA forms of ``x @ W.T``: codes go from memory to tensor cores with about one instruction for a weight.
 
 What a weight costs in instructions decides at few bits (a load of 16 bytes brings 32 weights of 4 bits), so:
 
 - W is the left operand of ``tl.dot``. Lanes are copied to shared memory in 16-byte pieces, still packed, read back in
   the layout that the tensor core wants, and become values there, by inline assembly on pairs (:mod:`.fast_asm`).
 - A tile of lanes is loaded once; each of its fields is a tile of weights, whose inputs are picked out of x to match.
-  Planes of a width that is a sum are multiplied one by one, and their sums added with their weight.
+- All widths but 8 bits are walked by the 16 lanes of a plane of four bits, whose field ``j`` of lane ``l`` is value
+  ``16 * j + l``. A smaller plane has the bits of these four values in one lane too, as far apart: lane ``l % (4 * p)``,
+  shifted by ``l // (4 * p)`` fields. So planes are joined to codes before the product, and there is one product.
 - Scales and zero points touch sums, not weights: ``sum((q - z) * s * x) = s * (sum(q * x) - z * sum(x))`` for a group.
-  The sum of x comes from the tensor core too, as a product with ones.
+  The sum of x comes from the tensor core too, as a product with ones of as few rows as tensor cores take, one for all
+  rows of W. What the form of a code multiplies or adds goes into ``s`` and ``z`` of the group.
 - A tile of lanes can reach over several groups. Then a row of x takes a column for each of them, zero outside its
   group, and one product gives the sums of all. With few rows of x those columns would be empty anyway.
 
-Sums are float32; nothing is rounded but, for tables, the level to the dtype of x. Not here: ternary, tables of other
-than 2 or 4 bits, groups smaller than a block's lanes, float32 activations; those take the portable kernels.
+Sums are float32; nothing is rounded but, for tables, the level to the dtype of x. Not here: ternary, tables of more
+than 4 bits, groups smaller than what is multiplied at once, float32 activations; those take the portable kernels.
 """
 
 from dataclasses import dataclass
@@ -21,8 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .decode import group_of, load_scale, load_zero
-from .fast_asm import constraints, e2m1_asm, field_asm, repeated, table_asm
+from .fast_fields import all_turns, level_tables, moved_e2m1, seen_inputs, with_step
 from .layout import Layout, name_tensors, parse
 from .matmul import _store, add_kernel
 
@@ -37,8 +39,10 @@ class FastTiles:
         rows: Rows of x.
         outputs: Rows of W.
         blocks: Blocks of 64 inputs a step.
+        strips: Parts that the rows of W are multiplied in, one after another, all with the same inputs in registers.
+        spans: Times that a step is taken in one turn of the loop.
         columns: Columns that a row of x takes: groups in a step, or blocks where groups are smaller.
-        window: Bits of a lane that are read from one shift; more shifts or more sums.
+        window: Bits of a lane that are read from one shift, 4 or 8, in float16 with codes of at most 4 bits.
         warps: Warps a program.
         stages: Steps in flight.
     """
@@ -50,201 +54,8 @@ class FastTiles:
     window: int
     warps: int = 2
     stages: int = 3
-
-
-@triton.jit
-def _byte_table(levels, row, FIRST: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
-    """Low and high bytes, int32 each, of levels FIRST to FIRST + 3 as ``DTYPE``: (BLOCK_N, 1), or scalars."""
-    low = 0
-    high = 0
-    for i in tl.static_range(4):
-        if LAYOUT.table == "row":
-            level = tl.load(levels + row * (1 << LAYOUT.bits) + (FIRST + i))
-        else:
-            level = tl.load(levels + (FIRST + i))
-        number = level.to(tl.float32).to(DTYPE).to(tl.uint16, bitcast=True).to(tl.int32)
-        low |= (number & 0xFF) << (8 * i)
-        high |= (number >> 8) << (8 * i)
-    return low, high
-
-
-@triton.jit
-def _field(
-    word, FORM: tl.constexpr, WIDTH: tl.constexpr, POSITION: tl.constexpr, SHIFT: tl.constexpr, DTYPE: tl.constexpr
-):
-    return tl.inline_asm_elementwise(
-        field_asm(FORM, WIDTH, POSITION, SHIFT),
-        constraints(1, 1),
-        [word],
-        dtype=repeated(DTYPE, 1),
-        is_pure=True,
-        pack=2,
-    )[0]
-
-
-@triton.jit
-def _moved(word, FIELD: tl.constexpr):
-    return tl.inline_asm_elementwise(e2m1_asm(FIELD), constraints(1, 1), [word], dtype=tl.float16, is_pure=True, pack=2)
-
-
-@triton.constexpr_function
-def _low(planes, index):
-    """The bit of the code at which a plane begins."""
-    return sum(planes[index + 1 :])
-
-
-@triton.constexpr_function
-def _factor(form, low, position, piece):
-    """What a sum of one position has to be multiplied with."""
-    if piece:
-        return float(2 ** (low + position))
-    return {"subnormal": 2.0 ** (24 + low - position), "lop3": 2.0**low, "magic": 2.0 ** (low - position)}[form]
-
-
-@triton.jit
-def _inputs(x_row, seen, first, K, FIELD: tl.constexpr, PLANE: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr):
-    """The inputs (BLOCKS * 4 * PLANE, R) that belong to one field of a plane; ``seen`` says which columns see them."""
-    LANES: tl.constexpr = 4 * PLANE
-    k = tl.arange(0, BLOCKS * LANES)[:, None]
-    place = k // LANES * 64 + k % LANES + LANES * FIELD
-    if not EVEN:
-        seen = seen & (place + first < K)
-    return tl.load(x_row + place, mask=seen, other=0)
-
-
-@triton.jit
-def _seen(column, valid, PLANE: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr):
-    block = tl.arange(0, BLOCKS * 4 * PLANE)[:, None] // (4 * PLANE)
-    return (block * COLUMNS // BLOCKS == (column % COLUMNS)[None, :]) & valid
-
-
-@triton.jit
-def _words(start, step, blocks, PLANE: tl.constexpr, BEFORE: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr):
-    """Lanes (BLOCK_N, BLOCKS * 4 * PLANE) of one step; those behind the end of the row are 0."""
-    lane = tl.arange(0, BLOCKS * 4 * PLANE)[None, :]
-    pointer = start + blocks * (4 * BEFORE) + step * (BLOCKS * 4 * PLANE) + lane
-    if EVEN:
-        word = tl.load(pointer)
-    else:
-        word = tl.load(pointer, mask=step * (BLOCKS * 4 * PLANE) + lane < blocks * (4 * PLANE), other=0)
-    return word
-
-
-@triton.jit
-def _tables(levels, row, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
-    """Low bytes of the whole table, then high bytes, four to a number."""
-    low0, high0 = _byte_table(levels, row, 0, LAYOUT, DTYPE)
-    if LAYOUT.bits == 4:
-        low1, high1 = _byte_table(levels, row, 4, LAYOUT, DTYPE)
-        low2, high2 = _byte_table(levels, row, 8, LAYOUT, DTYPE)
-        low3, high3 = _byte_table(levels, row, 12, LAYOUT, DTYPE)
-        tables = (low0, low1, low2, low3, high0, high1, high2, high3)
-    else:
-        tables = (low0, high0)
-    return tables
-
-
-@triton.jit
-def _table_sums(
-    sums,
-    x_row,
-    start,
-    step,
-    blocks,
-    column,
-    valid,
-    K,
-    tables,
-    LAYOUT: tl.constexpr,
-    MOVED: tl.constexpr,
-    AGAIN: tl.constexpr,
-    PART: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """``sums`` (BLOCK_N, R) plus what every (4 / bits)-th field of a step adds to it, from AGAIN."""
-    DTYPE: tl.constexpr = x_row.dtype.element_ty
-    PLANE: tl.constexpr = LAYOUT.bits
-    seen = _seen(column, valid, PLANE, BLOCKS, COLUMNS)
-    word = _words(start, step, blocks, PLANE, 0, BLOCKS, EVEN)
-    if MOVED:
-        values = (_moved(word, 0), _moved(word, 1), _moved(word, 2), _moved(word, 3))
-    else:
-        values = tl.inline_asm_elementwise(
-            table_asm(PLANE, AGAIN),
-            constraints(4, 1 + 2 * len(tables)),
-            (word,) + tables,  # noqa: RUF005 (Triton has no other way to join tuples)
-            dtype=repeated(DTYPE, 4),
-            is_pure=True,
-            pack=2,
-        )
-    for nibble in tl.static_range(4):
-        if (nibble * (4 // PLANE) + AGAIN) * 4 * PLANE * PARTS // 64 == PART:
-            x_field = _inputs(x_row, seen, step * (BLOCKS * 64), K, nibble * (4 // PLANE) + AGAIN, PLANE, BLOCKS, EVEN)
-            sums = tl.dot(values[nibble], x_field, sums)
-    return sums
-
-
-@triton.jit
-def _plane_sums(
-    sums,
-    inputs_sum,
-    x_row,
-    start,
-    step,
-    blocks,
-    column,
-    valid,
-    K,
-    LAYOUT: tl.constexpr,
-    INDEX: tl.constexpr,
-    FORM: tl.constexpr,
-    PART: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """``sums`` (BLOCK_N, R) plus what one plane adds to it in a step; the first plane also sums the inputs."""
-    DTYPE: tl.constexpr = x_row.dtype.element_ty
-    PLANE: tl.constexpr = LAYOUT.planes[INDEX]
-    LOW: tl.constexpr = _low(LAYOUT.planes, INDEX)
-    PIECE: tl.constexpr = 4 if PLANE == 8 and FORM == "magic" else PLANE
-    SPLIT_FIELD: tl.constexpr = PIECE < PLANE
-    # A field that is read where it stands has to end below the exponent: bit 7 of bfloat16, bit 10 of float16.
-    SPAN: tl.constexpr = 8 if SPLIT_FIELD else 4 if FORM == "magic" else PIECE if WINDOW < PIECE else WINDOW
-    seen = _seen(column, valid, PLANE, BLOCKS, COLUMNS)
-    word = _words(start, step, blocks, PLANE, LAYOUT.bits - LOW - PLANE, BLOCKS, EVEN)
-    ones = tl.full((sums.shape[0], BLOCKS * 4 * PLANE), 1.0, DTYPE)
-    offset = tl.full((sums.shape[0], BLOCKS * 4 * PLANE), -128.0, DTYPE)
-    for position in tl.static_range(0, SPAN, PIECE):
-        share = tl.zeros(sums.shape, tl.float32)
-        for field in tl.static_range(16 // PLANE):
-            if field * 4 * PLANE * PARTS // 64 == PART and (SPLIT_FIELD or PLANE * field % SPAN == position):
-                x_field = _inputs(x_row, seen, step * (BLOCKS * 64), K, field, PLANE, BLOCKS, EVEN)
-                if SPLIT_FIELD:
-                    values = _field(word, FORM, PIECE, 0, PLANE * field + position, DTYPE)
-                else:
-                    values = _field(word, FORM, PIECE, position, PLANE * field - position, DTYPE)
-                share = tl.dot(values, x_field, share)
-                if FORM == "magic":
-                    share = tl.dot(offset, x_field, share)
-                if INDEX == 0 and (position == 0 or not SPLIT_FIELD):
-                    inputs_sum = tl.dot(ones, x_field, inputs_sum)
-        sums += share * _factor(FORM, LOW, position, SPLIT_FIELD)
-    return sums, inputs_sum
-
-
-@triton.jit
-def _spread(value, BLOCK_M: tl.constexpr):
-    """A value for each output and column of one row of x, (BLOCK_N, COLUMNS), for all rows: (BLOCK_N, R)."""
-    if BLOCK_M > 1 and len(value.shape) == 2 and value.shape[1] > 1:
-        value = value[:, None, :].broadcast_to(value.shape[0], BLOCK_M, value.shape[1])
-        value = value.reshape(value.shape[0], BLOCK_M * value.shape[2])
-    return value
+    strips: int = 1
+    spans: int = 1
 
 
 @triton.jit
@@ -266,77 +77,70 @@ def fast_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr,
+    STRIPS: tl.constexpr,
+    SPANS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WINDOW: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    ROWS_OF_ONES: tl.constexpr,
 ):
     """Grid (cdiv(M, BLOCK_M), cdiv(N, BLOCK_N), SPLIT); ``EVEN`` says that whole steps fill K.
 
     Arguments and ``out`` are those of :func:`.matmul.gemm_kernel`; the sizes those of :class:`FastTiles`.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
-    TABLE: tl.constexpr = LAYOUT.table != "none"
-    MOVED: tl.constexpr = LAYOUT.name == "fp4" and FORM != "magic"  # E2M1 without a table
     R: tl.constexpr = BLOCK_M * COLUMNS
-    PARTS: tl.constexpr = 64 // LAYOUT.group if LAYOUT.group != 0 and LAYOUT.group < 64 else 1
+    STRIP: tl.constexpr = BLOCK_N // STRIPS
 
     column = tl.arange(0, R)
     m = tl.program_id(0) * BLOCK_M + column // COLUMNS
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, STRIP)
     split = tl.program_id(2)
-    row = tl.minimum(n, N - 1)[:, None].to(tl.int64)
-    x_row = x + m[None, :].to(tl.int64) * K + split * (BLOCKS * 64)
-    valid = (m < M)[None, :]
+    x_row = x + tl.minimum(m, M - 1)[:, None].to(tl.int64) * K + split * (SPANS * BLOCKS * 64)
+    seen = seen_inputs(column, 32 if LAYOUT.bits == 8 else 16, BLOCKS, COLUMNS)
+    turns = all_turns(weight, K, FORM, LAYOUT, BLOCKS)
     blocks = (K + 63) // 64
     if EVEN:
-        blocks = tl.multiple_of(blocks, BLOCKS)
-    start = weight + row * (blocks * (4 * LAYOUT.bits))
-    tables = _tables(levels, row, LAYOUT, DTYPE) if TABLE and not MOVED else ()
+        blocks = tl.multiple_of(blocks, BLOCKS * SPANS)
 
-    total = tl.zeros((BLOCK_N, R), tl.float32)
-    for step in tl.range(split, tl.cdiv(blocks, BLOCKS), SPLIT, num_stages=STAGES):
-        first = step * (BLOCKS * 64)
-        for part in tl.static_range(PARTS):
-            sums = tl.zeros((BLOCK_N, R), tl.float32)
-            inputs_sum = tl.zeros((BLOCK_N, R), tl.float32)
-            if TABLE:
-                for again in tl.static_range(4 // LAYOUT.bits):
-                    sums = _table_sums(
-                        *(sums, x_row, start, step, blocks, column, valid, K, tables),
-                        *(LAYOUT, MOVED, again, part, PARTS, BLOCKS, COLUMNS, EVEN),
-                    )
-            else:
-                for index in tl.static_range(len(LAYOUT.planes)):
-                    sums, inputs_sum = _plane_sums(
-                        *(sums, inputs_sum, x_row, start, step, blocks, column, valid, K),
-                        *(LAYOUT, index, FORM, part, PARTS, BLOCKS, COLUMNS, WINDOW, EVEN),
-                    )
-            inside = tl.arange(0, COLUMNS)[None, :] * (BLOCKS // COLUMNS * 64)
-            group = group_of(inside + (first + part * (64 // PARTS)), LAYOUT)
-            stored = tl.full((1, 1), 1, tl.int1) if EVEN else group < group_of(K - 1, LAYOUT) + 1
-            scale = _spread(load_scale(scales, scale_range, row, group, stored, K, LAYOUT), BLOCK_M)
-            if MOVED:
-                sums = sums * 16384.0
-            if TABLE:
-                total += sums * scale
-            else:
-                zero = _spread(load_zero(zeros, row, group, stored, K, LAYOUT), BLOCK_M)
-                total += (sums - zero * inputs_sum) * scale
-        x_row += SPLIT * (BLOCKS * 64)
+    rows = ()
+    tables = ()
+    totals = ()
+    for strip in tl.static_range(STRIPS):
+        row = tl.minimum(n + strip * STRIP, N - 1)[:, None].to(tl.int64)
+        rows = rows + (row,)  # noqa: RUF005 (Triton has no other way to join tuples)
+        tables = tables + (level_tables(levels, row, LAYOUT, FORM, DTYPE),)  # noqa: RUF005
+        totals = totals + (tl.zeros((STRIP, R), tl.float32),)  # noqa: RUF005
+    for step in tl.range(split, tl.cdiv(blocks, BLOCKS * SPANS), SPLIT, num_stages=STAGES):
+        for span in tl.static_range(SPANS):
+            added = ()
+            for strip in tl.static_range(STRIPS):
+                start = weight + rows[strip] * (blocks * (4 * LAYOUT.bits))
+                total = with_step(
+                    *(totals[strip], start, rows[strip], tables[strip], turns, x_row + span * (BLOCKS * 64), seen),
+                    *(scales, scale_range, zeros, step * SPANS + span, blocks, K, LAYOUT, FORM),
+                    *(BLOCK_M, BLOCKS, COLUMNS, WINDOW, EVEN, ROWS_OF_ONES),
+                )
+                added = added + (total,)  # noqa: RUF005
+            totals = added
+        x_row += SPLIT * SPANS * (BLOCKS * 64)
 
-    if COLUMNS > 1:
-        total = tl.sum(total.reshape(BLOCK_N, BLOCK_M, COLUMNS), axis=2)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    _store(out, bias, split, m[None, :], n[:, None], total, M, N, SPLIT)
+    for strip in tl.static_range(STRIPS):
+        total = totals[strip]
+        if COLUMNS > 1:
+            total = tl.sum(total.reshape(STRIP, BLOCK_M, COLUMNS), axis=2)
+        _store(out, bias, split, m[None, :], (n + strip * STRIP)[:, None], total, M, N, SPLIT)
 
 
 def reads(layout: Layout, form: str) -> bool:
     """Whether :func:`fast_kernel` reads such weights; "magic" is for bfloat16, the other forms for float16."""
     if layout.ternary or form not in FORMS:
         return False
-    fits = layout.group == 0 or layout.group >= layout.lanes
-    return fits and (layout.table == "none" or layout.bits in (2, 4))
+    looked_up = layout.table != "none" and not moved_e2m1(form, layout)
+    fits = layout.group == 0 or layout.group >= (32 if layout.bits == 8 or looked_up else 16)
+    return fits and (layout.table == "none" or layout.bits <= 4)
 
 
 def fast_tiles(M: int, layout: Layout) -> FastTiles:
@@ -344,17 +148,17 @@ def fast_tiles(M: int, layout: Layout) -> FastTiles:
 
     Two warps, so that Hopper's compiler keeps operands in registers too; as many rows of W as registers hold.
     """
-    summed, table, least = len(layout.planes) > 1, layout.table != "none", 4 if 1 in layout.planes else 2
+    table = layout.table != "none"
     if M <= 4:
-        blocks = 4 if layout.bits == 8 or table else 8
-        outputs, window = 32 if summed or table else 64, 8
+        blocks, outputs = (4 if layout.bits > 4 or table else 8), 64
     else:
-        blocks, outputs, window = (least, 32, 4) if least == 4 else (least, 64 if summed or table else 128, 8)
+        blocks = 1 if 0 < layout.group <= 64 and 1 not in layout.planes else 2
+        outputs = 64 if 0 < layout.group < blocks * 64 else 128
     columns = 1 if layout.group == 0 else blocks if layout.group < 64 else max(1, blocks * 64 // layout.group)
-    if M > 4 and columns > 1:
-        outputs = 32
     rows = triton.next_power_of_2(M) if M <= 4 else 16
-    return FastTiles(max(rows, 8 // columns), outputs, blocks, columns, window, stages=2 if summed else 3)
+    strips, spans = (2, 2) if M > 4 and table and layout.name != "fp4" else (1, 1)
+    stages = 2 if len(layout.planes) > 1 else 3
+    return FastTiles(max(rows, 8 // columns), outputs, blocks, columns, 8, stages=stages, strips=strips, spans=spans)
 
 
 def fast_linear(
@@ -393,10 +197,13 @@ def fast_linear(
         BLOCK_M=tiles.rows,
         BLOCK_N=tiles.outputs,
         BLOCKS=tiles.blocks,
+        STRIPS=tiles.strips,
+        SPANS=tiles.spans,
         COLUMNS=tiles.columns,
         WINDOW=tiles.window,
-        EVEN=K % (64 * tiles.blocks) == 0,
+        EVEN=K % (64 * tiles.blocks * tiles.spans) == 0,
         STAGES=tiles.stages,
+        ROWS_OF_ONES=16 * tiles.warps,
         num_warps=tiles.warps,
     )
     if split > 1:

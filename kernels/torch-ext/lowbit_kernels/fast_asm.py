@@ -1,82 +1,188 @@
 """PTX that turns packed lanes into pairs of half-precision values.
 
-Two lanes are one 32-bit register, so every instruction below makes two values. The forms of an integer code:
+Two lanes are one 32-bit register, so every instruction below makes two values. Planes of less than four bits come
+spread: a lane of theirs is there for each of the lanes of a plane of four bits that it has fields for, and is shifted
+first so that those fields stand where the nibbles of a lane of four bits do. Then planes are joined by bit selects:
+codes of at most 4 bits in nibbles, those of 5 to 7 bits in bytes, the even fields in one word and the odd in another.
+The forms of an integer code:
 
 - ``subnormal`` (float16): the field alone, which read as a float16 is exactly ``code * 2**(t - 24)`` where it stands
   ``t`` bits up: one AND for two weights. It needs tensor cores that keep subnormals, as documented for float16.
 - ``lop3`` (float16): the field under an exponent that gives it the unit 1, and what the exponent adds subtracted again.
 - ``magic`` (bfloat16): the field under the exponent of 128, exactly ``128 + code * 2**t`` while it ends below bit 7;
-  wider fields come in pieces. The kernel takes the 128 off the sum.
+  8 bits come as two values, 7 bits and the highest, whose sum is 256 more than the code. The kernel takes the offset
+  off the sum.
 
-Tables are looked up four codes at a time by byte permutes of their low and high bytes. E2M1 in float16 is moved to
-where it means ``level * 2**-14``.
+Tables are looked up four codes at a time by byte permutes of their low and high bytes. That makes pairs of two fields
+of the same lane, so inputs are paired in that way too. E2M1 in float16 is moved to where it means ``level * 2**-14``.
 
 Every function is a ``triton.constexpr_function``: kernels call them with constants, and Triton's cache sees their text.
+The compiler finds what several texts share.
 """
 
 import triton
 
+SELECT = "0xE4"  # lop3: bits of the first operand where the third has ones, of the second elsewhere
+AND_OR = "0xEA"  # lop3: (first & second) | third
+
 
 @triton.constexpr_function
-def constraints(outputs, inputs):
+def constraints(inputs):
     """Operand constraints of a text: all operands are 32-bit registers."""
-    return ",".join(["=&r"] * outputs + ["r"] * inputs)
+    return ",".join(["=r"] + ["r"] * inputs)
 
 
 @triton.constexpr_function
-def repeated(dtype, count):
-    """The types of ``count`` results."""
-    return (dtype,) * count
+def results(dtype):
+    """The types of the one result of a text."""
+    return (dtype,)
 
 
 @triton.constexpr_function
-def field_asm(form, width, position, shift):
-    """Text for the field of ``width`` bits that is ``position`` bits up after a shift to the right; one word in."""
-    mask = (((1 << width) - 1) << position) * 0x10001
-    magic = {"subnormal": 0, "lop3": 0x6400 - (position << 10), "magic": 0x4300}[form] * 0x10001
-    if width == 8:
-        # Byte 0 or 1 of both lanes, below the high byte of the magic number.
-        lines = [f"prmt.b32 a, $1, {(magic >> 24) * 0x1010101}, {0x4240 + 0x0101 * (shift // 8)};"]
+def operand_registers(planes):
+    """Registers of the lanes of all planes and of two shifts for each small one."""
+    return len(planes) + 2 * sum(plane < 4 for plane in planes)
+
+
+@triton.constexpr_function
+def _moved(target, source, left):
+    """A shift to the left, to the right where negative."""
+    return (
+        f"{'shl' if left > 0 else 'shr'}.b32 {target}, {source}, {abs(left)};"
+        if left
+        else f"mov.b32 {target}, {source};"
+    )
+
+
+@triton.constexpr_function
+def _base(form, bits):
+    """Where a code of 5 to 7 bits stands in its byte."""
+    return (7 if form == "magic" else 8) - bits
+
+
+@triton.constexpr_function
+def first_turn(form, planes, index):
+    """How far lane 0 of a small plane is turned to the right: to where its bits of an odd field are wanted.
+
+    In codes of 5 to 7 bits that is the field's place in its byte; in narrower ones it stays in its nibble.
+    """
+    bits = sum(planes)
+    return 4 - _base(form, bits) - sum(planes[index + 1 :]) if bits > 4 else -1 % 32 if planes[index:] == (2, 1) else 0
+
+
+@triton.constexpr_function
+def _turned(planes):
+    """Lines that turn the lanes of small planes: ``w<bits>`` is the lane of each plane."""
+    lines, turn = [], len(planes) + 1
+    for i, plane in enumerate(planes):
+        if plane < 4:
+            lines.append(f"shf.r.wrap.b32 w{plane}, ${i + 1}, ${i + 1}, ${turn};")
+            turn += 2
+        else:
+            lines.append(f"mov.b32 w{plane}, ${i + 1};")
+    return lines
+
+
+@triton.constexpr_function
+def _nibbles(planes):
+    """Lines that leave codes of at most 4 bits at the nibbles in ``w``, with other bits above them."""
+    lines = _turned(planes)
+    if len(planes) == 1:
+        return [*lines, f"mov.b32 w, w{planes[0]};"]
+    return [*lines, f"lop3.b32 w, w2, w1, 0x66666666, {SELECT};"]
+
+
+@triton.constexpr_function
+def _bytes(planes, odd, base):
+    """Lines that leave codes of 5 to 7 bits ``base`` bits up in bytes of ``w`` without other bits: even fields, or odd.
+
+    The bits of small planes are joined for all fields first.
+    """
+    lines, small = _turned(planes), sum(planes) - 4
+    lines.append(f"and.b32 t, w1, {(1 << base) * 0x11111111};" if 1 in planes else "mov.b32 t, 0;")
+    if 2 in planes:
+        lines.append(f"lop3.b32 t, w2, {(3 << base + small - 2) * 0x11111111}, t, {AND_OR};")
+    if odd:
+        lines.append(_moved("w", "w4", base + small - 4))
     else:
-        lines = [f"shr.b32 a, $1, {shift};"] if shift else ["mov.b32 a, $1;"]
-        lines.append(f"lop3.b32 a, a, {mask}, {magic}, 0xEA;" if magic else f"and.b32 a, a, {mask};")
+        lines += [_moved("w", "w4", base + small), "shf.l.wrap.b32 t, t, t, 4;"]
+    return [*lines, f"lop3.b32 w, w, t, {(15 << base + small) * 0x1010101}, {SELECT};"]
+
+
+@triton.constexpr_function
+def code_position(form, bits, field, window):
+    """How many bits up :func:`value_asm` leaves a code."""
+    if bits == 8:
+        return 0
+    if bits > 4:
+        return _base(form, bits)
+    return 4 * field % window
+
+
+@triton.constexpr_function
+def value_asm(form, planes, field, window, piece):
+    """Text for one of the four fields of a lane of 16 (8 bits: one of the two) as a value; ``piece`` 1 is bit 7."""
+    bits = sum(planes)
+    position = code_position(form, bits, field, window)
+    magic = {"subnormal": 0, "lop3": 0x6400 - (position << 10), "magic": 0x4300}[form] * 0x10001
+    if bits == 8 and form == "magic":
+        mask = (0x80 if piece else 0x7F) * 0x10001
+        lines = [f"shr.b32 w, $1, {8 * field};", f"lop3.b32 w, w, {mask}, {magic}, {AND_OR};"]
+    elif bits > 4:
+        lines = ["mov.b32 w, $1;"] if bits == 8 else _bytes(planes, field % 2, position)
+        byte = field if bits == 8 else field // 2
+        lines.append(f"prmt.b32 w, w, {(magic >> 24) * 0x1010101}, {0x4240 + 0x0101 * byte};")
+    else:
+        right, mask = 4 * field - position, (2**bits - 1 << position) * 0x10001
+        lines = [*_nibbles(planes), *([f"shr.b32 w, w, {right};"] if right else [])]
+        lines.append(f"lop3.b32 w, w, {mask}, {magic}, {AND_OR};" if magic else f"and.b32 w, w, {mask};")
     if form == "lop3":
-        lines += [f"mov.b32 b, {magic};", "sub.f16x2 a, a, b;"]
-    return " ".join(["{ .reg .b32 a, b;", *lines, "mov.b32 $0, a; }"])
+        lines += [f"mov.b32 t, {magic};", "sub.f16x2 w, w, t;"]
+    return " ".join(["{ .reg .b32 w, t, w1, w2, w4;", *lines, "mov.b32 $0, w; }"])
 
 
 @triton.constexpr_function
 def e2m1_asm(field):
-    """Text for an E2M1 code of a lane of four as float16; one word in."""
-    lines = []
-    for name, right, mask in (("a", 4 * field - 12, 0x80008000), ("b", 4 * field - 9, 0x0E000E00)):
-        lines.append(f"shr.b32 {name}, $1, {right};" if right >= 0 else f"shl.b32 {name}, $1, {-right};")
-        lines.append(f"and.b32 {name}, {name}, {mask};")
-    return " ".join(["{ .reg .b32 a, b;", *lines, "or.b32 $0, a, b; }"])
+    """Text for an E2M1 code of a lane of four as float16; one word in. First bytes hold two fields' high halves."""
+    lines = ["mov.b32 a, $1;" if field % 2 else "shl.b32 a, $1, 4;", "shr.b32 b, a, 3;", "and.b32 b, b, 0x0E0E0E0E;"]
+    lines.append(f"lop3.b32 a, a, 0x80808080, b, {AND_OR};")
+    return " ".join(["{ .reg .b32 a, b;", *lines, f"prmt.b32 $0, a, 0, {'0x3414' if field // 2 else '0x2404'}; }}"])
 
 
 @triton.constexpr_function
-def table_asm(width, part):
-    """Text for the levels of four fields of a lane: nibble ``i`` of the word moved down by ``part * width`` bits.
+def table_registers(bits, mirrored):
+    """Registers of low bytes of a table; as many hold its high bytes."""
+    return 2 ** max(bits - mirrored - 2, 0)
 
-    Inputs: the word, then four (2 bits: one) registers of low bytes of the table and as many of high bytes, each twice.
+
+@triton.constexpr_function
+def table_asm(planes, lane, half, mirrored):
+    """Text for two fields of one lane, 0 and 1 or (``half`` 1) 2 and 3, as levels of a table of at most 16.
+
+    Inputs: as for :func:`value_asm`, then registers of four low bytes of the table, then of high bytes, each twice. A
+    mirrored table of 16 has only the first eight; the highest bit of a code is the sign.
     """
-    registers = 4 if width == 4 else 1
-    low, high = ([f"${5 + 2 * (first + i)}" for i in range(registers)] for first in (0, registers))
-    lines = []
-    if width == 4:
-        lines += ["and.b32 i, $4, 0x77777777;", "shr.b32 c, $4, 1;", "lop3.b32 c, c, 0x44444444, 0x32103210, 0xEA;"]
-    else:
-        lines += [f"shr.b32 i, $4, {part * width};", "and.b32 i, i, 0x33333333;"]
-    for lane in (0, 1):
-        for table, name in ((low, f"l{lane}"), (high, f"h{lane}")):
-            lines.append(f"prmt.b32 {name}, {table[0]}, {table[min(1, registers - 1)]}, i;")
-            if width == 4:
-                lines += [f"prmt.b32 u, {table[2]}, {table[3]}, i;", f"prmt.b32 {name}, {name}, u, c;"]
-        # Fields 0 and 1, then 2 and 3, of this lane as whole numbers.
-        lines += [f"prmt.b32 p{lane}, l{lane}, h{lane}, 0x5140;", f"prmt.b32 q{lane}, l{lane}, h{lane}, 0x7362;"]
-        lines += ["shr.b32 i, i, 16;", "shr.b32 c, c, 16;"] if lane == 0 and width == 4 else []
-        lines += ["shr.b32 i, i, 16;"] if lane == 0 and width != 4 else []
-    for field, (pair, selector) in enumerate((("p", "0x5410"), ("p", "0x7632"), ("q", "0x5410"), ("q", "0x7632"))):
-        lines.append(f"prmt.b32 ${field}, {pair}0, {pair}1, {selector};")
-    return " ".join(["{ .reg .b32 i, c, u, l<2>, h<2>, p<2>, q<2>;", *lines, "}"])
+    bits = sum(planes)
+    registers = table_registers(bits, mirrored)
+    first = 1 + operand_registers(planes)
+    low, high = ([f"${first + 2 * (start + i)}" for i in range(registers)] for start in (0, registers))
+    lines = [*_nibbles(planes), f"and.b32 i, w, {0x77777777 if bits > 2 else 0x11111111 * (2**bits - 1)};"]
+    if registers == 4:
+        lines += ["shr.b32 c, w, 1;", f"lop3.b32 c, c, 0x44444444, 0x32103210, {AND_OR};"]
+    if lane:
+        lines += ["shr.b32 i, i, 16;"] + ["shr.b32 c, c, 16;"] * (registers == 4)
+    for table, name in ((low, "l"), (high, "h")):
+        lines.append(f"prmt.b32 {name}, {table[0]}, {table[min(1, registers - 1)]}, i;")
+        if registers == 4:
+            lines += [f"prmt.b32 u, {table[2]}, {table[3]}, i;", f"prmt.b32 {name}, {name}, u, c;"]
+    if mirrored:
+        lines += ["shl.b32 c, w, 4;", f"prmt.b32 c, c, w, {'0x7362' if lane else '0x5140'};"]
+        lines.append(f"lop3.b32 h, c, 0x80808080, h, {AND_OR};")
+    lines.append(f"prmt.b32 $0, l, h, {'0x7362' if half else '0x5140'};")
+    return " ".join(["{ .reg .b32 w, w1, w2, w4, i, c, u, l, h;", *lines, "}"])
+
+
+@triton.constexpr_function
+def paired_asm(lane):
+    """Text for the inputs that belong to :func:`table_asm`: of two fields, those of the first or second lane."""
+    return f"prmt.b32 $0, $1, $2, {'0x7632' if lane else '0x5410'};"
