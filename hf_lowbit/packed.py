@@ -27,12 +27,14 @@ class PackedMixin:
         self.packed_shape = tuple(shape)
         tensors = format.empty(shape, device=device)
         self.packed_names = tuple("weight" + suffix for suffix in tensors)
+        self.dtypes = {"weight" + suffix: tensor.dtype for suffix, tensor in tensors.items()}
         for suffix, tensor in tensors.items():
             setattr(self, "weight" + suffix, nn.Parameter(tensor, requires_grad=False))
 
     def register_factors(self, low_rank: LowRank, device=None) -> None:
         """Creates the (uninitialised) factors of a low-rank correction."""
         self.low_rank = low_rank
+        self.dtypes.update(dict.fromkeys(NAMES, low_rank.dtype))
         for name, shape in low_rank.shapes(self.packed_shape).items():
             factor = torch.empty(shape, dtype=low_rank.dtype, device=device)
             setattr(self, name, nn.Parameter(factor, requires_grad=False))
@@ -40,12 +42,21 @@ class PackedMixin:
     def set_factors(self, factor_in: torch.Tensor, factor_out: torch.Tensor) -> None:
         """Sets the low-rank correction ``factor_out @ factor_in`` of (N, r) and (r, K), both of one dtype."""
         self.low_rank = LowRank(factor_in.shape[0], factor_in.dtype)
+        self.dtypes.update(dict.fromkeys(NAMES, factor_in.dtype))
         for name, factor in zip(NAMES, (factor_in, factor_out), strict=True):
             setattr(self, name, nn.Parameter(factor.detach().contiguous(), requires_grad=False))
 
     def factors(self) -> list[torch.Tensor]:
         """The factors (r, K) and (N, r) of the low-rank correction, or nothing."""
+        self.restore_dtypes()
         return [getattr(self, name) for name in self.fixed_names() if name in NAMES]
+
+    def restore_dtypes(self) -> None:
+        """Undoes casts of stored tensors, which do not ask what a parameter means; wider floats lose nothing."""
+        for name in self.fixed_names():
+            parameter, dtype = getattr(self, name), self.dtypes[name]
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
 
     def fixed_names(self) -> tuple[str, ...]:
         """Names of the parameters whose dtype means something: the packed tensors, and the factors if there are any."""
@@ -53,6 +64,7 @@ class PackedMixin:
 
     def companions(self) -> list[torch.Tensor]:
         """The stored tensors besides ``weight``, in the order in which ops take them."""
+        self.restore_dtypes()
         return [getattr(self, name) for name in self.packed_names[1:]]
 
     def stored(self) -> dict[str, torch.Tensor]:
@@ -80,6 +92,10 @@ class PackedMixin:
         """Switches gradients of the stored tensors off; loaders switch them on for float companions."""
         for name in self.fixed_names():
             getattr(self, name).requires_grad_(False)
+
+    def _save_to_state_dict(self, *args, **kwargs):
+        self.restore_dtypes()
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse=True):
         # `.to(dtype)` and friends move the packed tensors but must not change what they mean.

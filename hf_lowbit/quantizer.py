@@ -13,6 +13,7 @@ The order in which transformers calls them:
 """
 
 import copy
+import functools
 from typing import ClassVar
 
 import torch
@@ -142,6 +143,7 @@ class LowBitHfQuantizer(HfQuantizer):
             self.quantization_config.layers = self.plan.layers()
         self.freed.give_back()
         keep_packed_layout(model)
+        refuse_resizing(model)
         unexpected = [k for k in self.plan.kept if not k.expected]
         log = logger.warning_once if unexpected else logger.info
         log(self.plan.report())
@@ -183,6 +185,7 @@ class LowBitHfQuantizer(HfQuantizer):
     def _dequantize(self, model, dtype=None):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         restore_modules(model, dtype)
+        model.__dict__.pop("resize_token_embeddings", None)
         return model if dtype in (None, model.dtype) else model.to(dtype)
 
     # -- what transformers asks ----------------------------------------------------------------------------------------
@@ -302,6 +305,45 @@ def keep_packed_layout(model: torch.nn.Module) -> None:
     ]
 
 
+def refuse_resizing(model: torch.nn.Module) -> None:
+    """Makes ``resize_token_embeddings`` say what is wrong, where transformers would take codes for rows."""
+    ends = {"input embedding": "get_input_embeddings", "output head": "get_output_embeddings"}
+    for what, getter in ends.items():
+        try:
+            module = getattr(model, getter)()
+        except (AttributeError, NotImplementedError):  # a model without one
+            continue
+        if isinstance(module, PackedMixin):
+            model.resize_token_embeddings = functools.partial(_cannot_resize, what)
+
+
+def _cannot_resize(what: str, *args, **kwargs):
+    raise ValueError(
+        f"the {what} of this model is packed and cannot be resized: resize the float model before quantizing it, or "
+        "keep embedding and head in float by a rule {'.*embed.*|lm_head': None}"
+    )
+
+
+def forget_broken_ties(model: torch.nn.Module) -> None:
+    """Unties packed modules whose weights differ, since an adapter was, or may yet be, merged into one of them.
+
+    Tying them again in float would lose it.
+    """
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedMixin)}
+    for target, source in list(ties.items()):
+        owners = [key.rpartition(".")[0] for key in (target, source)]
+        name = target.rpartition(".")[2]
+        pair = [packed[owner] for owner in owners if owner in packed]
+        adapted = any(f"{owner}.base_layer" in packed for owner in owners)
+        shared = len({id(getattr(module, name, module)) for module in pair}) == 1 and len(pair) == 2
+        if adapted or (pair and (not shared or any(module.low_rank is not None for module in pair))):
+            del ties[target]
+            if name == "weight":
+                for config in (model.config, model.config.get_text_config()):
+                    config.tie_word_embeddings = False
+
+
 def restore_modules(
     model: torch.nn.Module, dtype: torch.dtype | None = None, names: list[str] | None = None
 ) -> torch.nn.Module:
@@ -312,6 +354,7 @@ def restore_modules(
     """
     if names is None:
         names = [name for name, module in model.named_modules() if isinstance(module, PackedMixin)]
+    forget_broken_ties(model)
     for name in names:
         module = model.get_submodule(name)
         if module.weight.device.type == "meta":

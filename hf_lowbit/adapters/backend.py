@@ -7,6 +7,8 @@ write float numbers into packed codes: it is refused. So are, when they are atta
 itself (READ_WEIGHTS): they would take codes for weights.
 """
 
+import re
+
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.quantization_utils import QuantizationBackend
 
@@ -62,6 +64,13 @@ def check_config(model, config) -> None:
             "the input embedding is packed, and training single tokens writes into its rows: keep it in float by a "
             "rule {'.*embed.*': None}, or train it by LoRA (target_modules with its name)"
         )
+    for part in getattr(config, "modules_to_save", None) or ():
+        found = next((n for n, m in model.named_modules() if isinstance(m, PackedMixin) and _within(n, part)), None)
+        if found is not None:
+            raise ValueError(
+                f"modules_to_save has {part!r}, but {found} is packed and cannot be trained whole: train it by LoRA "
+                f"(target_modules), or keep it in float by a rule {{'.*{part}.*': None}}"
+            )
     if kind not in READ_WEIGHTS:
         return
     targets = getattr(config, "target_modules", None)
@@ -73,6 +82,11 @@ def check_config(model, config) -> None:
                 f"{name} is packed, and PEFT's {kind} computes with float weights: use LoRA (also DoRA, AdaLoRA, "
                 "VeRA, OFT, BOFT, MiSS, SHiRA), or keep its targets in float by a rule {name: None}"
             )
+
+
+def _within(name: str, part: str) -> bool:
+    """Whether the module ``name`` is one called ``part``, or lies in one."""
+    return re.match(rf"(^|.*\.){part}($|\..*)", name) is not None
 
 
 def check_merge(model) -> None:

@@ -36,16 +36,20 @@ class Original:
 
     def __init__(self, base: PackedMixin):
         self.low_rank = base.low_rank
-        self.data = {name: p.data for name, p in base.named_parameters(recurse=False)}
+        self.parameters = dict(base.named_parameters(recurse=False))
+        self.bias = None if getattr(base, "bias", None) is None else base.bias.data.clone()
 
     def restore(self, base: PackedMixin) -> None:
         """Puts them back, on the device where ``base`` is now."""
         device = base.weight.device
-        for name in [name for name, _ in base.named_parameters(recurse=False) if name not in self.data]:
+        for name in [name for name, _ in base.named_parameters(recurse=False) if name not in self.parameters]:
             delattr(base, name)
         base.low_rank = self.low_rank
-        for name, data in self.data.items():
-            getattr(base, name).data = data.to(device)
+        for name, parameter in self.parameters.items():
+            parameter.data = parameter.data.to(device)
+            setattr(base, name, parameter)
+        if self.bias is not None:
+            base.bias.data = self.bias.to(device)
 
 
 @torch.no_grad()
@@ -53,7 +57,7 @@ def requantize(base: torch.nn.Module, weight: torch.Tensor, name: str = "") -> C
     """Packs ``weight`` into ``base``, in its own format and by its own method.
 
     Args:
-        base: A packed module. Its parameters stay the same objects, so that ties hold.
+        base: A packed module. It gets new parameters: a module that shared the old ones (a tied head) keeps them.
         weight: (N, K), floating point, finite; not changed. A low-rank correction of ``base`` stays as it is: what is
             packed is the rest.
         name: The layer's, for messages.
@@ -76,8 +80,7 @@ def requantize(base: torch.nn.Module, weight: torch.Tensor, name: str = "") -> C
     for factor_in, factor_out in [base.factors()] if base.low_rank is not None else []:
         rest = torch.addmm(weight, factor_out.float(), factor_in.float(), alpha=-1)
     tensors = quantize_weight(rest, planned, name or "a packed layer")
-    for suffix, tensor in tensors.items():
-        getattr(base, "weight" + suffix).data = tensor
+    base.set_packed(tensors)
     error = (base.dequantize(torch.float32) - weight).norm()
     change = (before - weight).norm()
     cost = Cost(float(error / weight.norm()), float(error / change) if change else math.inf)

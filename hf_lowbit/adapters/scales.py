@@ -51,6 +51,9 @@ class TrainedScalesLinear(LowBitLinear):
         stored = _as_stored(self.format, self.companions())
         return ops.dequantize(self.weight, stored, self.spec, self.in_features, dtype, self.backend)
 
+    def restore_dtypes(self) -> None:
+        """Nothing: the parameters are wider than what is stored."""
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for suffix, tensor in zip(self.format.suffixes(), _as_stored(self.format, self.companions()), strict=True):
@@ -83,6 +86,12 @@ def train_scales(model: Any, zeros: bool = False, scale_dtype: str | None = None
         )
     if zeros and not any("_zeros" in layer.format.suffixes() for layer in layers.values()):
         raise ValueError("zeros=True, but no layer has zero points: quantize with symmetric=False, or leave zeros out")
+    corrected = [name for name, layer in layers.items() if layer.low_rank is not None]
+    if corrected:
+        raise ValueError(
+            f"{corrected[0]} has a low-rank correction from a merged adapter, beside which scales cannot be trained: "
+            "train them before merging, or merge by 'requantize'"
+        )
     model.requires_grad_(False)
     for name, layer in layers.items():
         try:
