@@ -44,7 +44,8 @@ def _power(n: int, low: int, high: int) -> int:
 def linear_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32) -> Tiles:
     """For ``x`` (M, K) and a weight (N, K), on a device with ``warp`` threads in a warp."""
     gemv = M <= GEMV_ROWS
-    rows, outputs, lanes, threads = (_power(M, 1, 4), 16, 32, 64) if gemv else (_power(M, 16, 64), 64, 16, 128)
+    most = 32 if layout.bits in (3, 5, 7) else 64  # a 1-bit plane after another takes registers
+    rows, outputs, lanes, threads = (_power(M, 1, 4), 16, 32, 64) if gemv else (_power(M, 16, most), 64, 16, 128)
     if not layout.ternary:
         lanes = max(layout.lanes, lanes * min(2, layout.planes[0] // layout.planes[-1]))
     programs, steps = -(-M // rows) * -(-N // outputs), -(-layout.row_lanes(K) // lanes)
@@ -60,7 +61,7 @@ def fast_split(
     ``resident`` programs for each multiprocessor, four being what registers and shared memory leave room for in most
     compiled code; but no more shares than are written and read again with a quarter of the traffic of the weights.
     """
-    programs, steps = -(-M // tiles.rows) * -(-N // tiles.outputs), -(-K // (64 * tiles.blocks))
+    programs, steps = -(-M // tiles.rows) * -(-N // tiles.outputs), -(-K // (64 * tiles.blocks * tiles.spans))
     worth = K * layout.bits // (256 * M)  # 8 bytes a share and row against bits / 8 a weight
     return _shares(programs, min(steps, worth), resident * (multiprocessors or _MULTIPROCESSORS))
 
