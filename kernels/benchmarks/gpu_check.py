@@ -26,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,7 +129,7 @@ def races(check: Check) -> dict:
 
     different, runs = [], 0
     N, K, repeats = (32, 512, 1) if check.small else (1024, 4096, 40)
-    widths = (3, 4, 8) if check.small else range(1, 9)
+    widths = (4,) if check.interpret else (3, 4, 8) if check.small else range(1, 9)
     for bits in widths:
         spec = f"int:bits={bits},group_size=128,scale_dtype=float16,symmetric=False,zeros=int"
         layout = parse(spec)
@@ -148,14 +149,30 @@ def races(check: Check) -> dict:
                                 *a, form=n, split=s
                             )
                 for name, call in calls.items():
-                    stop = _keep_busy(check.device)
-                    results = [call() for _ in range(repeats)]
+                    stop, wrong = _keep_busy(check.device), []
+                    error = _failure(
+                        lambda c=call, e=expected, w=wrong: w.extend(not torch.equal(c(), e) for _ in range(repeats))
+                    )
                     stop()
-                    runs += repeats
-                    wrong = sum(not torch.equal(result, expected) for result in results)
-                    if wrong:
-                        different.append(f"{bits} bits, {dtype}, {M} rows, {name}: {wrong} of {repeats} runs differ")
+                    runs += len(wrong)
+                    if error or any(wrong):
+                        found = error or f"{sum(wrong)} of {repeats} runs differ"
+                        different.append(f"{bits} bits, {dtype}, {M} rows, {name}: {found}")
     return {"passed": not different, "runs": runs, "different": different}
+
+
+def _failure(call) -> str | None:
+    """Why ``call`` does not run on this device, or None; what it launched is waited for."""
+    import torch
+    from triton.errors import TritonError
+
+    try:
+        call()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+    except (RuntimeError, ValueError, TritonError, torch.AcceleratorError) as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return None
 
 
 def _keep_busy(device):
@@ -198,8 +215,8 @@ def speed(check: Check) -> dict:
 
     from hf_lowbit.formats import parse_format
 
-    end, rows, left_out = time.monotonic() + 60 * check.minutes, [], 0
-    shapes, counts = (((32, 128),), (1, 4)) if check.small else (SHAPES, ROWS)
+    end, rows, left_out, failed = time.monotonic() + 60 * check.minutes, [], 0, {}
+    shapes, counts = (((32, 128),), (1,)) if check.small else (SHAPES, ROWS)
     for text in FORMATS[3:4] if check.small else FORMATS:
         spec = parse_format(text).spec
         for N, K in shapes:
@@ -218,6 +235,9 @@ def speed(check: Check) -> dict:
                             short = str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
                             arguments = (x.to(dtype), weight, companions, None, spec, K)
                             calls[f"{name} {short}"] = lambda a=arguments, n=name: linear(*a, form=n)
+                errors = {name: error for name, call in calls.items() if (error := _failure(call))}
+                failed |= {f"{text} {N}x{K}, {M} rows, {name}": error for name, error in errors.items()}
+                calls = {name: call for name, call in calls.items() if name not in errors}
                 taken = medians(calls, check.device, check.rounds)
                 for name, seconds in taken.items():
                     rows.append(
@@ -228,7 +248,7 @@ def speed(check: Check) -> dict:
                         }
                     )
                 print(f"  {text} {N}x{K} M={M}: {', '.join(f'{n} {s * 1e6:.1f} us' for n, s in taken.items())}")
-    return {"passed": True, "left_out_for_time": left_out, "rows": rows}
+    return {"passed": not failed, "left_out_for_time": left_out, "failed": failed, "rows": rows}
 
 
 def write(path: Path, found: dict) -> None:
@@ -275,7 +295,11 @@ def main(arguments: list[str] | None = None) -> int:
     found = {"environment": environment(check), "steps": {}}
     for step in [s for s in STEPS if s in given.only or not given.only]:
         print(f"{step} ...", flush=True)
-        result = found["steps"][step] = globals()[step](check)
+        try:
+            result = globals()[step](check)
+        except Exception:  # the other steps are still worth running; this one failed
+            result = {"passed": False, "error": traceback.format_exc(limit=-4)}
+        found["steps"][step] = result
         print(f"  {json.dumps({k: v for k, v in result.items() if k != 'rows'})}", flush=True)
         if output is not None:
             write(output / f"gpu_{re.sub(r'[^a-z0-9]+', '_', check.name.lower()).strip('_')}", found)
