@@ -74,8 +74,13 @@ def main():
     for bits in map(int, args.bits.split(",")):
         for method in args.methods.split(","):
             destination = CACHE / "adapters" / (f"int{bits}-{method}-r{args.rank}" + (".trial" if args.print else ""))
+            settings = [source, args.windows, args.length, args.options, args.evaluate]
+            record = destination.with_name(destination.name + ".json")  # a run that was stopped goes on after it
+            if record.exists() and (found := json.loads(record.read_text()))["settings"] == settings:
+                rows.append(found["row"])
+                continue
             shutil.rmtree(destination, ignore_errors=True)
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             made = initialize(
                 source,
                 LowBitConfig(bits=bits),
@@ -85,7 +90,12 @@ def main():
                 calibration=Calibration(documents, args.windows, args.length),
                 method_options=args.options,
             )
-            row = {"bits": bits, "method": method, "seconds": time.perf_counter() - start}
+            row = {
+                "bits": bits,
+                "method": method,
+                "seconds": time.perf_counter() - start[0],
+                "CPU seconds": time.process_time() - start[1],
+            }
             model, row["bits per weight"] = load_merged(made)
             for name, reference in texts.items():
                 r = evaluate(model, reference.windows, reference, progress=False)
@@ -94,6 +104,8 @@ def main():
             print(row, args.options or "", flush=True)
             if args.print:
                 shutil.rmtree(destination)
+            else:
+                record.write_text(json.dumps({"settings": settings, "row": row}))
     if not args.print:
         command = f"python benchmarks/adapters.py --windows {args.windows} --length {args.length}"
         write_results(

@@ -1,10 +1,10 @@
 """EoRA: the low-rank correction that is best for the inputs a layer really gets, in closed form.
 
 Liu et al., 2024 (arXiv 2410.21271). With ``S = mean x^T x`` over calibration tokens, the mean squared error of a
-layer's output is ``|(W - Q - B A) S^(1/2)|^2``. Let ``S = U L U^T``. In the coordinates of the eigenspace, scaled by
-the square root of the eigenvalues, this is a plain Frobenius norm, so the best ``B A`` is the truncated SVD of
-``(W - Q) U L^(1/2)``, mapped back. Nothing is trained. The inputs are those of the quantized model: the layers and
-blocks before are solved already.
+layer's output is ``|(W - Q - B A) R|^2`` for any R with ``R R^T = S``. In these coordinates it is a plain Frobenius
+norm, so the best ``B A`` is the truncated SVD of ``(W - Q) R``, mapped back by the inverse of R. The paper takes R from
+the eigenvectors and eigenvalues of S; here it is the Cholesky factor, which gives the same product at a small part of
+the cost. Nothing is trained. The inputs are those of the quantized model: the layers and blocks before are solved.
 """
 
 from dataclasses import dataclass

@@ -50,14 +50,21 @@ def low_rank(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def correction(error: torch.Tensor, square: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, K) and B (N, r), float32, that minimise ``tr((E - B A) S (E - B A)^T)``.
+    """A (r, K) and B (N, r), float32, that minimise ``tr((E - B A) S (E - B A)^T)``, see :mod:`.eora`.
 
     Args:
         error: E (N, K).
         square: S (K, K), symmetric and positive definite.
         rank: r.
+
+    Raises:
+        ValueError: if S is not positive definite in float64.
     """
-    values, vectors = torch.linalg.eigh(square.double())
-    root = values.clamp_min(values[-1] * 1e-12).sqrt()
-    B, A = low_rank(error.double() @ (vectors * root), rank)
-    return ((A / root) @ vectors.T).float().contiguous(), B.float().contiguous()
+    root, failed = torch.linalg.cholesky_ex(square.double())
+    if failed:
+        raise ValueError("the second moments of the inputs are not positive definite: raise damping above 0")
+    B, A = low_rank(error.double() @ root, rank)
+    A = torch.linalg.solve_triangular(root, A, upper=False, left=False)
+    # Equal lengths again, so that one learning rate suits both.
+    balance = (A.norm(dim=1) / B.norm(dim=0).clamp_min(torch.finfo(torch.float64).tiny)).sqrt().clamp_min(1e-30)
+    return (A / balance[:, None]).float().contiguous(), (B * balance).float().contiguous()
