@@ -98,7 +98,22 @@ def _problems():
     return problems
 
 
+def _product():
+    """Every width with every dtype and group size, and every other format with every dtype: for a slow run."""
+    groups = (16, 32, 64, 128, 256, 512, 1024, -1)
+    formats = [f"int:bits={bits},group_size={g},symmetric={g == 32}" for bits in range(1, 9) for g in groups]
+    formats += [f"nf:bits={bits},group_size={g}" for bits in (2, 3, 4) for g in groups]
+    formats += [f"codebook:bits={bits},group_size={g}" for bits in range(1, 9) for g in (16, 128, -1)]
+    formats += [f"codebook:bits={bits},group_size=-1,codebook=row" for bits in range(1, 9)]
+    formats += ["fp4:bits=4", "fp4:bits=4,group_size=16,scale_dtype=e4m3", "ternary:bits=1.58,group_size=-1"]
+    for i, format in enumerate(formats):
+        for dtype in (BF16, FP16, FP32):
+            for op, M in (("linear", i % 4 + 1), ("linear", 17), ("input_gradient", 5), ("dequantize", 0)):
+                yield Problem(op, format, M, 19, (130, 128, 191)[i % 3], dtype)
+
+
 PROBLEMS = _problems()
+PRODUCT = [problem for problem in _product() if problem not in PROBLEMS]
 
 
 def guard(tensor: torch.Tensor) -> torch.Tensor:

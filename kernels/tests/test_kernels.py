@@ -5,14 +5,18 @@ import pytest
 import torch
 from lowbit_kernels import forms, layout, plain
 from lowbit_kernels.tiles import GEMV_ROWS, Tiles
-from problems import FP16, FP32, PROBLEMS, Problem, guard, intact, packed
+from problems import FP16, FP32, PROBLEMS, PRODUCT, Problem, guard, intact, packed
 from support.fast_tolerance import fast_bound
 from support.tolerance import check_sum, flip, random, weight_error
 
 from hf_lowbit.formats import parse_format
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.id)
+@pytest.mark.parametrize(
+    "problem",
+    [*PROBLEMS, *(pytest.param(p, marks=pytest.mark.slow) for p in PRODUCT)],
+    ids=lambda p: p.id,
+)
 def test_a_kernel_computes_what_its_twin_does(problem: Problem, device, buffers):
     format, (M, N, K), dtype = parse_format(problem.format), (problem.M, problem.N, problem.K), problem.dtype
     weight, companions = packed(format, N, K, device)
@@ -115,7 +119,8 @@ def test_the_check_would_see_one_weight_off_by_one_code(device):
 
 
 def test_every_problem_has_its_own_name():
-    assert len({p.id for p in PROBLEMS}) == len(set(PROBLEMS)) == len(PROBLEMS)
+    both = [*PROBLEMS, *PRODUCT]
+    assert len({p.id for p in both}) == len(set(both)) == len(both)
 
 
 def test_the_list_covers_what_the_kernels_read():
