@@ -77,7 +77,7 @@ def _shares(programs: int, most: int, fill: int) -> int:
 def gradient_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32) -> Tiles:
     """For a gradient (M, N) and a weight (N, K)."""
     least = 1 if layout.ternary else layout.planes[-1]
-    rows, outputs, inputs = (64, 64, 64) if least == 4 else (64, 32, 64) if least == 8 else (32, 64, 128)
+    rows, outputs, inputs = (64, 32, 64) if least == 8 else (32, 64, 64 if least == 4 else 128)
     return Tiles(_power(M, 16, rows), outputs, inputs, 1, 128 // warp)
 
 
