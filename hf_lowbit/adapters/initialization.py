@@ -30,6 +30,7 @@ from ..config import LowBitConfig
 from ..convert import Source, check_source, fetch, open_source, quantize_folder, write_json
 from ..storage.content import content_hash
 from ..storage.shards import TEMPORARY, sync_folder
+from .base import folder_digests
 
 logger = logging.get_logger(__name__)
 
@@ -134,7 +135,7 @@ def initialize(
     if not destination.exists() or not any(destination.iterdir()):
         progress = logging.is_progress_bar_enabled()
         quantize_folder(folder, destination, config, dtype=dtype, solved=run, progress=progress)
-    _write_adapter(adapter, run, source, rank, method, base_id or str(destination), content_hash(destination))
+    _write_adapter(adapter, run, source, rank, method, base_id or str(destination), destination)
     for folder in (work, saved):
         shutil.rmtree(folder, ignore_errors=True)
     return Initialized(destination, adapter)
@@ -188,7 +189,7 @@ def _save(model: Any, folder: Path) -> Path:
     return folder
 
 
-def _write_adapter(folder: Path, run: Run, source: Source, rank: int, method: str, base: str, base_hash: str) -> None:
+def _write_adapter(folder: Path, run: Run, source: Source, rank: int, method: str, base: str, packed: Path) -> None:
     """Writes the PEFT adapter of a finished ``run``, beside and renamed."""
     from peft import LoraConfig
 
@@ -209,7 +210,8 @@ def _write_adapter(folder: Path, run: Run, source: Source, rank: int, method: st
         shutil.rmtree(place, ignore_errors=True)
     partial.mkdir(parents=True)
     config.save_pretrained(str(partial))
-    write_json(partial / BASE_FILE, {BASE_KEY: base_hash, "method": method, "rank": rank})
+    made_for = {BASE_KEY: content_hash(packed), "method": method, "rank": rank, "layers": folder_digests(packed)}
+    write_json(partial / BASE_FILE, made_for)
     save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
     for path in partial.iterdir():
         with open(path, "rb+") as file:

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..packed import PackedMixin
+from .base import note_layer
 from .branch import add_low_rank
 from .requantize import Cost, Original, requantize
 
@@ -63,6 +64,10 @@ class FloatView:
     keep_factors: bool = False
     """Whether a merge keeps the adapter as the layer's low-rank correction, which costs nothing, and rounds nothing."""
 
+    def __init__(self, base_layer, adapter_name, config, **kwargs):
+        self.__dict__["target_name"] = kwargs.get("target_name") or ""  # PEFT's own __init__ adds the adapter
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+
     def get_base_layer(self) -> nn.Module:
         """The base layer, or its float stand-in while a view is open."""
         return super().get_base_layer() if self._view is None else self._view
@@ -92,11 +97,12 @@ class FloatView:
         Raises:
             ValueError: for a start that cannot be made from packed weights, naming the layer and what can be done.
         """
-        self.target_name = kwargs.get("target_name") or getattr(self, "target_name", "")
         base, start = super().get_base_layer(), config.init_lora_weights
         plain = start in PLAIN_STARTS and self.resolve_lora_variant(config=config) is None
         if isinstance(base, PackedMixin):
             self.check_start(base, r, start, plain)
+            if self.target_name and base.weight.device.type != "meta":
+                note_layer(config, self.target_name, base.weight)
         with contextlib.nullcontext() if plain else self.float_view():
             if self._view is not None:
                 for name in STATISTICS & vars(base).keys():  # which PEFT consumes

@@ -5,6 +5,8 @@ and is not saved. Calling it whenever a config is made covers every way in, thos
 included: ``get_peft_model``, ``PeftModel.from_pretrained``, ``model.load_adapter``, ``AutoPeftModelForCausalLM`` and
 ``AutoModelForCausalLM.from_pretrained`` of an adapter.
 
+The same configs write and read the file that says to which base an adapter belongs (:mod:`.base`).
+
 Five other tuners find out how to read a quantized weight by one function of PEFT's, and all of them ask one method
 whether an adapter may be added and another whether merging is allowed: all three learn of packed layers here.
 
@@ -35,7 +37,28 @@ def register_lora(config) -> None:
 
         self._register_custom_module({LowBitLinear: LoraLowBitLinear, LowBitEmbedding: LoraLowBitEmbedding})
 
+    save = config.LoraConfig.save_pretrained
+
+    @functools.wraps(save)
+    def save_pretrained(self, save_directory, **kwargs):
+        save(self, save_directory, **kwargs)
+        if "lowbit_layers" in self.__dict__:
+            from .base import write_layers
+
+            write_layers(self, save_directory)
+
+    load = config.PeftConfig.from_pretrained.__func__
+
+    @functools.wraps(load)
+    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
+        loaded = load(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        options = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if kwargs.get(key) is not None}
+        loaded.lowbit_origin = (pretrained_model_name_or_path, subfolder, options)
+        return loaded
+
     config.LoraConfig.__post_init__ = __post_init__
+    config.LoraConfig.save_pretrained = save_pretrained
+    config.PeftConfig.from_pretrained = classmethod(from_pretrained)
 
 
 def register_backend(utils) -> None:
