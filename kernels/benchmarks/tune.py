@@ -48,7 +48,9 @@ def neighbours(sizes: dict[str, int], name: str) -> list[dict[str, int]]:
         if name == "blocks" and sizes["columns"] > 1:  # columns are groups in a step: they go with it
             changed["columns"] = max(1, sizes["columns"] * new // value)
             changed["rows"] = max(sizes["rows"], 8 // changed["columns"])  # a tensor core takes 8 at least
-        found.append(changed)
+        # Each warp of a fast form multiplies 16 rows of W at a time, of each strip.
+        if "strips" not in changed or changed["outputs"] >= 16 * changed["warps"] * changed["strips"]:
+            found.append(changed)
     return found
 
 
