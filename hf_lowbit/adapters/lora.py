@@ -12,6 +12,7 @@ rounding. Nothing dequantized outlives a view, and autograd keeps none of it.
 """
 
 import contextlib
+import re
 
 import torch
 from peft.tuners.lora import layer as lora
@@ -172,7 +173,7 @@ class FloatView:
         """
         for name in names:
             if name in self.lora_variant:
-                kind = type(self.lora_variant[name]).__name__.removeprefix("Packed").removesuffix("LinearVariant")
+                kind = re.sub("^Packed|(Linear|Embedding)?Variant$", "", type(self.lora_variant[name]).__name__)
                 raise ValueError(
                     f"adapter {name!r} uses {kind}, which is more than a product of two factors: it cannot be kept as "
                     "a low-rank correction. Merge by 'dequantize', or by 'requantize'"
