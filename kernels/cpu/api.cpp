@@ -89,9 +89,9 @@ int lowbit_linear(const lowbit_weight *w, const void *x, const void *bias, void 
     const int64_t K = w->inputs, stride = (K + 63) / 64 * 64, element = dtype == LOWBIT_F32 ? 4 : 2;
     const bool copy = dtype != LOWBIT_F32 || stride != K;
     const Split split(w->rows, K * (m < 8 ? m : 8), threads);
-    const int64_t own = scratch_floats(K, w->bits, m);
-    Floats copied = copy ? floats(m * stride) : nullptr, scratch = own ? floats(split.parts * own) : nullptr;
-    if ((copy && !copied) || (own && !scratch)) return LOWBIT_NO_MEMORY;
+    const int64_t own = scratch_floats(w, m);
+    Floats copied = copy ? floats(m * stride) : nullptr, scratch = floats(split.parts * own);
+    if ((copy && !copied) || !scratch) return LOWBIT_NO_MEMORY;
     for (int64_t i = 0; copy && i < m; i++) {
         float *row = copied.get() + i * stride;
         k->widen((const char *)x + i * K * element, row, K, dtype);
@@ -115,12 +115,11 @@ int lowbit_dequantize(const lowbit_weight *w, const int64_t *index, int64_t firs
     if (count == 0) return LOWBIT_OK;
     const Kernels *k = kernels();
     const Split split(count, w->inputs, threads);
-    const int64_t width = w->inputs + 64;
-    Floats scratch = w->bits == 0 ? floats(split.parts * width) : nullptr;
-    if (w->bits == 0 && !scratch) return LOWBIT_NO_MEMORY;
+    const int64_t own = scratch_floats(w, 0);
+    Floats scratch = floats(split.parts * own);
+    if (!scratch) return LOWBIT_NO_MEMORY;
     auto body = [&](int part) {
-        k->dequantize(w, index, first, out, dtype, split.first(part), split.last(part),
-                      scratch ? scratch.get() + part * width : nullptr);
+        k->dequantize(w, index, first, out, dtype, split.first(part), split.last(part), scratch.get() + part * own);
     };
     run(split, threads, body);
     return LOWBIT_OK;

@@ -22,24 +22,52 @@ enum Kind { INTEGER, TABLE };
 
 // ---------------------------------------------------------------- scales and zero points
 
-INLINE float scale_at(const lowbit_weight *w, int64_t i) {
+INLINE int64_t groups_of(const lowbit_weight *w) { return w->group ? (w->inputs + w->group - 1) / w->group : 1; }
+
+static void widen(const void *from, float *to, int64_t count, int dtype) {
+    if (dtype == LOWBIT_F32) {
+        memcpy(to, from, 4 * (size_t)count);
+        return;
+    }
+    const uint16_t *halves = (const uint16_t *)from;
+    int64_t i = 0;
+    if (dtype == LOWBIT_F16)
+        for (; i + 16 <= count; i += 16) store(to + i, from_halves(halves + i));
+    else
+        for (; i + 16 <= count; i += 16) store(to + i, from_bhalves(halves + i));
+    for (; i < count; i++) to[i] = read(from, i, dtype);
+}
+
+// The scales of a row, as floats.
+static void read_scales(const lowbit_weight *w, int64_t row, int64_t groups, float *scales) {
+    const int64_t first = row * groups;
     switch (w->scale) {
-        case LOWBIT_SCALE_BYTE: return w->scale_table[((const uint8_t *)w->scales)[i]];
-        case LOWBIT_SCALE_F16: return from_f16(((const uint16_t *)w->scales)[i]);
-        case LOWBIT_SCALE_BF16: return from_bf16(((const uint16_t *)w->scales)[i]);
-        case LOWBIT_SCALE_F32: return ((const float *)w->scales)[i];
-        default: return 1.0f;
+        case LOWBIT_SCALE_BYTE:
+            for (int64_t g = 0; g < groups; g++) scales[g] = w->scale_table[((const uint8_t *)w->scales)[first + g]];
+            return;
+        case LOWBIT_SCALE_F16: return widen((const uint16_t *)w->scales + first, scales, groups, LOWBIT_F16);
+        case LOWBIT_SCALE_BF16: return widen((const uint16_t *)w->scales + first, scales, groups, LOWBIT_BF16);
+        case LOWBIT_SCALE_F32: return widen((const float *)w->scales + first, scales, groups, LOWBIT_F32);
+        default:
+            for (int64_t g = 0; g < groups; g++) scales[g] = 1.0f;
     }
 }
 
-template <int BITS> INLINE float zero_at(const lowbit_weight *w, int64_t row, int64_t group, int64_t groups) {
-    if (w->zero == LOWBIT_ZERO_FIXED) return w->fixed_zero;
-    if (w->zero == LOWBIT_ZERO_F16) return from_f16(((const uint16_t *)w->zeros)[row * groups + group]);
-    const uint8_t *stream = (const uint8_t *)w->zeros + row * ((groups * BITS + 7) / 8);
-    const int64_t bit = group * BITS;
-    uint32_t word = stream[bit / 8];
-    if (8 % BITS && bit % 8 + BITS > 8) word |= (uint32_t)stream[bit / 8 + 1] << 8;  // never past the row
-    return (float)(word >> (bit % 8) & ((1 << BITS) - 1));
+// The zero points of a row, as floats.
+template <int BITS> static void read_zeros(const lowbit_weight *w, int64_t row, int64_t groups, float *zeros) {
+    if (w->zero == LOWBIT_ZERO_FIXED) {
+        for (int64_t g = 0; g < groups; g++) zeros[g] = w->fixed_zero;
+    } else if (w->zero == LOWBIT_ZERO_F16) {
+        widen((const uint16_t *)w->zeros + row * groups, zeros, groups, LOWBIT_F16);
+    } else {
+        const uint8_t *stream = (const uint8_t *)w->zeros + row * ((groups * BITS + 7) / 8);
+        for (int64_t g = 0; g < groups; g++) {
+            const int64_t bit = g * BITS;
+            uint32_t word = stream[bit / 8];
+            if (8 % BITS && bit % 8 + BITS > 8) word |= (uint32_t)stream[bit / 8 + 1] << 8;  // never past the row
+            zeros[g] = (float)(word >> (bit % 8) & ((1 << BITS) - 1));
+        }
+    }
 }
 
 // What turns an index or a code of a group into a value: a table of 16, or a zero point and a scale.
@@ -55,11 +83,10 @@ template <int BITS> INLINE F first_levels(const float *levels) {
     return load(repeated);
 }
 
-template <int BITS, Kind KIND>
-INLINE void enter_group(Grid &grid, F levels, const lowbit_weight *w, int64_t row, int64_t group, int64_t groups) {
-    grid.scale = set1(scale_at(w, row * groups + group));
+template <int BITS, Kind KIND> INLINE void enter_group(Grid &grid, F levels, const float *scale, const float *zero) {
+    grid.scale = set1(*scale);
     if constexpr (KIND == TABLE) return;
-    grid.table = set1(zero_at<BITS>(w, row, group, groups));
+    grid.table = set1(*zero);
     if constexpr (BITS <= 4) grid.table = mul(sub(levels, grid.table), grid.scale);
 }
 
@@ -111,10 +138,13 @@ template <int BITS, Kind KIND, int V> INLINE F value(const U (&word)[2], const G
 template <int V> struct Number { static constexpr int value = V; };  // a number that a lambda can take as a constant
 
 // Calls use(k, values, V) for the 16 values from k on, vector V of a block, for blocks `from` to `to` - 1 of a row. `FINE`: groups
-// smaller than a block.
+// smaller than a block. `scratch`: 2 * groups floats.
 template <int BITS, Kind KIND, bool FINE, class Use>
-INLINE void walk(const lowbit_weight *w, int64_t row, int64_t from, int64_t to, Use use) {
-    const int64_t blocks = (w->inputs + 63) / 64, groups = w->group ? (w->inputs + w->group - 1) / w->group : 1;
+INLINE void walk(const lowbit_weight *w, int64_t row, int64_t from, int64_t to, float *scratch, Use use) {
+    const int64_t blocks = (w->inputs + 63) / 64, groups = groups_of(w);
+    float *const scales = scratch, *const zeros = scratch + groups;
+    read_scales(w, row, groups, scales);
+    if constexpr (KIND == INTEGER) read_zeros<BITS>(w, row, groups, zeros);
     const uint16_t *lanes = w->codes + row * (4 * BITS * blocks);
     const int64_t per_group = w->group ? w->group / 64 : blocks;  // blocks; 0 if FINE
     Grid grid;
@@ -122,21 +152,24 @@ INLINE void walk(const lowbit_weight *w, int64_t row, int64_t from, int64_t to, 
     const F levels = BITS <= 4 ? first_levels<BITS>(grid.levels) : zero();
     int64_t group = FINE ? from * 64 / w->group : from / per_group, left = 0;
     if (!FINE && from % per_group) {
-        enter_group<BITS, KIND>(grid, levels, w, row, group++, groups);
+        enter_group<BITS, KIND>(grid, levels, scales + group, zeros + group);
+        group++;
         left = per_group - from % per_group;
     }
     for (int64_t b = from; b < to; b++) {
         U word[2];
         load_words<BITS>(word, lanes, blocks, b);
         if (!FINE && left-- == 0) {
-            enter_group<BITS, KIND>(grid, levels, w, row, group++, groups);
+            enter_group<BITS, KIND>(grid, levels, scales + group, zeros + group);
+            group++;
             left = per_group - 1;
         }
-#define VECTOR(V)                                                                                         \
-        if (FINE && (V == 0 || (16 * V) % w->group == 0)) {                                               \
-            const int64_t g = group++;                                                                    \
-            enter_group<BITS, KIND>(grid, levels, w, row, g < groups ? g : groups - 1, groups);           \
-        }                                                                                                 \
+#define VECTOR(V)                                                                           \
+        if (FINE && (V == 0 || (16 * V) % w->group == 0)) {                                 \
+            const int64_t g = group < groups ? group : groups - 1; /* behind the row's end */ \
+            enter_group<BITS, KIND>(grid, levels, scales + g, zeros + g);                   \
+            group++;                                                                        \
+        }                                                                                   \
         use(64 * b + 16 * V, value<BITS, KIND, V>(word, grid), Number<V>());
         VECTOR(0) VECTOR(1) VECTOR(2) VECTOR(3)
 #undef VECTOR
@@ -145,9 +178,10 @@ INLINE void walk(const lowbit_weight *w, int64_t row, int64_t from, int64_t to, 
 
 // ---------------------------------------------------------------- ternary: base 3, ten digits to a lane
 
-// Values of a row to out (inputs floats, and 16 more that may be written).
-static void ternary_row(const lowbit_weight *w, int64_t row, float *out) {
-    const int64_t lanes = (w->inputs + 9) / 10, groups = w->group ? (w->inputs + w->group - 1) / w->group : 1;
+// Values of a row to out (inputs floats, and 16 more that may be written); `scales`: room for one a group.
+static void ternary_row(const lowbit_weight *w, int64_t row, float *out, float *scales) {
+    const int64_t lanes = (w->inputs + 9) / 10, groups = groups_of(w);
+    read_scales(w, row, groups, scales);
     const uint16_t *from = w->codes + row * lanes;
     for (int64_t l = 0; l < lanes; l += 16) {
         const int64_t here = lanes - l < 16 ? lanes - l : 16;
@@ -166,7 +200,7 @@ static void ternary_row(const lowbit_weight *w, int64_t row, float *out) {
         }
     }
     for (int64_t g = 0; g < groups; g++) {
-        const F scale = set1(scale_at(w, row * groups + g));
+        const F scale = set1(scales[g]);
         const int64_t end = w->group && (g + 1) * w->group < w->inputs ? (g + 1) * w->group : w->inputs;
         for (int64_t k = g * w->group; k < end; k += 16) store(out + k, mul(load(out + k), scale));
     }
@@ -175,10 +209,11 @@ static void ternary_row(const lowbit_weight *w, int64_t row, float *out) {
 // ---------------------------------------------------------------- one row of x: multiply while decoding
 
 template <int BITS, Kind KIND, bool FINE>
-static void product(const lowbit_weight *w, const float *x, const void *bias, void *out, int dtype, int64_t first, int64_t last) {
+static void product(const lowbit_weight *w, const float *x, const void *bias, void *out, int dtype, int64_t first, int64_t last,
+                    float *scratch) {
     for (int64_t row = first; row < last; row++) {
         F total[2] = {zero(), zero()};  // two sums hide the latency of an addition
-        walk<BITS, KIND, FINE>(w, row, 0, (w->inputs + 63) / 64, [&](int64_t k, F v, auto vector) __attribute__((always_inline)) {
+        walk<BITS, KIND, FINE>(w, row, 0, (w->inputs + 63) / 64, scratch, [&](int64_t k, F v, auto vector) __attribute__((always_inline)) {
             constexpr int half = decltype(vector)::value & 1;
             total[half] = fma(v, load(x + k), total[half]);
         });
@@ -189,11 +224,12 @@ static void product(const lowbit_weight *w, const float *x, const void *bias, vo
 static void ternary_product(const lowbit_weight *w, const float *x, const void *bias, void *out, int dtype, int64_t first,
                             int64_t last, float *scratch) {
     const int64_t whole = (w->inputs + 15) / 16 * 16;
+    float *const values = scratch + 2 * groups_of(w);
     for (int64_t row = first; row < last; row++) {
-        for (int64_t k = w->inputs; k < whole; k++) scratch[k] = 0;
-        ternary_row(w, row, scratch);
+        ternary_row(w, row, values, scratch);
+        for (int64_t k = w->inputs; k < whole; k++) values[k] = 0;
         F total = zero();
-        for (int64_t k = 0; k < whole; k += 16) total = fma(load(scratch + k), load(x + k), total);
+        for (int64_t k = 0; k < whole; k += 16) total = fma(load(values + k), load(x + k), total);
         write(out, row, dtype, sum(total) + (bias ? read(bias, row, dtype) : 0.0f));
     }
 }
@@ -201,10 +237,10 @@ static void ternary_product(const lowbit_weight *w, const float *x, const void *
 // ---------------------------------------------------------------- more rows of x: decode a panel, then multiply
 
 template <int BITS, Kind KIND, bool FINE>
-static void decode(const lowbit_weight *w, int64_t first, int rows, int64_t from, int64_t to, float *panel) {
+static void decode(const lowbit_weight *w, int64_t first, int rows, int64_t from, int64_t to, float *panel, float *scratch) {
     for (int r = 0; r < rows; r++) {
         float *p = panel + r * 64 * (to - from) - 64 * from;
-        walk<BITS, KIND, FINE>(w, first + r, from, to, [&](int64_t k, F v, auto) __attribute__((always_inline)) { store(p + k, v); });
+        walk<BITS, KIND, FINE>(w, first + r, from, to, scratch, [&](int64_t k, F v, auto) __attribute__((always_inline)) { store(p + k, v); });
     }
 }
 
@@ -237,12 +273,12 @@ template <int R> static void multiply_rows(const float *panel, int64_t count, co
     }
 }
 
-typedef void (*Decode)(const lowbit_weight *, int64_t, int, int64_t, int64_t, float *);
+typedef void (*Decode)(const lowbit_weight *, int64_t, int, int64_t, int64_t, float *, float *);
 
-static void ternary_decode(const lowbit_weight *w, int64_t first, int rows, int64_t, int64_t to, float *panel) {
+static void ternary_decode(const lowbit_weight *w, int64_t first, int rows, int64_t, int64_t to, float *panel, float *scratch) {
     for (int r = 0; r < rows; r++) {  // whole rows: digits of a lane lie far apart
         float *row = panel + r * 64 * to;
-        ternary_row(w, first + r, row);
+        ternary_row(w, first + r, row, scratch);
         for (int64_t k = w->inputs; k < 64 * to; k++) row[k] = 0;
     }
 }
@@ -250,13 +286,13 @@ static void ternary_decode(const lowbit_weight *w, int64_t first, int rows, int6
 static void products(const lowbit_weight *w, Decode decode, const float *x, int64_t stride, int64_t m, const void *bias, void *out,
                      int dtype, int64_t first, int64_t last, float *scratch) {
     const int64_t blocks = (w->inputs + 63) / 64, step = w->bits ? PANEL_BLOCKS : blocks;
-    float *panel = scratch, *sums = scratch + PANEL_ROWS * 64 * (step < blocks ? step : blocks);
+    float *const panel = scratch + 2 * groups_of(w), *const sums = panel + PANEL_ROWS * 64 * (step < blocks ? step : blocks);
     for (int64_t row = first; row < last; row += PANEL_ROWS) {
         const int rows = (int)(last - row < PANEL_ROWS ? last - row : PANEL_ROWS);
         for (int64_t i = 0; i < m * PANEL_ROWS; i++) sums[i] = 0;
         for (int64_t from = 0; from < blocks; from += step) {
             const int64_t to = from + step < blocks ? from + step : blocks, count = 64 * (to - from);
-            decode(w, row, rows, from, to, panel);
+            decode(w, row, rows, from, to, panel, scratch);
             int r = 0;
             for (; r + 4 <= rows; r += 4) multiply_rows<4>(panel + r * count, count, x + 64 * from, stride, m, sums + r);
             for (; r < rows; r++) multiply_rows<1>(panel + r * count, count, x + 64 * from, stride, m, sums + r);
@@ -272,12 +308,15 @@ static void products(const lowbit_weight *w, Decode decode, const float *x, int6
 
 template <int BITS, Kind KIND, bool FINE>
 static void dequantize_rows(const lowbit_weight *w, const int64_t *index, int64_t start, void *out, int dtype, int64_t first,
-                            int64_t last) {
+                            int64_t last, float *scratch) {
     const int64_t K = w->inputs;
     for (int64_t i = first; i < last; i++) {
-        walk<BITS, KIND, FINE>(w, index ? index[i] : start + i, 0, (K + 63) / 64, [&](int64_t k, F v, auto) __attribute__((always_inline)) {
-            if (dtype == LOWBIT_F32 && k + 16 <= K) {
+        walk<BITS, KIND, FINE>(w, index ? index[i] : start + i, 0, (K + 63) / 64, scratch,
+                               [&](int64_t k, F v, auto) __attribute__((always_inline)) {
+            if (k + 16 <= K && dtype == LOWBIT_F32) {
                 store((float *)out + i * K + k, v);
+            } else if (k + 16 <= K && dtype == LOWBIT_F16) {
+                to_halves((uint16_t *)out + i * K + k, v);
             } else {
                 float values[16];
                 store(values, v);
@@ -309,7 +348,7 @@ static void linear_one(const lowbit_weight *w, const float *x, const void *bias,
                        float *scratch) {
     if (w->bits == 0) return ternary_product(w, x, bias, out, dtype, first, last, scratch);
     const bool fine = w->group && w->group < 64;
-#define ARGUMENTS (w, x, bias, out, dtype, first, last)
+#define ARGUMENTS (w, x, bias, out, dtype, first, last, scratch)
     FOR_BITS(product)
 #undef ARGUMENTS
 }
@@ -332,23 +371,16 @@ static void dequantize(const lowbit_weight *w, const int64_t *index, int64_t sta
                        int64_t last, float *scratch) {
     if (w->bits == 0) {
         for (int64_t i = first; i < last; i++) {
-            ternary_row(w, index ? index[i] : start + i, scratch);
-            for (int64_t k = 0; k < w->inputs; k++) write(out, i * w->inputs + k, dtype, scratch[k]);
+            float *const values = scratch + 2 * groups_of(w);
+            ternary_row(w, index ? index[i] : start + i, values, scratch);
+            for (int64_t k = 0; k < w->inputs; k++) write(out, i * w->inputs + k, dtype, values[k]);
         }
         return;
     }
     const bool fine = w->group && w->group < 64;
-#define ARGUMENTS (w, index, start, out, dtype, first, last)
+#define ARGUMENTS (w, index, start, out, dtype, first, last, scratch)
     FOR_BITS(dequantize_rows)
 #undef ARGUMENTS
-}
-
-static void widen(const void *from, float *to, int64_t count, int dtype) {
-    if (dtype == LOWBIT_F32) {
-        memcpy(to, from, 4 * (size_t)count);
-        return;
-    }
-    for (int64_t i = 0; i < count; i++) to[i] = read(from, i, dtype);
 }
 
 // ---------------------------------------------------------------- packing
@@ -446,7 +478,7 @@ static bool here() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq");
 #elif defined(LOWBIT_AVX2)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #else
     return true;
 #endif

@@ -10,10 +10,12 @@ namespace lowbit {
 // A panel: rows of the weight and blocks of 64 inputs that are decoded at once, 64 KB; what a core's second cache holds beside x.
 constexpr int PANEL_ROWS = 16, PANEL_BLOCKS = 16;
 
-// Floats of scratch memory that `linear` needs for m rows of x.
-static inline int64_t scratch_floats(int64_t inputs, int bits, int64_t m) {
-    const int64_t blocks = (inputs + 63) / 64, step = bits && blocks > PANEL_BLOCKS ? PANEL_BLOCKS : blocks;
-    return m == 1 ? (bits ? 0 : 64 * blocks) : PANEL_ROWS * (64 * step + m);
+// Floats of scratch memory that `linear` needs for m rows of x, and `dequantize` for m = 0.
+static inline int64_t scratch_floats(const lowbit_weight *w, int64_t m) {
+    const int64_t blocks = (w->inputs + 63) / 64, step = w->bits && blocks > PANEL_BLOCKS ? PANEL_BLOCKS : blocks;
+    const int64_t groups = w->group ? (w->inputs + w->group - 1) / w->group : 1;
+    const int64_t row = w->bits ? 0 : 64 * blocks;
+    return (2 * groups + (m <= 1 ? row : PANEL_ROWS * (64 * step + m)) + 63) / 64 * 64;
 }
 
 struct Kernels {
@@ -22,7 +24,7 @@ struct Kernels {
     // x (m, stride), zero from `inputs` on; out (m, rows); scratch as many floats as scratch_floats says.
     void (*linear)(const lowbit_weight *, const float *x, int64_t stride, int64_t m, const void *bias, void *out, int dtype,
                    int64_t first, int64_t last, float *scratch);
-    // out (.., inputs); scratch `inputs` floats, rounded up to 16, for ternary weights.
+    // out (.., inputs); scratch as for m = 0.
     void (*dequantize)(const lowbit_weight *, const int64_t *index, int64_t start, void *out, int dtype, int64_t first,
                        int64_t last, float *scratch);
     void (*widen)(const void *from, float *to, int64_t count, int dtype);

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "number.h"
+
 #if defined(LOWBIT_AVX512) || defined(LOWBIT_AVX2)
 #include <immintrin.h>
 #endif
@@ -33,6 +35,11 @@ INLINE float sum(F a) { return _mm512_reduce_add_ps(a); }
 INLINE F lookup(F table, U index) { return _mm512_permutexvar_ps(index, table); }
 INLINE F gather(const float *table, U index) { return _mm512_i32gather_ps(index, table, 4); }
 INLINE F to_float(U a) { return _mm512_cvtepi32_ps(a); }
+INLINE F from_halves(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+INLINE F from_bhalves(const uint16_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+INLINE void to_halves(uint16_t *p, F a) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
 INLINE U lanes16(const uint16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE U lanes8(const uint16_t *p) {  // eight lanes, twice
     return _mm512_cvtepu16_epi32(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p)));
@@ -82,6 +89,12 @@ INLINE F lookup(F table, U index)  // bit 3 chooses the half of the table: it go
                              _mm256_castsi256_ps(_mm256_slli_epi32(index.v[i], 28))))
 INLINE F gather(const float *table, U index) BOTH(F, _mm256_i32gather_ps(table, index.v[i], 4))
 INLINE F to_float(U a) BOTH(F, _mm256_cvtepi32_ps(a.v[i]))
+INLINE F from_halves(const uint16_t *p) BOTH(F, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8 * i))))
+INLINE F from_bhalves(const uint16_t *p)
+    BOTH(F, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8 * i))), 16)))
+INLINE void to_halves(uint16_t *p, F a) {
+    for (int i = 0; i < 2; i++) _mm_storeu_si128((__m128i *)(p + 8 * i), _mm256_cvtps_ph(a.v[i], _MM_FROUND_TO_NEAREST_INT));
+}
 INLINE U lanes16(const uint16_t *p) BOTH(U, _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8 * i))))
 INLINE U lanes8(const uint16_t *p) {
     __m256i a = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
@@ -128,6 +141,9 @@ INLINE float sum(F a) {
 INLINE F lookup(F table, U index) EACH(F, table.v[index.v[i] & 15])
 INLINE F gather(const float *table, U index) EACH(F, table[index.v[i]])
 INLINE F to_float(U a) EACH(F, (float)(int32_t)a.v[i])
+INLINE F from_halves(const uint16_t *p) EACH(F, from_f16(p[i]))
+INLINE F from_bhalves(const uint16_t *p) EACH(F, from_bf16(p[i]))
+INLINE void to_halves(uint16_t *p, F a) { for (int i = 0; i < 16; i++) p[i] = to_f16(a.v[i]); }
 INLINE U lanes16(const uint16_t *p) EACH(U, p[i])
 INLINE U lanes8(const uint16_t *p) EACH(U, p[i % 8])
 INLINE U lanes4(const uint16_t *p) EACH(U, p[i % 4])
