@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from .backends import select
 from .config import QUANT_METHOD, LowBitConfig
+from .distributed import keep_codes_from_ddp
 from .low_rank import NAMES
 from .memory import FreedMemory
 from .packed import PackedMixin
@@ -143,6 +144,7 @@ class LowBitHfQuantizer(HfQuantizer):
             self.quantization_config.layers = self.plan.layers()
         self.freed.give_back()
         keep_packed_layout(model)
+        keep_codes_from_ddp(model)
         refuse_resizing(model)
         unexpected = [k for k in self.plan.kept if not k.expected]
         log = logger.warning_once if unexpected else logger.info
