@@ -148,15 +148,16 @@ def fast_tiles(M: int, layout: Layout) -> FastTiles:
 
     Two warps, so that Hopper's compiler keeps operands in registers too; as many rows of W as registers hold.
     """
-    table = layout.table != "none"
+    table = layout.table != "none" and layout.name != "fp4"
     if M <= 4:
-        blocks, outputs = (4 if layout.bits > 4 or table else 8), 64
+        blocks, spans = 4, 1
     else:
         blocks = 1 if 0 < layout.group <= 64 and 1 not in layout.planes else 2
-        outputs = 64 if 0 < layout.group < blocks * 64 else 128
+        spans = 2 if table else 1
     columns = 1 if layout.group == 0 else blocks if layout.group < 64 else max(1, blocks * 64 // layout.group)
     rows = triton.next_power_of_2(M) if M <= 4 else 16
-    strips, spans = (2, 2) if M > 4 and table and layout.name != "fp4" else (1, 1)
+    outputs = 128 if M > 4 and columns == 1 else 64
+    strips = 2 if M > 4 and table else 1
     stages = 2 if len(layout.planes) > 1 else 3
     return FastTiles(max(rows, 8 // columns), outputs, blocks, columns, 8, stages=stages, strips=strips, spans=spans)
 
