@@ -74,7 +74,8 @@ def main():
     for bits in map(int, args.bits.split(",")):
         for method in args.methods.split(","):
             destination = CACHE / "adapters" / (f"int{bits}-{method}-r{args.rank}" + (".trial" if args.print else ""))
-            settings = [source, args.windows, args.length, args.options, args.evaluate]
+            calibrated = method not in ("zeros", "loftq")
+            settings = [args.options, args.evaluate, *([args.windows, args.length] if calibrated else [])]
             record = destination.with_name(destination.name + ".json")  # a run that was stopped goes on after it
             if record.exists() and (found := json.loads(record.read_text()))["settings"] == settings:
                 rows.append(found["row"])

@@ -66,8 +66,8 @@ def quantize_folder(
         dtype: Dtype into which weights are cast before they are quantized and in which the rest is kept; by default
             that of the checkpoint, as in ``from_pretrained``.
         progress: Whether to show a bar, in bytes of the source.
-        solved: Packed tensors, by suffix, of modules that were solved before (see :mod:`hf_lowbit.calibration`): a
-            function from a module's name to them, or to None for a module that its own method shall quantize.
+        solved: Packed tensors of modules that were solved before, see :mod:`hf_lowbit.calibration`; all others are
+            quantized by their own methods.
 
     Returns:
         The coverage, as :meth:`hf_lowbit.plan.Plan.coverage`.
@@ -106,6 +106,7 @@ def quantize_folder(
             "dtype": str(model.config.dtype).removeprefix("torch."),
             "max_shard_size": max_shard_size,
             "version": __version__,
+            **({} if solved is None else {"solved": solved.identity}),
         },
         "shards": {file: layout.size for file, layout in layouts.items()},
     }

@@ -10,8 +10,9 @@ too, and under the name of its parameter otherwise. What a converter makes only 
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from transformers.core_model_loading import WeightConverter, dot_natural_key
@@ -26,7 +27,15 @@ from .storage.headers import Entry
 from .storage.shards import Reader
 
 logger = logging.get_logger(__name__)
-Solved = Callable[[str], dict[str, torch.Tensor] | None]
+
+
+class Solved(Protocol):
+    """Modules that were packed before: their tensors, by suffix, by the module's name, or None for another module."""
+
+    identity: str
+    """Text that differs for other tensors."""
+
+    def __call__(self, name: str) -> dict[str, torch.Tensor] | None: ...
 
 
 @dataclass

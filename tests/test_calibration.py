@@ -289,5 +289,14 @@ def test_bad_windows(tiny, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
+def test_overflow_is_named(tiny, tmp_path):
+    model = load("llama", tiny("llama"))
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight.fill_(1e30)
+    model.save_pretrained(tmp_path / "huge")
+    with pytest.raises(ValueError, match=r"the activations after model.layers.1 are not finite: the model is damaged"):
+        calibrate(open_source(tmp_path / "huge", CONFIG, None), tmp_path / "work", Plain(), windows(), {})
+
+
 def test_public_names():
     assert all(hasattr(calibration, name) for name in calibration.__all__)

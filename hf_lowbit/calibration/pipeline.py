@@ -15,6 +15,8 @@ the same too (on the same machine with the same number of threads: sums depend o
 """
 
 import copy
+import hashlib
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -237,11 +239,13 @@ class Run:
         work: The folder.
         layers: For each block, the full names of its solved modules.
         planned: What was planned for each of them.
+        identity: Hash of all that the result depends on.
     """
 
     work: Path
     layers: list[list[str]]
     planned: dict[str, Packed]
+    identity: str = ""
     _open: dict[int, dict[str, Solution]] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -368,6 +372,7 @@ def calibrate(
             "version": __version__,
         },
     }
+    run.identity = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     work.mkdir(parents=True, exist_ok=True)
     try:
         lock = WeakFileLock(work / LOCK, timeout=0.1)
