@@ -93,7 +93,7 @@ def make_model_card(
         **{k: licensed.get(k) for k in ("license", "license_name", "license_link") if licensed and licensed.get(k)},
         **_metadata(measured, task, title),
     )
-    settings = {k: v for k, v in report["config"].items() if k not in ("layers", "quant_method", "version")}
+    settings = {k: v for k, v in report["config"].items() if k not in ("layers", "low_rank", "quant_method", "version")}
     defaults = {name: option.default for name, option in method_options(settings["method"]).items()}
     settings["method_options"] = {**defaults, **settings.get("method_options", {})}
     return ModelCard.from_template(
