@@ -260,7 +260,7 @@ def main():
         rows = step_rows(source, names, args.rounds, steps)
         note = f"LoRA, r=8, all seven linears of a block, 2 x 128 tokens; {args.rounds} rounds of {steps} steps."
         if not args.print:
-            command = f"python benchmarks/finetune.py --rounds {args.rounds} --steps {steps}"
+            command = f"python benchmarks/finetune.py --rounds {args.rounds} --steps {steps} --threads {args.threads}"
             write_results("finetune_step", command, rows, note)
         return
     command = f"python benchmarks/finetune.py --recover --steps {steps} --windows {args.windows}"
