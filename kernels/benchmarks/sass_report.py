@@ -153,6 +153,7 @@ def _launch(case: Case):
 def _compile(case: Case):
     """The compiled kernel, its warps and the weights of a turn."""
     import triton
+    from lowbit_kernels.fast import REGISTERS
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -180,7 +181,8 @@ def _compile(case: Case):
         target = GPUTarget("hip", case.target, AMD[case.target])
     else:
         target = GPUTarget("cuda", int(case.target.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    options = {"num_warps": warps} | ({} if case.form == "portable" else {"maxnreg": REGISTERS})
+    compiled = triton.compile(source, target=target, options=options)
     return compiled, warps, target.warp_size, weights
 
 

@@ -2,8 +2,8 @@
 
 The limits hold for the Triton that the project pins; another version's code is another's. Counting, and what it
 means, are in ``benchmarks/sass_report.py``. It runs in a process of its own, because this one may be under the
-interpreter. What is not reached is expected to fail, strictly, and is listed with what was measured: whoever mends
-it has to say so there.
+interpreter. Instructions are limited where few of them decide, on sm_80 and sm_90; spills and loads of less than 128
+bits are refused on all NVIDIA targets.
 """
 
 import json
@@ -17,7 +17,7 @@ import triton
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-from sass_report import KEYS, Case, formats, longest_loop  # noqa: E402
+from sass_report import KEYS, NVIDIA, Case, formats, longest_loop  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.__version__ != "3.9.0", reason="counts are those of Triton 3.9.0")
 _COUNT = """
@@ -30,9 +30,7 @@ print(json.dumps([c if isinstance(c, str) else report.record(case, c) for case, 
 """
 _FORM = {"fp16": "subnormal", "bf16": "magic"}
 QUICK = (("gemv", "int:bits=4,group_size=128,symmetric=False"), ("gemm16", "int:bits=4,group_size=128,symmetric=False"))
-# Target, kernel, format and dtype of what is above a limit, with the instructions per weight and spills measured.
-_MISSED = json.loads(Path(__file__).with_name("cost_not_reached.json").read_text())
-NOT_REACHED = {tuple(key): f"{cost} instructions a weight, {spills} spills" for *key, cost, spills in _MISSED}
+LIMITED = ("sm_80", "sm_90")
 
 
 def limit(kernel: str, format: str, dtype: str) -> float:
@@ -58,16 +56,14 @@ def count(cases: list[Case]) -> list:
 
 
 def _parameters():
-    for target in ("sm_80", "sm_90"):
+    for target in NVIDIA:
         for kernel in ("gemv", "gemm16"):
             for format in formats():
                 for dtype, form in _FORM.items():
-                    key, marks = (target, kernel, format, dtype), []
-                    if (kernel, format) not in QUICK or (target, dtype) != ("sm_90", "fp16"):
-                        marks.append(pytest.mark.slow)
-                    if key in NOT_REACHED:
-                        marks.append(pytest.mark.xfail(strict=True, reason=f"measured: {NOT_REACHED[key]}"))
-                    yield pytest.param(Case(target, kernel, format, dtype, form), marks=marks, id="-".join(key))
+                    quick = (kernel, format) in QUICK and (target, dtype) == ("sm_90", "fp16")
+                    marks = [] if quick else [pytest.mark.slow]
+                    id = "-".join((target, kernel, format, dtype))
+                    yield pytest.param(Case(target, kernel, format, dtype, form), marks=marks, id=id)
 
 
 @pytest.mark.parametrize("case", list(_parameters()))
@@ -77,7 +73,8 @@ def test_a_weight_costs_few_instructions_and_wide_loads(case):
     assert set(found) == set(KEYS)
     assert found["spills"] == 0
     assert found["load_bits"] == 128
-    assert found["instructions_per_weight"] <= limit(case.kernel, case.format, case.dtype)
+    if case.target in LIMITED:
+        assert found["instructions_per_weight"] <= limit(case.kernel, case.format, case.dtype)
 
 
 def test_the_longest_loop_is_found_and_lines_are_kept():

@@ -29,6 +29,8 @@ from .layout import Layout, name_tensors, parse
 from .matmul import _store, add_kernel
 
 FORMS = ("subnormal", "lop3", "magic")
+# Said to the assembler, which else saves registers for occupancy and spills a few: as many as a thread can have.
+REGISTERS = 255
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def fast_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, STRIP)
     split = tl.program_id(2)
     x_row = x + tl.minimum(m, M - 1)[:, None].to(tl.int64) * K + split * (SPANS * BLOCKS * 64)
-    seen = seen_inputs(column, 32 if LAYOUT.bits == 8 else 16, BLOCKS, COLUMNS)
+    seen = seen_inputs(column, 32 if LAYOUT.bits == 8 else 16, BLOCKS, COLUMNS) & (m < M)[:, None]
     turns = all_turns(weight, K, FORM, LAYOUT, BLOCKS)
     blocks = (K + 63) // 64
     if EVEN:
@@ -204,8 +206,9 @@ def fast_linear(
         WINDOW=tiles.window,
         EVEN=K % (64 * tiles.blocks * tiles.spans) == 0,
         STAGES=tiles.stages,
-        ROWS_OF_ONES=16 * tiles.warps,
+        ROWS_OF_ONES=min(16 * tiles.warps, tiles.outputs // tiles.strips),
         num_warps=tiles.warps,
+        maxnreg=REGISTERS,
     )
     if split > 1:
         add_kernel[(triton.cdiv(M * N, 1024),)](target, bias, out, M, N, SPLIT=split, BLOCK=1024)
