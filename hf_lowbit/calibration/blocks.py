@@ -73,16 +73,11 @@ class Blocks:
     @torch.no_grad()
     def capture(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list["Arguments"]]:
         """The first block's inputs, float32 (W, L, H), for ``tokens`` (W, L), and every block's other arguments."""
-        head = copy.deepcopy(self.model)
-        decoder = head.get_submodule(_name_of(self.model, self.decoder)) if self.decoder is not self.model else head
-        blocks = [head.get_submodule(name) for name in self.names]
-        outputs = head.get_output_embeddings() if hasattr(head, "get_output_embeddings") else None
-        wanted = {n for n, _ in decoder.named_parameters()} | {n for n, _ in decoder.named_buffers()}
-        prefix = _name_of(head, decoder)
-        wanted = {f"{prefix}.{n}" if prefix else n for n in wanted}
-        if outputs is not None:
-            wanted -= {f"{_name_of(head, outputs)}.weight", f"{_name_of(head, outputs)}.bias"}
-        _fill(head, ((n, t) for n, t in self._parameters("") if n in wanted), "")
+        head, prefix = copy.deepcopy(self.model), _name_of(self.model, self.decoder)
+        decoder, blocks = head.get_submodule(prefix), [head.get_submodule(name) for name in self.names]
+        names = [n for n, _ in decoder.named_parameters()] + [n for n, _ in decoder.named_buffers()]
+        wanted = {f"{prefix}.{n}" if prefix else n for n in names}
+        _fill(head, self._parameters("", wanted), "")
         hidden: list[torch.Tensor] = []
         arguments = [Arguments() for _ in blocks]
         last: list[Any] = [None, -1]
@@ -117,10 +112,10 @@ class Blocks:
             raise ValueError(f"{type(self.model).__name__} does not run its blocks {self.names[0]} to {self.names[-1]}")
         return torch.cat(hidden), arguments
 
-    def _parameters(self, owner: str):
+    def _parameters(self, owner: str, wanted: set[str] | None = None):
         """Parameters (and buffers) of a block, or of what is in none (""), by full name, read one piece at a time."""
         for piece in self._owners.get(owner, []):
-            if not piece.keys:
+            if not piece.keys or (wanted is not None and wanted.isdisjoint(piece.made)):
                 continue
             pattern = piece.patterns[0]
             if pattern and piece.converter is None:  # kept as in the source for loading to convert: done here
