@@ -143,7 +143,7 @@ def check_repo(folder: str | os.PathLike) -> tuple[dict[str, Any], list[dict[str
     replace_modules(model, plan, "auto")
     check_checkpoint(model, plan, checkpoint_files(folder)[0])
     tied, own = set(model.all_tied_weights_keys), {False: 0, True: 0}
-    inside = {f"{name}.{tensor}" for name in plan.packed for tensor in model.get_submodule(name).packed_names}
+    inside = {f"{name}.{tensor}" for name in plan.packed for tensor in model.get_submodule(name).fixed_names()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name not in tied:
             own[name in inside] += parameter.nbytes

@@ -48,15 +48,18 @@ class PackedMixin:
 
     def factors(self) -> list[torch.Tensor]:
         """The factors (r, K) and (N, r) of the low-rank correction, or nothing."""
-        self.restore_dtypes()
-        return [getattr(self, name) for name in self.fixed_names() if name in NAMES]
+        return [] if self.low_rank is None else self._restored(NAMES)
 
     def restore_dtypes(self) -> None:
         """Undoes casts of stored tensors, which do not ask what a parameter means; wider floats lose nothing."""
-        for name in self.fixed_names():
-            parameter, dtype = getattr(self, name), self.dtypes[name]
-            if parameter.dtype != dtype:
-                parameter.data = parameter.data.to(dtype)
+        self._restored(self.fixed_names())
+
+    def _restored(self, names: tuple[str, ...]) -> list[torch.Tensor]:
+        tensors, dtypes = [getattr(self, name) for name in names], self.dtypes
+        for name, tensor in zip(names, tensors, strict=True):
+            if tensor.dtype is not dtypes[name]:
+                tensor.data = tensor.data.to(dtypes[name])
+        return tensors
 
     def fixed_names(self) -> tuple[str, ...]:
         """Names of the parameters whose dtype means something: the packed tensors, and the factors if there are any."""
@@ -64,8 +67,7 @@ class PackedMixin:
 
     def companions(self) -> list[torch.Tensor]:
         """The stored tensors besides ``weight``, in the order in which ops take them."""
-        self.restore_dtypes()
-        return [getattr(self, name) for name in self.packed_names[1:]]
+        return self._restored(self.packed_names[1:])
 
     def stored(self) -> dict[str, torch.Tensor]:
         """All stored tensors by suffix."""

@@ -51,8 +51,8 @@ class TrainedScalesLinear(LowBitLinear):
         stored = _as_stored(self.format, self.companions())
         return ops.dequantize(self.weight, stored, self.spec, self.in_features, dtype, self.backend)
 
-    def restore_dtypes(self) -> None:
-        """Nothing: the parameters are wider than what is stored."""
+    def _restored(self, names):
+        return [getattr(self, name) for name in names]  # wider than what is stored, on purpose
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
