@@ -187,7 +187,6 @@ class LowBitHfQuantizer(HfQuantizer):
     def _dequantize(self, model, dtype=None):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         restore_modules(model, dtype)
-        model.__dict__.pop("resize_token_embeddings", None)
         return model if dtype in (None, model.dtype) else model.to(dtype)
 
     # -- what transformers asks ----------------------------------------------------------------------------------------
@@ -309,6 +308,7 @@ def keep_packed_layout(model: torch.nn.Module) -> None:
 
 def refuse_resizing(model: torch.nn.Module) -> None:
     """Makes ``resize_token_embeddings`` say what is wrong, where transformers would take codes for rows."""
+    model.__dict__.pop("resize_token_embeddings", None)
     ends = {"input embedding": "get_input_embeddings", "output head": "get_output_embeddings"}
     for what, getter in ends.items():
         try:
@@ -372,4 +372,5 @@ def restore_modules(
         for key in [k for k in ties if not k.endswith(".weight") and k.rpartition(".")[0] in names]:
             del ties[key]
         model.tie_weights(recompute_mapping=False)
+    refuse_resizing(model)
     return model
