@@ -368,6 +368,8 @@ def test_bad_places_and_models(tiny, tmp_path, made):
         start(made("zeros").load(), tmp_path / "out", "zeros")
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
         start(tiny("t5"), tmp_path / "out", "zeros")
+    with pytest.raises(ValueError, match="BertForSequenceClassification is not a causal language model"):
+        start(tiny("bert"), tmp_path / "out", "zeros")
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
 
 

@@ -127,6 +127,8 @@ def initialize(
         settings["model"] = content_hash(folder)
     check_source(folder)
     source = open_source(folder, config, dtype)
+    if not source.model.can_generate():
+        raise ValueError(f"{type(source.model).__name__} is not a causal language model: its adapter would have no use")
     tokens = None
     if hook.activations != "none":
         calibration = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
