@@ -1,6 +1,8 @@
 """Every example runs, on a tiny model, and stays short."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +52,50 @@ def test_publish(chat, tmp_path):
         assert b"KL" in hub.repos["me/packed"]["README.md"]
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("the cat sat on the mat and looked at the dog. " * 200)
+    return file
+
+
+def test_qlora_trainer(chat, text, tmp_path):
+    output = run("qlora_trainer.py", text, tmp_path, "--model", chat, "--steps", "2", "--length", "32")
+    assert "trainable params" in output and "same loss again: True" in output
+    assert (tmp_path / "adapter_model.safetensors").exists() and (tmp_path / "checkpoint-2").exists()
+
+
+def test_apiq_2bit(chat, text, tmp_path):
+    few = ("--rank", "4", "--windows", "2", "--steps", "2", "--length", "32", "--method", "apiq-lw")
+    output = run("apiq_2bit.py", chat, text, tmp_path / "made", *few)
+    assert "2 bits alone:" in output and "apiq-lw:" in output and "after training:" in output
+    assert (tmp_path / "made/adapter/adapter_model.safetensors").exists()
+
+
+def test_sft_trl(chat, tmp_path):
+    user, assistant = {"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "sat on the mat."}
+    line = json.dumps({"prompt": [user], "completion": [assistant]})
+    (tmp_path / "chats.jsonl").write_text((line + "\n") * 8)
+    output = run("sft_trl.py", tmp_path / "chats.jsonl", tmp_path / "out", "--model", chat, "--steps", "10")
+    first, last = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", output).groups())
+    assert last < first
+    assert (tmp_path / "out/adapter_model.safetensors").exists()
+
+
+def test_publish_adapter(chat, tmp_path):
+    with HubServer() as hub:
+        output = run("publish_adapter.py", chat, "me/adapted", **hub.environment, HF_HOME=str(tmp_path / "home"))
+        assert "same logits: True" in output
+        assert {"model.safetensors", "adapter/adapter_model.safetensors"} < set(hub.repos["me/adapted"])
+
+
+def test_train_distributed(chat, text, tmp_path):
+    """In one process; ``test_distributed.py`` has two."""
+    run("train_distributed.py", chat, text, tmp_path / "out", "--steps", "2", "--length", "32", "--cpu")
+    assert (tmp_path / "out/adapter_model.safetensors").exists()
+
+
 def test_every_example_is_run():
-    tested = {"load_in_3_bits.py", "mixed_bits.py", "publish.py"}
+    tested = {"load_in_3_bits.py", "mixed_bits.py", "publish.py", "qlora_trainer.py", "apiq_2bit.py", "sft_trl.py"}
+    tested |= {"publish_adapter.py", "train_distributed.py"}
     assert tested == {path.name for path in EXAMPLES}
