@@ -265,3 +265,8 @@ def test_norms_and_biases_are_trained_and_saved_on_request(tiny, tmp_path):
         assert torch.equal(fresh(ids).logits, model(ids).logits)
         with model.disable_adapter():
             assert not torch.equal(fresh(ids).logits, model(ids).logits)
+
+
+def test_a_target_that_does_not_exist_is_named(tiny):
+    with pytest.raises(ValueError, match=r"Target modules .*nope.* not found in the base model"):
+        adapted(packed(tiny), target_modules=["nope"])
