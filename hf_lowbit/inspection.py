@@ -19,6 +19,7 @@ from transformers.utils import CONFIG_NAME
 
 from .config import QUANT_METHOD, LowBitConfig
 from .formats import parse_format
+from .low_rank import described
 from .plan import make_plan
 from .quantizer import LowBitHfQuantizer, replace_modules
 from .skeleton import KeyMap, NoSkeleton, build_skeleton, checkpoint_files, read_config
@@ -32,8 +33,8 @@ def inspect_repo(path: str | os.PathLike) -> dict:
         A dict that can be written as JSON:
 
         - ``config``: the ``quantization_config``;
-        - ``layers``: for each packed module ``name``, ``format``, ``bits``, ``bits_per_weight`` (whole, with
-          scales), ``shape`` (N, K) and ``bytes``; tied modules once;
+        - ``layers``: for each packed module ``name``, ``format`` (and its low-rank correction), ``bits``,
+          ``bits_per_weight`` (whole, with scales), ``shape`` (N, K) and ``bytes``; tied modules once;
         - ``kept``: ``name``, ``bytes`` and ``reason`` of what is in float;
         - ``totals``: ``packed_weights``, ``packed_bytes``, ``bits_per_packed_weight``, ``kept_bytes`` and
           ``file_bytes``;
@@ -126,7 +127,7 @@ def _by_skeleton(model, config: LowBitConfig, entries: dict[str, Entry]) -> tupl
     layers = [
         {
             "name": name,
-            "format": packed.format.spec,
+            "format": described(packed.format.spec, packed.low_rank),
             "bits": packed.format.bits,
             "bits_per_weight": 8 * sizes[name] / math.prod(packed.shape),
             "shape": list(packed.shape),

@@ -36,6 +36,11 @@ class LowRank:
         return self.rank * sum(shape) * self.dtype.itemsize
 
 
+def described(spec: str, low_rank: LowRank | None) -> str:
+    """The text of a format and of the correction beside it, for people."""
+    return spec if low_rank is None else f"{spec} with {low_rank.spec}"
+
+
 def parse_low_rank(text: str) -> LowRank:
     """What ``text`` stands for.
 

@@ -148,7 +148,10 @@ def test_every_way_saves_and_reloads(how, name, adapt, tmp_path):
     merged.save_pretrained(tmp_path)
     assert torch.equal(logits(load(name, tmp_path), name), after)
     if how != "dequantize":
-        totals, coverage = inspect_repo(tmp_path)["totals"], load(name, tmp_path).hf_quantizer.coverage
+        report = inspect_repo(tmp_path)
+        corrected = [layer["name"] for layer in report["layers"] if "with rank=4,dtype=float32" in layer["format"]]
+        assert bool(corrected) == (how == "low_rank")
+        totals, coverage = report["totals"], load(name, tmp_path).hf_quantizer.coverage
         assert totals["packed_bytes"] == coverage["packed_bytes"] and totals["packed_weights"] > 0
         # Whether tied or not by now: the dequantized model is still this one.
         torch.testing.assert_close(logits(load(name, tmp_path).dequantize(), name), after, rtol=1e-4, atol=1e-4)

@@ -52,7 +52,7 @@ def register_lora(config) -> None:
     @functools.wraps(load)
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
         loaded = load(cls, pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        options = {key: kwargs[key] for key in ("revision", "token", "cache_dir") if kwargs.get(key) is not None}
+        options = {key: kwargs[key] for key in ("revision", "cache_dir") if kwargs.get(key) is not None}
         loaded.lowbit_origin = (pretrained_model_name_or_path, subfolder, options)
         return loaded
 

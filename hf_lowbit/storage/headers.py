@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from safetensors import SafetensorError, safe_open
 
+from ..low_rank import described
 from ..packed import PackedMixin
 from ..plan import Plan, names
 
@@ -67,11 +68,6 @@ def check_float(entries: dict[str, Entry], plan: Plan, prefix: str) -> None:
             )
 
 
-def described(module: PackedMixin) -> str:
-    """What the config says of ``module``."""
-    return module.spec if module.low_rank is None else f"{module.spec} with {module.low_rank.spec}"
-
-
 def check_checkpoint(model, plan: Plan, files: Iterable[str] | None) -> None:
     """Reads the checkpoint's headers and compares the packed modules of ``model`` with them.
 
@@ -107,5 +103,6 @@ def check_checkpoint(model, plan: Plan, files: Iterable[str] | None) -> None:
             if (entry.shape, entry.dtype) != expected:
                 raise ValueError(
                     f"{alias}.{tensor} is {entry.dtype} of shape {entry.shape} in {os.path.basename(entry.file)}, but "
-                    f"the config says {described(module)}, which needs {expected[1]} of shape {expected[0]}"
+                    f"the config says {described(module.spec, module.low_rank)}, which needs {expected[1]} of shape "
+                    f"{expected[0]}"
                 )
