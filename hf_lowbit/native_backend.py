@@ -3,8 +3,8 @@
 ``kernels/cpu`` builds one shared library that knows nothing of torch; this module finds it beside the Triton kernels,
 describes a packed weight to it by plain pointers, and registers what it can run. One row of activations is multiplied
 while the weight is decoded, a few rows with small decoded panels, and many rows (:data:`FEW_ROWS` up) by decoding rows
-of the weight into a buffer of :data:`BUFFER_WEIGHTS` floats and handing each to torch's own matrix product. Products
-are float32 whatever the dtype: half precision is slow on most CPUs.
+of the weight into a buffer of :data:`BUFFER_BYTES` and handing each to torch's own matrix product. That product is
+float32 whatever the dtype, since half precision is slow on most CPUs, but bfloat16 where the processor multiplies it.
 
 Threads are those of torch's OpenMP where its library has libgomp's interface, else a pool of the library's own.
 
@@ -30,7 +30,7 @@ from .formats.scales import decode_scales
 LIBRARY = "liblowbit_cpu.so"
 VERSION = 1
 FEW_ROWS = 24
-BUFFER_WEIGHTS = 2**19  # 2 MB of float32: what a core's second cache holds, more or less
+BUFFER_BYTES = 2**21  # what a core's second cache holds, more or less
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SCALES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}
 _STREAM, _FLOAT16_ZERO = 1, 2
@@ -162,23 +162,34 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _buffer(rows: int, columns: int) -> torch.Tensor:
-    """(rows, columns), float32, uninitialised; overwritten by the next call in this thread."""
-    kept = getattr(_buffers, "kept", None)
-    if kept is None or kept.numel() < rows * columns:
-        kept = _buffers.kept = torch.empty(max(rows * columns, BUFFER_WEIGHTS))
-    return kept[: rows * columns].view(rows, columns)
+def _buffer(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """(rows, columns) of ``dtype``, uninitialised; overwritten by the next call in this thread."""
+    kept, size = getattr(_buffers, "kept", None), rows * columns * dtype.itemsize
+    if kept is None or kept.numel() < size:
+        kept = _buffers.kept = torch.empty(max(size, BUFFER_BYTES), dtype=torch.uint8)
+    return kept[:size].view(dtype).view(rows, columns)
 
 
-def _decoded(weight: _Described, rows: int, in_features: int):
+def _decoded(weight: _Described, rows: int, in_features: int, dtype: torch.dtype):
     """Yields (first, last, decoded rows (last - first, K)), all rows in turn, in one buffer."""
-    size = max(1, BUFFER_WEIGHTS // in_features)
+    size = max(1, BUFFER_BYTES // dtype.itemsize // in_features)
     run, threads = library().lowbit_dequantize, _threads()
     for first in range(0, rows, size):
         last = min(first + size, rows)
-        part = _buffer(last - first, in_features)
-        _check(run(weight.pointer, None, first, last - first, part.data_ptr(), 0, threads))
+        part = _buffer(last - first, in_features, dtype)
+        _check(run(weight.pointer, None, first, last - first, part.data_ptr(), DTYPES[dtype], threads))
         yield first, last, part
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype many rows of ``dtype`` are multiplied."""
+    return dtype if dtype == torch.bfloat16 and _multiplies_bfloat16() else torch.float32
 
 
 def linear(x, weight, companions, bias, format, in_features):
@@ -194,9 +205,10 @@ def linear(x, weight, companions, bias, format, in_features):
         dtype, run = DTYPES[x.dtype], library().lowbit_linear
         _check(run(described.pointer, x.data_ptr(), pointer, out.data_ptr(), rows, dtype, _threads()))
         return out
-    inputs, outputs = x.view(rows, in_features).to(torch.float32), out.view(rows, N)
-    bias = None if bias is None else bias.to(torch.float32)
-    for first, last, part in _decoded(described, N, in_features):
+    dtype = _product_dtype(x.dtype)
+    inputs, outputs = x.view(rows, in_features).to(dtype), out.view(rows, N)
+    bias = None if bias is None else bias.to(dtype)
+    for first, last, part in _decoded(described, N, in_features, dtype):
         outputs[:, first:last] = F.linear(inputs, part, None if bias is None else bias[first:last])
     return out
 
@@ -204,11 +216,14 @@ def linear(x, weight, companions, bias, format, in_features):
 def input_gradient(gradient, weight, companions, format, in_features):
     """``gradient @ W``; shapes as in :func:`hf_lowbit.ops.input_gradient`."""
     described, N = describe(weight, companions, format, in_features), weight.shape[0]
-    rows = gradient.numel() // max(1, N)
-    flat = gradient.reshape(rows, N).to(torch.float32)
+    rows, dtype = gradient.numel() // max(1, N), _product_dtype(gradient.dtype)
+    flat = gradient.reshape(rows, N).to(dtype)
     total = torch.zeros((rows, in_features))
-    for first, last, part in _decoded(described, N, in_features):
-        total.addmm_(flat[:, first:last], part)
+    for first, last, part in _decoded(described, N, in_features, dtype):
+        if dtype == torch.float32:
+            total.addmm_(flat[:, first:last], part)
+        else:  # shares are added in float32
+            total += flat[:, first:last] @ part
     return total.to(gradient.dtype).view(*gradient.shape[:-1], in_features)
 
 

@@ -315,8 +315,8 @@ static void dequantize_rows(const lowbit_weight *w, const int64_t *index, int64_
                                [&](int64_t k, F v, auto) __attribute__((always_inline)) {
             if (k + 16 <= K && dtype == LOWBIT_F32) {
                 store((float *)out + i * K + k, v);
-            } else if (k + 16 <= K && dtype == LOWBIT_F16) {
-                to_halves((uint16_t *)out + i * K + k, v);
+            } else if (k + 16 <= K) {
+                (dtype == LOWBIT_F16 ? to_halves : to_bhalves)((uint16_t *)out + i * K + k, v);
             } else {
                 float values[16];
                 store(values, v);

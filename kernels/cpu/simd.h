@@ -40,6 +40,13 @@ INLINE F from_bhalves(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
 INLINE void to_halves(uint16_t *p, F a) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+INLINE void to_bhalves(uint16_t *p, F a) {
+    const U bits = _mm512_castps_si512(a), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    U rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, _mm512_srli_epi32(bits, 16), _mm512_set1_epi32(64));
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(rounded));
+}
 INLINE U lanes16(const uint16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
 INLINE U lanes8(const uint16_t *p) {  // eight lanes, twice
     return _mm512_cvtepu16_epi32(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p)));
@@ -95,6 +102,17 @@ INLINE F from_bhalves(const uint16_t *p)
 INLINE void to_halves(uint16_t *p, F a) {
     for (int i = 0; i < 2; i++) _mm_storeu_si128((__m128i *)(p + 8 * i), _mm256_cvtps_ph(a.v[i], _MM_FROUND_TO_NEAREST_INT));
 }
+INLINE void to_bhalves(uint16_t *p, F a) {
+    for (int i = 0; i < 2; i++) {
+        const __m256i bits = _mm256_castps_si256(a.v[i]), high = _mm256_srli_epi32(bits, 16);
+        const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+        const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v[i], a.v[i], _CMP_UNORD_Q));
+        const __m256i chosen = _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(64)), nan);
+        _mm_storeu_si128((__m128i *)(p + 8 * i),
+                         _mm_packus_epi32(_mm256_castsi256_si128(chosen), _mm256_extracti128_si256(chosen, 1)));
+    }
+}
 INLINE U lanes16(const uint16_t *p) BOTH(U, _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8 * i))))
 INLINE U lanes8(const uint16_t *p) {
     __m256i a = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
@@ -144,6 +162,7 @@ INLINE F to_float(U a) EACH(F, (float)(int32_t)a.v[i])
 INLINE F from_halves(const uint16_t *p) EACH(F, from_f16(p[i]))
 INLINE F from_bhalves(const uint16_t *p) EACH(F, from_bf16(p[i]))
 INLINE void to_halves(uint16_t *p, F a) { for (int i = 0; i < 16; i++) p[i] = to_f16(a.v[i]); }
+INLINE void to_bhalves(uint16_t *p, F a) { for (int i = 0; i < 16; i++) p[i] = to_bf16(a.v[i]); }
 INLINE U lanes16(const uint16_t *p) EACH(U, p[i])
 INLINE U lanes8(const uint16_t *p) EACH(U, p[i % 8])
 INLINE U lanes4(const uint16_t *p) EACH(U, p[i % 4])
