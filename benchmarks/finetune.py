@@ -266,12 +266,13 @@ def main():
     command = f"python benchmarks/finetune.py --recover --steps {steps} --windows {args.windows}"
     note = (
         f"Rank {RANK}, {steps} steps of 2 x 128 tokens of news, AdamW, rate {args.rate:g} falling to 0; "
-        f"perplexity on {args.windows} windows of 512 tokens of other articles. All compute in float32."
+        f"perplexity on {args.windows} windows of 512 tokens of other articles. All compute in float32. "
+        "How adapters were started, and at what cost: adapters.md."
     )
-    rows = earlier_rows("finetune_recover", command)
     for name in names:
         made = run_child("recover", source, packed(source, RECOVER[name]), steps, args.rate, args.windows)
         print(name, made, flush=True)
+        rows = earlier_rows("finetune_recover", command)  # now: another process may have added some
         rows[name] = {"method": name, **{k: v for k, v in made.items() if k != "losses"}}
         if not args.print:  # after every contestant: the run is long
             write_results("finetune_recover", command, [rows[n] for n in RECOVER if n in rows], note)
