@@ -154,14 +154,15 @@ class ApiQBlockwise(Hook):
         epochs: Passes over the calibration windows.
         lr: Learning rate of A and B, in parts of the root mean square of each.
         range_lr: Learning rate of the ranges' logits.
-        damping: As in EoRA, for the start.
+        damping: As in EoRA, for the start. Much higher there: what is fitted is the float model's output, with as many
+            numbers as the weight has, which few tokens do not determine.
     """
 
     rank: int
     epochs: int = 2
     lr: float = 0.03
     range_lr: float = 1e-2
-    damping: float = 0.01
+    damping: float = 1.0
 
     activations: ClassVar[str] = "both"
 
