@@ -168,10 +168,15 @@ def recover_child(source: str, repo: str | None, steps: int, rate: float, window
     from hf_lowbit.evaluate import evaluate, make_windows
 
     held_out = make_windows(AutoTokenizer.from_pretrained(source), split_news()[1], 512, windows)
-    model = load(source, repo, "float32")
     adapter = Path(repo or "") / "adapter"
-    trained = PeftModel.from_pretrained(model, adapter, is_trainable=True) if adapter.exists() else adapt(model, RANK)
-    row = {"ppl before": evaluate(trained.eval(), held_out, progress=False).perplexity}
+
+    def make():
+        model = load(source, repo, "float32")
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True) if adapter.exists() else adapt(model, RANK)
+
+    # Of a model of its own: an evaluation on a CPU gives bitsandbytes' weights another layout, which does not train.
+    row = {"ppl before": evaluate(make().eval(), held_out, progress=False).perplexity}
+    trained = make()
     losses = [loss for loss, *_ in train(trained, batches(source, steps), rate, decay=True)]
     for quarter in range(4):
         part = losses[quarter * steps // 4 : (quarter + 1) * steps // 4]
