@@ -181,7 +181,9 @@ def _compile(case: Case):
         target = GPUTarget("hip", case.target, AMD[case.target])
     else:
         target = GPUTarget("cuda", int(case.target.removeprefix("sm_")), 32)
-    options = {"num_warps": warps} | ({} if case.form == "portable" else {"maxnreg": REGISTERS})
+    options = {"num_warps": warps}
+    if case.target in NVIDIA and (case.form != "portable" or case.kernel in ("gemv", "grouped")):
+        options["maxnreg"] = REGISTERS
     compiled = triton.compile(source, target=target, options=options)
     return compiled, warps, target.warp_size, weights
 
@@ -200,7 +202,7 @@ def _weight_lines() -> set[tuple[str, int]]:
     """The source lines of functions that load packed weights and nothing else."""
     from lowbit_kernels import decode, fast_fields
 
-    return _lines_of(fast_fields._words, decode.load_lanes, decode._plane)
+    return _lines_of(fast_fields._words, decode.load_lanes, decode.load_last, decode._plane)
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,8 @@ class Tuner:
         tried = 1
         for name in (n for n in VARIED if n in best and (rows > GEMV_ROWS or n != "rows")):
             for sizes in neighbours(best, name):
+                if sizes.get("inputs", layout.step) < layout.step:
+                    continue
                 tried += 1
                 try:
                     result = call(sizes)

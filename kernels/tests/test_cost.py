@@ -2,8 +2,8 @@
 
 The limits hold for the Triton that the project pins; another version's code is another's. Counting, and what it
 means, are in ``benchmarks/sass_report.py``. It runs in a process of its own, because this one may be under the
-interpreter. Instructions are limited where few of them decide, on sm_80 and sm_90; spills and loads of less than 128
-bits are refused on all NVIDIA targets.
+interpreter. Instructions are limited where few of them decide, on sm_80 and sm_90; spills, loads of less than 128
+bits and more shared memory than a program can have are refused on all NVIDIA targets.
 """
 
 import json
@@ -31,6 +31,9 @@ print(json.dumps([c if isinstance(c, str) else report.record(case, c) for case, 
 _FORM = {"fp16": "subnormal", "bf16": "magic"}
 QUICK = (("gemv", "int:bits=4,group_size=128,symmetric=False"), ("gemm16", "int:bits=4,group_size=128,symmetric=False"))
 LIMITED = ("sm_80", "sm_90")
+# What one program can have: NVIDIA's programming guide (table of compute capabilities), and AMD's local data share.
+_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64, "gfx1100": 64}
+SHARED_BYTES = {target: 1024 * kib for target, kib in _KIB.items()}
 
 
 def limit(kernel: str, format: str, dtype: str) -> float:
@@ -73,8 +76,30 @@ def test_a_weight_costs_few_instructions_and_wide_loads(case):
     assert set(found) == set(KEYS)
     assert found["spills"] == 0
     assert found["load_bits"] == 128
+    assert found["shared_bytes"] <= SHARED_BYTES[case.target]
     if case.target in LIMITED:
         assert found["instructions_per_weight"] <= limit(case.kernel, case.format, case.dtype)
+
+
+_SPECIALIZED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from lowbit_kernels import fast, grouped, hadamard, matmul, rows
+kernels = [k for m in (fast, grouped, hadamard, matmul, rows) for k in vars(m).values() if hasattr(k, "params")]
+launched = [k for k in kernels if k.__name__.endswith("_kernel")]
+rows = [p for k in launched for p in k.params if p.name in ("M", "R", "rows")]
+print(len(launched), [p.name for p in rows if not p.do_not_specialize])
+"""
+
+
+def test_one_row_is_compiled_as_any_other_number_is():
+    """Triton makes an argument of 1 a constant unless told otherwise: one more binary, of code that was not counted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", _SPECIALIZED, str(BENCHMARKS.parent / "torch-ext")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    count, specialized = done.stdout.split(maxsplit=1)
+    assert int(count) >= 9 and specialized.strip() == "[]"
 
 
 def test_the_longest_loop_is_found_and_lines_are_kept():

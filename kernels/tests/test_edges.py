@@ -76,3 +76,11 @@ def test_gradients_of_the_plain_twins(format, device):
     plain.linear(x, *arguments, bias, format.spec, K).backward(gradient)
     twin = plain.input_gradient(gradient, *arguments, format.spec, K)
     torch.testing.assert_close(x.grad, twin, rtol=1e-12, atol=1e-12)
+
+
+def test_tiles_that_cut_a_step_of_a_format_are_refused(device):
+    format = parse_format("int:bits=5")
+    weight, companions = packed(format, 8, 128, device)
+    tiles = lowbit_kernels.Tiles(1, 16, 16)
+    with pytest.raises(ValueError, match=r"tiles take 16 lanes a step, but int of 5 bits needs a multiple of 32"):
+        lowbit_kernels.linear(torch.ones(1, 128, device=device), weight, companions, None, format.spec, 128, tiles)

@@ -9,7 +9,6 @@ Activations are float16, bfloat16 or float32; sums are float32, deterministic, i
 alone. Nothing here is differentiable by itself: the caller joins :func:`linear` and :func:`input_gradient`.
 """
 
-import contextlib
 import functools
 
 import torch
@@ -19,7 +18,7 @@ from . import forms, plain, tuning
 from .fast import FastTiles, fast_linear, fast_tiles
 from .forms import Device
 from .grouped import grouped_input_gradient, grouped_linear
-from .layout import Layout, even, name_tensors, parse
+from .layout import Layout, even, name_tensors, on_device, parse
 from .matmul import add_kernel, gemm_kernel, gemv_kernel
 from .rows import input_gradient_kernel, rows_kernel
 from .tiles import GEMV_ROWS, Tiles, fast_split, gradient_tiles, linear_tiles, row_tiles
@@ -43,11 +42,6 @@ UNPACKED_WEIGHTS = 2**25  # of these at most are written out at a time
 _ADD_BLOCK = 1024
 
 
-def _on(device: torch.device):
-    """Triton launches on the current device: makes ``device`` that."""
-    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
-
-
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -65,7 +59,7 @@ def linear(
         form: Names of :mod:`.forms`, in order of preference, instead of the choice there.
 
     Raises:
-        ValueError: if no form that was asked for can run this, with the reasons.
+        ValueError: if no form that was asked for can run this, with the reasons; for tiles that do not fit the format.
     """
     layout, N, K = parse(format), weight.shape[0], in_features
     M = x.numel() // max(1, x.shape[-1])
@@ -73,11 +67,11 @@ def linear(
         return x.new_empty((*x.shape[:-1], N))
     device = forms.describe(x.device)
     name = forms.choose(device, layout, x.dtype, M, "portable" if tiles else form).name
-    with _on(x.device):
+    with on_device(x.device):
         if name == "unpacked":
             return _unpacked(x, weight, companions, bias, format, K)
         if name == "portable":
-            return _portable(x, weight, companions, bias, layout, K, tiles or _tiles(device, layout, M, N, K))
+            return _portable(x, weight, companions, bias, layout, K, tiles or _tiles(device, layout, M, N, K), device)
         sizes, split = _fast_tiles(device, name, layout, M, N, K)
         return fast_linear(x, weight, companions, bias, format, K, name, sizes, split)
 
@@ -114,7 +108,12 @@ def _unpacked(x, weight, companions, bias, format, K) -> torch.Tensor:
     return out
 
 
-def _portable(x, weight, companions, bias, layout, K, tiles) -> torch.Tensor:
+def _portable(x, weight, companions, bias, layout, K, tiles, device) -> torch.Tensor:
+    if tiles.inputs % layout.step:
+        raise ValueError(
+            f"tiles take {tiles.inputs} lanes a step, but {layout.name} of {layout.bits} bits needs a multiple of"
+            f" {layout.step}: give such a size for inputs"
+        )
     N, packed = weight.shape[0], name_tensors(weight, companions, layout)
     rows = x.reshape(-1, K).contiguous()
     M = rows.shape[0]
@@ -133,6 +132,7 @@ def _portable(x, weight, companions, bias, layout, K, tiles) -> torch.Tensor:
         BLOCK_N=tiles.outputs,
         BLOCK_L=tiles.inputs,
         num_warps=tiles.warps,
+        **(device.registers if gemv else {}),
     )
     if tiles.split > 1:
         grid = (triton.cdiv(M * N, _ADD_BLOCK),)
@@ -157,7 +157,7 @@ def input_gradient(
     if out.numel() == 0:
         return out.view(*gradient.shape[:-1], K)
     tiles = tiles or gradient_tiles(M, N, K, layout, forms.describe(gradient.device).warp)
-    with _on(gradient.device):
+    with on_device(gradient.device):
         input_gradient_kernel[(triton.cdiv(M, tiles.rows), triton.cdiv(K, tiles.inputs))](
             *(rows, *packed, out, M, N, K),
             EVEN=even(K),
@@ -177,7 +177,7 @@ def _rows(index, weight, companions, format, K, dtype, tiles) -> torch.Tensor:
     out = torch.empty((R, K), dtype=dtype, device=weight.device)
     if out.numel():
         tiles = tiles or row_tiles(R, K, layout, forms.describe(weight.device).warp)
-        with _on(weight.device):
+        with on_device(weight.device):
             rows_kernel[(triton.cdiv(R, tiles.rows), triton.cdiv(K, tiles.inputs))](
                 *(index, *packed, out, R, N, K),
                 EVEN=even(K),

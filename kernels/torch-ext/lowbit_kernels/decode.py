@@ -46,46 +46,114 @@ def _blocks(K, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _plane(row_start, start, inside, blocks, LAYOUT: tl.constexpr, PLANE: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Lanes of a later plane for BLOCK_L lanes of the first, shifted to where the fields of those begin; int16.
-
-    Its lanes are fewer: each is loaded once and spread over the lanes of the first plane that it goes with.
-    """
-    LANES: tl.constexpr = 4 * PLANE
-    PARTS: tl.constexpr = LAYOUT.lanes // LANES
-    BLOCKS: tl.constexpr = BLOCK_L // LAYOUT.lanes
-    lane = start // LAYOUT.lanes * LANES + tl.arange(0, BLOCKS * LANES)[None, :]
-    word = tl.load(row_start + lane, mask=inside & (lane < blocks * LANES), other=0)
-    word = word.reshape(word.shape[0], BLOCKS, 1, LANES).broadcast_to(word.shape[0], BLOCKS, PARTS, LANES)
-    shift = (tl.arange(0, PARTS) * PLANE).to(tl.int16)[None, None, :, None]
-    return (word >> shift).reshape(word.shape[0], BLOCK_L)
+def _tile_lanes(start, part, BLOCKS: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr):
+    """Numbers (1, BLOCKS * LANES) of lanes in a plane of LANES a block: every PARTS-th block from ``start + part``."""
+    lane = tl.arange(0, BLOCKS * LANES)[None, :]
+    if PARTS > 1:
+        lane = (lane // LANES * PARTS + part) * LANES + lane % LANES
+    return start * LANES + lane
 
 
 @triton.jit
-def load_lanes(weight, row, start, inside, K, EVEN: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_L: tl.constexpr):
-    """BLOCK_L lanes of the first plane from ``start``, in rows (BLOCK_N, 1), and what goes with them of the others.
-
-    Three tiles (BLOCK_N, BLOCK_L), int16; what a format has not is the first plane again.
-    """
-    lanes = row_lanes(K, EVEN, LAYOUT)
-    lane = start + tl.arange(0, BLOCK_L)[None, :]
-    here = inside & (lane < lanes)
+def lane_tile(start, part, LAYOUT: tl.constexpr, BLOCK_L: tl.constexpr, PARTS: tl.constexpr):
+    """Numbers (1, BLOCK_L // PARTS) of the lanes of the first plane in a part of the BLOCK_L lanes from ``start``."""
     if LAYOUT.ternary:
-        first = tl.load(weight + row * lanes + lane, mask=here, other=0)
+        lane = start + tl.arange(0, BLOCK_L)[None, :]
+    else:
+        BLOCKS: tl.constexpr = BLOCK_L // LAYOUT.lanes // PARTS
+        lane = _tile_lanes(start // LAYOUT.lanes, part, BLOCKS, LAYOUT.lanes, PARTS)
+    return lane
+
+
+@triton.jit
+def _plane(
+    plane,
+    start,
+    part,
+    inside,
+    blocks,
+    last,
+    LAYOUT: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Lanes of a later plane for those of the first that they go with, shifted to where the fields of those begin.
+
+    They are fewer: each is loaded once, or taken from ``last``, and repeated.
+    """
+    PLANE: tl.constexpr = LAYOUT.planes[INDEX]
+    LANES: tl.constexpr = 4 * PLANE
+    TIMES: tl.constexpr = LAYOUT.lanes // LANES
+    if PARTS > 1 and LAYOUT.planes[-1] == PLANE:
+        word = last
+    else:
+        lane = _tile_lanes(start, part, BLOCKS, LANES, PARTS)
+        word = tl.load(plane + lane, mask=inside & (lane < blocks * LANES), other=0)
+    word = word.reshape(word.shape[0], BLOCKS, 1, LANES).broadcast_to(word.shape[0], BLOCKS, TIMES, LANES)
+    shift = (tl.arange(0, TIMES) * PLANE).to(tl.int16)[None, None, :, None]
+    return (word >> shift).reshape(word.shape[0], BLOCKS * LAYOUT.lanes)
+
+
+@triton.jit
+def load_last(
+    weight, row, start, inside, K, EVEN: tl.constexpr, LAYOUT: tl.constexpr, BLOCK_L: tl.constexpr, PARTS: tl.constexpr
+):
+    """Words of the last plane for both parts of BLOCK_L lanes from ``start``: two tiles; anything if PARTS is 1."""
+    if PARTS == 1:
+        words = (row, row)
+    else:
+        LANES: tl.constexpr = 4 * LAYOUT.planes[-1]
+        BLOCKS: tl.constexpr = BLOCK_L // LAYOUT.lanes
+        blocks = _blocks(K, EVEN)
+        plane = weight + row * (blocks * (4 * LAYOUT.bits)) + blocks * (4 * (LAYOUT.bits - LAYOUT.planes[-1]))
+        lane = _tile_lanes(start // LAYOUT.lanes, 0, BLOCKS, LANES, 1)
+        word = tl.load(plane + lane, mask=inside & (lane < blocks * LANES), other=0)
+        words = tl.split(word.reshape(word.shape[0], BLOCKS // 2, 2, LANES).permute(0, 1, 3, 2))
+    return words
+
+
+@triton.jit
+def load_lanes(
+    weight,
+    row,
+    start,
+    part,
+    inside,
+    K,
+    last,
+    EVEN: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Lanes of the first plane that :func:`lane_tile` numbers, of rows (BLOCK_N, 1), and what goes with them.
+
+    Three tiles (BLOCK_N, BLOCK_L // PARTS), int16; what a format has not is the first plane again. ``last`` is this
+    part's share of :func:`load_last`.
+    """
+    if LAYOUT.ternary:
+        lanes = row_lanes(K, EVEN, LAYOUT)
+        lane = start + tl.arange(0, BLOCK_L)[None, :]
+        first = tl.load(weight + row * lanes + lane, mask=inside & (lane < lanes), other=0)
         second = first
         third = first
     else:
+        PLANES: tl.constexpr = LAYOUT.planes
+        BLOCKS: tl.constexpr = BLOCK_L // LAYOUT.lanes // PARTS
+        block = start // LAYOUT.lanes
         blocks = _blocks(K, EVEN)
-        row_start = weight + row * (blocks * (4 * LAYOUT.bits))
-        first = tl.load(row_start + lane, mask=here, other=0)
+        plane = weight + row * (blocks * (4 * LAYOUT.bits))
+        lane = _tile_lanes(block, part, BLOCKS, LAYOUT.lanes, PARTS)
+        first = tl.load(plane + lane, mask=inside & (lane < blocks * LAYOUT.lanes), other=0)
         second = first
         third = first
-        if len(LAYOUT.planes) > 1:
-            row_start += lanes
-            second = _plane(row_start, start, inside, blocks, LAYOUT, LAYOUT.planes[1], BLOCK_L)
-            if len(LAYOUT.planes) > 2:
-                row_start += blocks * (4 * LAYOUT.planes[1])
-                third = _plane(row_start, start, inside, blocks, LAYOUT, LAYOUT.planes[2], BLOCK_L)
+        if len(PLANES) > 1:
+            plane += blocks * LAYOUT.lanes
+            second = _plane(plane, block, part, inside, blocks, last, LAYOUT, 1, BLOCKS, PARTS)
+        if len(PLANES) > 2:
+            plane += blocks * (4 * PLANES[1])
+            third = _plane(plane, block, part, inside, blocks, last, LAYOUT, 2, BLOCKS, PARTS)
     return first, second, third
 
 
@@ -188,25 +256,37 @@ def _over_lanes(value, BLOCK_L: tl.constexpr):
 
 
 @triton.jit
-def load_grid(scales, scale_range, zeros, row, start, inside, K, LAYOUT: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Scales and zero points of BLOCK_L lanes from ``start``, where no group ends within a block.
+def load_grid(
+    scales,
+    scale_range,
+    zeros,
+    row,
+    start,
+    part,
+    inside,
+    K,
+    LAYOUT: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Scales and zero points of the lanes of :func:`lane_tile`, where no group ends within a block.
 
-    They are loaded once for each block; tiles (BLOCK_N, BLOCK_L), or what broadcasts to that.
+    They are loaded once for each block; tiles (BLOCK_N, BLOCK_L // PARTS), or what broadcasts to that.
     """
     if LAYOUT.group == 0:
         group = (row * 0).to(tl.int32)
         scale = load_scale(scales, scale_range, row, group, inside, K, LAYOUT)
         zero = load_zero(zeros, row, group, inside, K, LAYOUT)
     else:
-        BLOCKS: tl.constexpr = BLOCK_L // LAYOUT.lanes
-        k = (start // LAYOUT.lanes + tl.arange(0, BLOCKS)[None, :]) * 64
+        BLOCKS: tl.constexpr = BLOCK_L // LAYOUT.lanes // PARTS
+        k = _tile_lanes(start // LAYOUT.lanes, part, BLOCKS, 1, PARTS) * 64
         here = inside & (k < K)
         scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here, K, LAYOUT)
         zero = load_zero(zeros, row, group_of(k, LAYOUT), here, K, LAYOUT)
         if LAYOUT.scale != "none":
-            scale = _over_lanes(scale, BLOCK_L)
+            scale = _over_lanes(scale, BLOCK_L // PARTS)
         if LAYOUT.zeros != "fixed":
-            zero = _over_lanes(zero, BLOCK_L)
+            zero = _over_lanes(zero, BLOCK_L // PARTS)
     return scale, zero
 
 
@@ -248,7 +328,9 @@ def load_values(
     else:
         BLOCKS: tl.constexpr = BLOCK_K // 64
         LANES: tl.constexpr = LAYOUT.lanes
-        one, two, three = load_lanes(weight, row, first // 64 * LANES, inside, K, EVEN, LAYOUT, BLOCKS * LANES)
+        one, two, three = load_lanes(
+            *(weight, row, first // 64 * LANES, 0, inside, K, None, EVEN, LAYOUT, BLOCKS * LANES, 1)
+        )
         row = row[:, :, None, None]
         inside = inside[:, :, None, None]
         block = first + 64 * tl.arange(0, BLOCKS)[None, :, None, None]
@@ -269,5 +351,5 @@ def load_values(
             three = _over_fields(three, BLOCKS, LAYOUT)
         code = decode_field(_over_fields(one, BLOCKS, LAYOUT), two, three, field, LAYOUT)
         value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
-        value = tl.where(inside & (k < K), value, 0.0).to(DTYPE).reshape(row.shape[0], BLOCK_K)
+        value = tl.where(inside & (k < K), value, 0.0).to(DTYPE).reshape(row.shape[0], BLOCKS * 64)
     return value

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .fast_fields import all_turns, level_tables, moved_e2m1, seen_inputs, with_step
-from .layout import Layout, name_tensors, parse
+from .layout import Layout, name_tensors, on_device, parse
 from .matmul import _store, add_kernel
 
 FORMS = ("subnormal", "lop3", "magic")
@@ -60,7 +60,7 @@ class FastTiles:
     spans: int = 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def fast_kernel(
     x,
     weight,
@@ -192,24 +192,25 @@ def fast_linear(
     tiles = tiles or fast_tiles(M, layout)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     target = torch.empty((split, M, N), dtype=torch.float32, device=x.device) if split > 1 else out
-    fast_kernel[(triton.cdiv(M, tiles.rows), triton.cdiv(N, tiles.outputs), split)](
-        *(rows, *name_tensors(weight, companions, layout), bias, target, M, N, K),
-        LAYOUT=layout,
-        FORM=form,
-        SPLIT=split,
-        BLOCK_M=tiles.rows,
-        BLOCK_N=tiles.outputs,
-        BLOCKS=tiles.blocks,
-        STRIPS=tiles.strips,
-        SPANS=tiles.spans,
-        COLUMNS=tiles.columns,
-        WINDOW=tiles.window,
-        EVEN=K % (64 * tiles.blocks * tiles.spans) == 0,
-        STAGES=tiles.stages,
-        ROWS_OF_ONES=min(16 * tiles.warps, tiles.outputs // tiles.strips),
-        num_warps=tiles.warps,
-        maxnreg=REGISTERS,
-    )
-    if split > 1:
-        add_kernel[(triton.cdiv(M * N, 1024),)](target, bias, out, M, N, SPLIT=split, BLOCK=1024)
+    with on_device(x.device):
+        fast_kernel[(triton.cdiv(M, tiles.rows), triton.cdiv(N, tiles.outputs), split)](
+            *(rows, *name_tensors(weight, companions, layout), bias, target, M, N, K),
+            LAYOUT=layout,
+            FORM=form,
+            SPLIT=split,
+            BLOCK_M=tiles.rows,
+            BLOCK_N=tiles.outputs,
+            BLOCKS=tiles.blocks,
+            STRIPS=tiles.strips,
+            SPANS=tiles.spans,
+            COLUMNS=tiles.columns,
+            WINDOW=tiles.window,
+            EVEN=K % (64 * tiles.blocks * tiles.spans) == 0,
+            STAGES=tiles.stages,
+            ROWS_OF_ONES=min(16 * tiles.warps, tiles.outputs // tiles.strips),
+            num_warps=tiles.warps,
+            maxnreg=REGISTERS,
+        )
+        if split > 1:
+            add_kernel[(triton.cdiv(M * N, 1024),)](target, bias, out, M, N, SPLIT=split, BLOCK=1024)
     return out.view(*x.shape[:-1], N)

@@ -56,6 +56,11 @@ class Device:
         """Threads in a warp: 64 on AMD's CDNA (gfx9), else 32."""
         return 64 if self.architecture.startswith("gfx9") else 32
 
+    @property
+    def registers(self) -> dict[str, int]:
+        """Said to NVIDIA's assembler, which else saves registers in matrix-vector kernels and spills a few."""
+        return {"maxnreg": fast.REGISTERS} if self.vendor == "nvidia" else {}
+
     def __str__(self) -> str:
         return f"{self.vendor} {self.architecture}".strip()
 

@@ -48,7 +48,7 @@ def _find(ends, E, R, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
     return found, start, stop
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def grouped_linear_kernel(
     x,
     ends,
@@ -103,7 +103,7 @@ def grouped_linear_kernel(
         tl.store(out + m.to(tl.int64) * N + n, total.to(out.dtype.element_ty), mask=(m < stop) & (n < N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def grouped_input_gradient_kernel(
     gradient,
     ends,
@@ -209,13 +209,14 @@ def grouped_linear(
     if out.numel() == 0:
         return out
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    warp = forms.describe(x.device).warp
-    tiles = tiles or replace(linear_tiles(triton.cdiv(R, E), N, K, layout, warp), split=1)
+    device = forms.describe(x.device)
+    tiles = tiles or replace(linear_tiles(triton.cdiv(R, E), N, K, layout, device.warp), split=1)
+    gemv = tiles.rows <= GEMV_ROWS
     with on_device(x.device):
         grouped_linear_kernel[(row_tiles_needed(R, E, tiles.rows), triton.cdiv(N, tiles.outputs))](
             *(x.contiguous(), ends.contiguous(), *packed, bias, out, E, R, N, K),
             **_shares(packed, layout, E),
-            GEMV=tiles.rows <= GEMV_ROWS,
+            GEMV=gemv,
             EVEN=even(K),
             LAYOUT=layout,
             BLOCK_E=triton.next_power_of_2(E + 1),
@@ -223,6 +224,7 @@ def grouped_linear(
             BLOCK_N=tiles.outputs,
             BLOCK_L=tiles.inputs,
             num_warps=tiles.warps,
+            **(device.registers if gemv else {}),
         )
     return out
 

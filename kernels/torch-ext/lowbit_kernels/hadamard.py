@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .layout import on_device
+
 MAX_SMALL = 64
 """Largest order ``r`` that is multiplied as a matrix."""
 
@@ -88,7 +90,7 @@ def _stage(value, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr
     return tl.reshape(mixed, (BLOCK_R, BLOCK))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def butterfly_kernel(x, out, rows, scale, BLOCK: tl.constexpr, STAGES: tl.constexpr, BLOCK_R: tl.constexpr):
     """Transforms each of ``rows`` runs of BLOCK = 2**STAGES values; grid (cdiv(rows, BLOCK_R),)."""
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
@@ -137,10 +139,11 @@ def hadamard(x: torch.Tensor, inverse: bool = False, max_block: int = 4096) -> t
     out = torch.empty(runs.shape, dtype=x.dtype if r == 1 else torch.float32, device=x.device)
     block_rows = max(1, 1024 // b)
     if out.numel():
-        butterfly_kernel[(triton.cdiv(runs.shape[0], block_rows),)](
-            runs, out, runs.shape[0], (r * b) ** -0.5, BLOCK=b, STAGES=b.bit_length() - 1, BLOCK_R=block_rows,
-            num_warps=4,
-        )  # fmt: skip
+        with on_device(x.device):
+            butterfly_kernel[(triton.cdiv(runs.shape[0], block_rows),)](
+                runs, out, runs.shape[0], (r * b) ** -0.5, BLOCK=b, STAGES=b.bit_length() - 1, BLOCK_R=block_rows,
+                num_warps=4,
+            )  # fmt: skip
     if r > 1:
         out = _mix(out.view(-1, r, b), r, inverse)
     return out.reshape(x.shape).to(x.dtype)

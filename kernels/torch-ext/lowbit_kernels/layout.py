@@ -92,6 +92,20 @@ class Layout:
         """Whether all fields of a lane share a group."""
         return self.group == 0 or (not self.ternary and self.group % BLOCK == 0)
 
+    @property
+    def sum_parts(self) -> int:
+        """Parts that a tile is decoded in, one after another, where inputs are summed over (:func:`.decode.load_last`).
+
+        A thread that loads 16 bytes of a 1-bit plane has 128 weights; next to a plane of 4 bits, all at once would need
+        more registers than there are.
+        """
+        return 2 if self.bits in (5, 7) else 1
+
+    @property
+    def step(self) -> int:
+        """The fewest lanes of the first plane that a sum over the inputs takes a step; any number if ternary."""
+        return 1 if self.ternary else self.lanes * self.sum_parts
+
     def groups(self, in_features: int) -> int:
         """Groups in a row of ``in_features`` weights."""
         return 1 if self.group == 0 else -(-in_features // self.group)

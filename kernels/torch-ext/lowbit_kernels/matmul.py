@@ -18,8 +18,10 @@ from .decode import (
     dequantize,
     group_of,
     input_index,
+    lane_tile,
     load_grid,
     load_lanes,
+    load_last,
     load_scale,
     load_zero,
     row_lanes,
@@ -59,22 +61,29 @@ def gemv_sum(
     ``x_row`` points at rows of x, (BLOCK_M, 1), of which those ``seen`` exist; ``row`` (BLOCK_N, 1) are rows of W.
     """
     FIELDS: tl.constexpr = LAYOUT.fields
-    total = tl.zeros((x_row.shape[0], row.shape[0], BLOCK_L), dtype=tl.float32)
+    PARTS: tl.constexpr = LAYOUT.sum_parts
+    total = tl.zeros((x_row.shape[0], row.shape[0], BLOCK_L // PARTS), dtype=tl.float32)
     for start in range(first, lanes, STEP):
-        lane = start + tl.arange(0, BLOCK_L)[None, :]
-        here = (lane < lanes) & inside
-        one, two, three = load_lanes(weight, row, start, inside, K, EVEN, LAYOUT, BLOCK_L)
-        if LAYOUT.group_spans_blocks:
-            scale, zero = load_grid(scales, scale_range, zeros, row, start, inside, K, LAYOUT, BLOCK_L)
-        for field in tl.static_range(FIELDS):
-            k = input_index(lane, field, K, LAYOUT)
-            if not LAYOUT.group_spans_blocks:
-                scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
-                zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
-            code = decode_field(one, two, three, field, LAYOUT)
-            value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
-            inputs = tl.load(x_row + k, mask=seen & (lane < lanes) & (k < K), other=0).to(tl.float32)
-            total += value[None, :, :] * inputs[:, None, :]
+        last = load_last(weight, row, start, inside, K, EVEN, LAYOUT, BLOCK_L, PARTS)
+        for part in tl.static_range(PARTS):
+            lane = lane_tile(start, part, LAYOUT, BLOCK_L, PARTS)
+            here = (lane < lanes) & inside
+            one, two, three = load_lanes(
+                *(weight, row, start, part, inside, K, last[part], EVEN, LAYOUT, BLOCK_L, PARTS)
+            )
+            if LAYOUT.group_spans_blocks:
+                scale, zero = load_grid(
+                    *(scales, scale_range, zeros, row, start, part, inside, K, LAYOUT, BLOCK_L, PARTS)
+                )
+            for field in tl.static_range(FIELDS):
+                k = input_index(lane, field, K, LAYOUT)
+                if not LAYOUT.group_spans_blocks:
+                    scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+                    zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+                code = decode_field(one, two, three, field, LAYOUT)
+                value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
+                inputs = tl.load(x_row + k, mask=seen & (lane < lanes) & (k < K), other=0).to(tl.float32)
+                total += value[None, :, :] * inputs[:, None, :]
     return tl.sum(total, axis=2)
 
 
@@ -99,26 +108,33 @@ def gemm_sum(
 ):
     """As :func:`gemv_sum`, by ``tl.dot``."""
     FIELDS: tl.constexpr = LAYOUT.fields
+    PARTS: tl.constexpr = LAYOUT.sum_parts
     total = tl.zeros((x_row.shape[0], row.shape[0]), dtype=tl.float32)
     for start in range(first, lanes, STEP):
-        lane = start + tl.arange(0, BLOCK_L)[None, :]
-        here = (lane < lanes) & inside
-        one, two, three = load_lanes(weight, row, start, inside, K, EVEN, LAYOUT, BLOCK_L)
-        if LAYOUT.group_spans_blocks:
-            scale, zero = load_grid(scales, scale_range, zeros, row, start, inside, K, LAYOUT, BLOCK_L)
-        for field in tl.static_range(FIELDS):
-            k = input_index(lane, field, K, LAYOUT)
-            if not LAYOUT.group_spans_blocks:
-                scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
-                zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
-            code = decode_field(one, two, three, field, LAYOUT)
-            value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
-            inputs = tl.load(x_row + k, mask=seen & (lane < lanes) & (k < K), other=0)
-            total = tl.dot(inputs, tl.trans(value.to(inputs.dtype)), total, input_precision="ieee")
+        last = load_last(weight, row, start, inside, K, EVEN, LAYOUT, BLOCK_L, PARTS)
+        for part in tl.static_range(PARTS):
+            lane = lane_tile(start, part, LAYOUT, BLOCK_L, PARTS)
+            here = (lane < lanes) & inside
+            one, two, three = load_lanes(
+                *(weight, row, start, part, inside, K, last[part], EVEN, LAYOUT, BLOCK_L, PARTS)
+            )
+            if LAYOUT.group_spans_blocks:
+                scale, zero = load_grid(
+                    *(scales, scale_range, zeros, row, start, part, inside, K, LAYOUT, BLOCK_L, PARTS)
+                )
+            for field in tl.static_range(FIELDS):
+                k = input_index(lane, field, K, LAYOUT)
+                if not LAYOUT.group_spans_blocks:
+                    scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+                    zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+                code = decode_field(one, two, three, field, LAYOUT)
+                value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
+                inputs = tl.load(x_row + k, mask=seen & (lane < lanes) & (k < K), other=0)
+                total = tl.dot(inputs, tl.trans(value.to(inputs.dtype)), total, input_precision="ieee")
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gemv_kernel(
     x,
     weight,
@@ -150,7 +166,7 @@ def gemv_kernel(
     _store(out, bias, split, m, n[None, :], total, M, N, SPLIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
     x,
     weight,
@@ -182,7 +198,7 @@ def gemm_kernel(
     _store(out, bias, split, m, n[None, :], total, M, N, SPLIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def add_kernel(shares, bias, out, M, N, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
     """Adds ``shares`` (SPLIT, M, N), float32, and the bias (N,) into ``out`` (M, N), in the order of the splits."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

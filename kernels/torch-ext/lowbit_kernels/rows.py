@@ -9,7 +9,7 @@ import triton.language as tl
 from .decode import load_values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def rows_kernel(
     index,
     weight,
@@ -78,7 +78,7 @@ def input_gradient_sum(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def input_gradient_kernel(
     gradient,
     weight,

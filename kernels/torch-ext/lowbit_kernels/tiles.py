@@ -5,7 +5,7 @@ registers; the files read by :mod:`.tuning` go before them, and a caller who kno
 
 In the portable kernels a thread loads 16 bytes of the narrowest plane at a time, if the tile has that many for every
 thread: the rules count in threads, and warps follow from how wide the device's are. 16 bytes of a 1-bit plane are 128
-weights, more than registers hold everywhere; where a 1-bit plane comes after one of 4 bits, 8 bytes have to do.
+weights; after a plane of 4 bits they are decoded in two parts (``Layout.sum_parts``). In gradients 8 bytes have to do.
 """
 
 from dataclasses import dataclass
@@ -44,10 +44,10 @@ def _power(n: int, low: int, high: int) -> int:
 def linear_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32) -> Tiles:
     """For ``x`` (M, K) and a weight (N, K), on a device with ``warp`` threads in a warp."""
     gemv = M <= GEMV_ROWS
-    most = 32 if layout.bits in (3, 5, 7) else 64  # a 1-bit plane after another takes registers
+    most = {3: 32, 5: 32, 7: 16}.get(layout.bits, 64)  # a 1-bit plane after another takes registers
     rows, outputs, lanes, threads = (_power(M, 1, 4), 16, 32, 64) if gemv else (_power(M, 16, most), 64, 16, 128)
     if not layout.ternary:
-        lanes = max(layout.lanes, lanes * min(2, layout.planes[0] // layout.planes[-1]))
+        lanes = max(layout.lanes, lanes * layout.planes[0] // layout.planes[-1])
     programs, steps = -(-M // rows) * -(-N // outputs), -(-layout.row_lanes(K) // lanes)
     split = _shares(programs, steps, 2 * _MULTIPROCESSORS)
     return Tiles(rows, outputs, lanes, split, threads // warp)
