@@ -102,6 +102,24 @@ def test_one_row_is_compiled_as_any_other_number_is():
     assert int(count) >= 9 and specialized.strip() == "[]"
 
 
+def _small_groups():
+    for text in (*(f"int:bits={bits},group_size=32" for bits in range(1, 9)), "nf:bits=4,group_size=32"):
+        for kernel in ("gemv", "gemm16"):
+            for dtype, form in _FORM.items():
+                quick = (text, kernel, dtype) == ("int:bits=4,group_size=32", "gemv", "fp16")
+                marks = [] if quick else [pytest.mark.slow]
+                yield pytest.param(Case("sm_80", kernel, text, dtype, form), marks=marks, id=f"{kernel}-{text}-{dtype}")
+
+
+@pytest.mark.parametrize("case", list(_small_groups()))
+def test_groups_smaller_than_a_block_compile_and_do_not_spill(case):
+    """More sums and scales for a weight, so the limits of instructions, for groups of 128, do not hold."""
+    (found,) = count([case])
+    assert isinstance(found, dict), found
+    assert found["spills"] == 0 and found["load_bits"] == 128
+    assert found["shared_bytes"] <= SHARED_BYTES[case.target]
+
+
 def test_the_longest_loop_is_found_and_lines_are_kept():
     text = "\n".join(
         [

@@ -301,6 +301,8 @@ def with_step(
     N: tl.constexpr = total.shape[0]
     R: tl.constexpr = total.shape[1]
     PARTS: tl.constexpr = 64 // LAYOUT.group if LAYOUT.group != 0 and LAYOUT.group < 64 else 1
+    UNIT: tl.constexpr = _unit(FORM, LAYOUT, WINDOW)
+    OFFSET: tl.constexpr = 0.0 if FORM != "magic" else 256.0 if LAYOUT.bits == 8 else 128.0
     first = step * (BLOCKS * 64)
     operands = _operands(start, step, blocks, turns, LAYOUT, BLOCKS, EVEN)
     for part in tl.static_range(PARTS):
@@ -316,15 +318,13 @@ def with_step(
             sums = _table_sums(
                 *(sums, operands, x_row, seen, first, K, tables, LAYOUT, FORM, part, PARTS, BLOCKS, COLUMNS, EVEN),
             )
-            total += sums * _spread(scale * _unit(FORM, LAYOUT, WINDOW), BLOCK_M)
+            total += sums * _spread(scale * UNIT, BLOCK_M)
         else:
             inputs_sum = tl.zeros((ROWS_OF_ONES, R), tl.float32)
             sums, inputs_sum = _plane_sums(
                 *(sums, inputs_sum, operands, x_row, seen, first, K),
                 *(LAYOUT, FORM, part, PARTS, BLOCKS, COLUMNS, WINDOW, EVEN),
             )
-            UNIT: tl.constexpr = _unit(FORM, LAYOUT, WINDOW)
-            OFFSET: tl.constexpr = 0.0 if FORM != "magic" else 256.0 if LAYOUT.bits == 8 else 128.0
             zero = load_zero(zeros, row, group, stored, K, LAYOUT)
             shift = _spread(zero * (1.0 / UNIT) + OFFSET, BLOCK_M)
             inputs_sum = inputs_sum.reshape(1, ROWS_OF_ONES, R)
