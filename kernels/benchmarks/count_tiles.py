@@ -1,16 +1,16 @@
 """Writes the shipped files of sizes of tiles by counting in compiled code, where there is no device to time them on.
 
-    python kernels/benchmarks/count_tiles.py            # NVIDIA's families, 4 bits: some minutes
+    python kernels/benchmarks/count_tiles.py            # NVIDIA's families, the usual formats: an hour or so
 
-For a form, a format and a number of rows it compiles the sizes of the rule, and those with more or fewer rows of W and
-inputs to a step, for the family's architecture (:mod:`sass_report`), drops what spills or loads weights in pieces
-smaller than 16 bytes, and takes what is least by a model: the time to issue a weight's instructions or to read its
-bits, whichever is longer, for the device that stands for the family in ``sass_report.DEVICES``; among those equal to a
-hundredth the one that leaves room for most warps. Programs share a sum until the device is full by the registers and
-shared memory that were counted. It is a model; :mod:`tune` measures.
+The model is the time to issue a weight's instructions or to read its bits, whichever is longer, for the device that
+stands for the family in ``sass_report.DEVICES``. Where reading takes longer with the sizes of the rule, no sizes can be
+better, and nothing is written. Elsewhere the sizes with more or fewer rows of W and inputs to a step are compiled
+(:mod:`sass_report`), those that spill or load weights in pieces smaller than 16 bytes dropped, and the fastest are
+written if the model has them faster than the rule by a hundredth. Programs share a sum until the device is full by the
+registers and shared memory that were counted. It is a model; :mod:`tune` measures.
 
-Sizes that the rule chooses too are written as well, since the split depends on the device. Run it again when
-``fast.py`` changes: entries go before the rule.
+More than 4 rows of x are cut in tiles of 16: what holds for 16 holds for them. Run it again when ``fast.py`` changes:
+entries go before the rule.
 """
 
 import argparse
@@ -25,11 +25,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "torch-ext"), str(HERE)]
 FAMILIES = {target: f"nvidia-{target.replace('_', '')}" for target in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")}
-FORMATS = ("int:bits=4,group_size=64", "int:bits=4,group_size=128")
+FORMATS = (
+    *(f"int:bits={bits},group_size={group}" for bits in (4, 3, 2, 8) for group in (32, 64, 128)),
+    "nf:bits=4,group_size=64",
+)
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
 KERNELS = {"gemv": 1, "gemm16": 16}
 FORMS = {"subnormal": "fp16", "magic": "bf16"}
-ORIGIN = "counted, not timed: kernels/benchmarks/count_tiles.py"
+ORIGIN = "counted, not timed: entries where kernels/benchmarks/count_tiles.py finds sizes that beat the rule"
 
 
 def candidates(rows: int, layout) -> list[dict[str, int]]:
@@ -58,27 +61,38 @@ def counted(case, sizes: dict[str, int]):
         fast.fast_tiles = rule
 
 
-def rank(case, cost) -> tuple:
-    """What the best has least: seconds a weight in the model, to a hundredth; then free room for warps."""
+def seconds(case, cost) -> tuple[float, float]:
+    """The model: seconds to issue the instructions of a weight, and to read its bits."""
     import sass_report
 
     _, processors, clock, bandwidth, *_ = sass_report.DEVICES[case.target]
-    issued = cost.instructions_per_weight / (processors * clock * 1e9 * 4 * 32)
-    seconds = max(issued, cost.bits / 8 / (bandwidth * 1e9))
-    return float(f"{seconds:.2g}"), -sass_report.occupancy(case, cost)
+    return cost.instructions_per_weight / (processors * clock * 1e9 * 4 * 32), cost.bits / 8 / (bandwidth * 1e9)
+
+
+def rank(case, cost) -> tuple:
+    """What the best has least: seconds a weight in the model; of equals, the one with room for most warps."""
+    import sass_report
+
+    issued, read = seconds(case, cost)
+    return max(issued, read), -sass_report.occupancy(case, cost)
 
 
 def entries(target: str, text: str, kernel: str, form: str) -> list[dict]:
-    """The entries of a form, format and number of rows for every shape; none if everything spills."""
+    """The entries of a form, format and number of rows for every shape; none if the rule's sizes are as good."""
     import sass_report
     from lowbit_kernels import fast, parse, tiles, tuning
 
     case, layout, rows = sass_report.Case(target, kernel, text, FORMS[form], form), parse(text), KERNELS[kernel]
-    costs = [(sizes, counted(case, sizes)) for sizes in candidates(rows, layout)]
-    good = [(s, c) for s, c in costs if c is not None and not c.spills and c.load_bits == 128]
-    if not good:
+    rule, *others = candidates(rows, layout)
+    ruled = counted(case, rule)
+    issued, read = seconds(case, ruled)
+    if issued <= read and not ruled.spills:
         return []
-    sizes, cost = min(good, key=lambda pair: rank(case, pair[1]))
+    costs = [(sizes, counted(case, sizes)) for sizes in others]
+    good = [(s, c) for s, c in costs if c is not None and not c.spills and c.load_bits == 128]
+    sizes, cost = min(good, key=lambda pair: rank(case, pair[1]), default=(rule, ruled))
+    if not ruled.spills and rank(case, cost)[0] > 0.99 * rank(case, ruled)[0]:
+        return []
     _, processors, *_, most, _ = sass_report.DEVICES[target]
     resident = max(1, round(sass_report.occupancy(case, cost) * most / cost.warps))
     key = {"form": form, "format": tuning.format_class(layout), "rows": rows}

@@ -182,7 +182,7 @@ def _compile(case: Case):
     else:
         target = GPUTarget("cuda", int(case.target.removeprefix("sm_")), 32)
     options = {"num_warps": warps}
-    if case.target in NVIDIA and (case.form != "portable" or case.kernel in ("gemv", "grouped")):
+    if case.target in NVIDIA and (case.form != "portable" or case.kernel == "gemv"):
         options["maxnreg"] = REGISTERS
     compiled = triton.compile(source, target=target, options=options)
     return compiled, warps, target.warp_size, weights

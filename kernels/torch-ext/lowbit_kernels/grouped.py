@@ -209,14 +209,13 @@ def grouped_linear(
     if out.numel() == 0:
         return out
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    device = forms.describe(x.device)
-    tiles = tiles or replace(linear_tiles(triton.cdiv(R, E), N, K, layout, device.warp), split=1)
-    gemv = tiles.rows <= GEMV_ROWS
+    warp = forms.describe(x.device).warp
+    tiles = tiles or replace(linear_tiles(triton.cdiv(R, E), N, K, layout, warp), split=1)
     with on_device(x.device):
         grouped_linear_kernel[(row_tiles_needed(R, E, tiles.rows), triton.cdiv(N, tiles.outputs))](
             *(x.contiguous(), ends.contiguous(), *packed, bias, out, E, R, N, K),
             **_shares(packed, layout, E),
-            GEMV=gemv,
+            GEMV=tiles.rows <= GEMV_ROWS,
             EVEN=even(K),
             LAYOUT=layout,
             BLOCK_E=triton.next_power_of_2(E + 1),
@@ -224,7 +223,6 @@ def grouped_linear(
             BLOCK_N=tiles.outputs,
             BLOCK_L=tiles.inputs,
             num_warps=tiles.warps,
-            **(device.registers if gemv else {}),
         )
     return out
 
