@@ -9,6 +9,7 @@ Listed are gradients of weights with a 1-bit plane: 16 bytes of it are 128 weigh
 ways to load 16 were compiled. Two warps instead of four for the same tile spill 0, 7, 9 and 0 at 1, 3, 5 and 7 bits on
 sm_120 and 8, 12, 33 and 53 on gfx1100; with half the rows of the gradient, which decodes every weight twice as often,
 still 9 at 1 bit. Two blocks one after another, as sums over the inputs do, spill 57 at 1 bit and 239 at 7 on gfx1100.
+The grouped kernel on sm_120 is listed because the load cannot be told from its line there (0 bits); it does not spill.
 """
 
 import json
@@ -80,7 +81,10 @@ def _parameters():
 def _slow(target, cases):
     for kernel, format, dtype in cases:
         name = f"{target}-{kernel}-{format}-{dtype}"
-        yield pytest.param(Case(target, kernel, format, dtype, "portable"), marks=pytest.mark.slow, id=name)
+        marks = [pytest.mark.slow]
+        if (reason := NOT_REACHED.get((target, kernel, format))) is not None:
+            marks.append(pytest.mark.xfail(strict=True, reason=f"measured: {reason}"))
+        yield pytest.param(Case(target, kernel, format, dtype, "portable"), marks=marks, id=name)
 
 
 @pytest.mark.parametrize("case", list(_parameters()))
