@@ -8,7 +8,8 @@ Trained are A, B and the range of every group, ``scale = 2 sigmoid(g) scale_0``,
 the layer's own method has chosen. Three things differ from the paper:
 
 - Codes stay those of the start, which makes the gradient exact. Rounded again in every step, with gradients passed
-  straight through rounding, blocks of a real model ended 7 % further from the float model at 2 bits.
+  straight through rounding, blocks of a real model ended 7 % further from the float model at 2 bits (at a smaller
+  learning rate of the ranges, so the comparison is not clean).
 - Training begins at the best low-rank correction (as in EoRA, but towards the float model's output), not at B = 0.
 - The layer-wise objective is a quadratic form in second moments (:class:`~hf_lowbit.calibration.Moments`), so that
   every step sees all tokens at the price of one product of the weight's size.
