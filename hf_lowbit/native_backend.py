@@ -88,7 +88,7 @@ def unavailable() -> str | None:
 
 
 class _Described:
-    """A packed weight as the library sees it, with all that its pointers point to."""
+    """A packed weight as the library sees it, with all that its pointers point to but ``weight`` itself."""
 
     def __init__(self, weight: torch.Tensor, companions: list[torch.Tensor], spec: str, in_features: int):
         format = parse_format(spec)
@@ -104,7 +104,8 @@ class _Described:
         self.record = _Weight(codes=tensors[""].data_ptr(), rows=weight.shape[0], inputs=in_features)
         self.record.group = max(0, format.group_size)
         self.record.bits = int(format.bits) if format.name != "ternary" else 0
-        self.alive = [*tensors.values(), *self._scales(tensors, format), *self._grid(tensors, format)]
+        kept = [t for t in tensors.values() if t is not weight]  # which would keep itself alive: it is the key
+        self.alive = [*kept, *self._scales(tensors, format), *self._grid(tensors, format)]
         self.pointer = ctypes.addressof(self.record)
 
     def _scales(self, tensors: dict[str, torch.Tensor], format: Format) -> list[torch.Tensor]:
@@ -142,7 +143,7 @@ def _version(tensor: torch.Tensor) -> int:
 
 def _key(weight: torch.Tensor, companions: list[torch.Tensor], spec: str, in_features: int) -> tuple:
     """What a description depends on: where the tensors lie, and how often those that it copies were changed."""
-    return (spec, in_features, weight.data_ptr(), *((t.data_ptr(), _version(t)) for t in companions))
+    return (spec, in_features, *((t.data_ptr(), _version(t)) for t in (weight, *companions)))
 
 
 def describe(weight: torch.Tensor, companions: list[torch.Tensor], spec: str, in_features: int) -> _Described:

@@ -7,8 +7,10 @@ many rows are multiplied so, and each decoded weight (each share of a gradient, 
 """
 
 import copy
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -180,6 +182,15 @@ def test_a_description_follows_the_tensors():
     assert torch.equal(
         native.linear(x, weight, companions, None, text, 64), native.linear(x, other, others, None, text, 64)
     )
+
+
+def test_a_description_does_not_keep_its_weight():
+    weight, companions, text = packed(INT4, 8, 64)
+    native.linear(torch.randn(1, 64), weight, companions, None, text, 64)
+    gone = [weakref.ref(t) for t in (weight, *companions)]
+    del weight, companions
+    gc.collect()
+    assert all(ref() is None for ref in gone)
 
 
 def test_tensors_of_another_shape_are_refused_before_they_are_read():
