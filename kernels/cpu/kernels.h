@@ -48,4 +48,10 @@ static inline Planes planes_of(int bits) {
     return all[bits];
 }
 
+// Of a copy, in packing.cpp; arguments as in Kernels.
+namespace LOWBIT_ISA {
+void pack(const uint8_t *codes, uint16_t *lanes, int64_t inputs, int bits, int64_t first, int64_t last);
+void unpack(const uint16_t *lanes, uint8_t *codes, int64_t inputs, int bits, int64_t first, int64_t last);
+}  // namespace LOWBIT_ISA
+
 }  // namespace lowbit

@@ -1,7 +1,7 @@
 // Sixteen floats, and sixteen 32-bit numbers, on each instruction set: just what the kernels need.
 //
 // One header for all: LOWBIT_AVX512, LOWBIT_AVX2 or neither (plain loops that any compiler takes and good ones vectorise) is
-// defined by the build for each copy of kernels.cpp. `lookup` reads a table of 16 by the low four bits of an index.
+// defined by the build for each copy of the kernels. `lookup` reads a table of 16 by the low four bits of an index.
 #pragma once
 
 #include <cstdint>

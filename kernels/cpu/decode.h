@@ -1,0 +1,208 @@
+// How values are read from a packed weight, for the files that are compiled once for each instruction set.
+//
+// A row of the weight is walked in blocks of 64 values, four vectors of 16. Whatever the width, the planes of a block become
+// words whose nibble v holds the low bits of the codes of vector v (the layout of docs/format.md makes that a load and at most
+// one shift), so one shift a vector gives an index. For up to four bits the index goes straight into a table of 16 values that
+// a group's scale and zero point have been multiplied into: shift, look up. Wider codes are put together and converted. Either
+// way the value is exactly the dequantized weight, (code - zero) * scale rounded as in plain PyTorch.
+#pragma once
+
+#include "kernels.h"
+
+#include "number.h"
+#include "simd.h"
+
+namespace lowbit {
+namespace LOWBIT_ISA {
+
+// Of codes wider than 4 bits; a table of up to 16 levels is a grid like any other, whose zero point is 0.
+enum Kind { INTEGER, TABLE };
+
+// ---------------------------------------------------------------- scales and zero points
+
+INLINE int64_t groups_of(const lowbit_weight *w) { return w->group ? (w->inputs + w->group - 1) / w->group : 1; }
+
+static inline void widen(const void *from, float *to, int64_t count, int dtype) {
+    if (dtype == LOWBIT_F32) {
+        memcpy(to, from, 4 * (size_t)count);
+        return;
+    }
+    const uint16_t *halves = (const uint16_t *)from;
+    int64_t i = 0;
+    if (dtype == LOWBIT_F16)
+        for (; i + 16 <= count; i += 16) store(to + i, from_halves(halves + i));
+    else
+        for (; i + 16 <= count; i += 16) store(to + i, from_bhalves(halves + i));
+    for (; i < count; i++) to[i] = read(from, i, dtype);
+}
+
+// The scales of a row, as floats.
+static inline void read_scales(const lowbit_weight *w, int64_t row, int64_t groups, float *scales) {
+    const int64_t first = row * groups;
+    switch (w->scale) {
+        case LOWBIT_SCALE_BYTE:
+            for (int64_t g = 0; g < groups; g++) scales[g] = w->scale_table[((const uint8_t *)w->scales)[first + g]];
+            return;
+        case LOWBIT_SCALE_F16: return widen((const uint16_t *)w->scales + first, scales, groups, LOWBIT_F16);
+        case LOWBIT_SCALE_BF16: return widen((const uint16_t *)w->scales + first, scales, groups, LOWBIT_BF16);
+        case LOWBIT_SCALE_F32: return widen((const float *)w->scales + first, scales, groups, LOWBIT_F32);
+        default:
+            for (int64_t g = 0; g < groups; g++) scales[g] = 1.0f;
+    }
+}
+
+// The zero points of a row, as floats.
+template <int BITS> static inline void read_zeros(const lowbit_weight *w, int64_t row, int64_t groups, float *zeros) {
+    if (w->zero == LOWBIT_ZERO_FIXED) {
+        for (int64_t g = 0; g < groups; g++) zeros[g] = w->fixed_zero;
+    } else if (w->zero == LOWBIT_ZERO_F16) {
+        widen((const uint16_t *)w->zeros + row * groups, zeros, groups, LOWBIT_F16);
+    } else {
+        const uint8_t *stream = (const uint8_t *)w->zeros + row * ((groups * BITS + 7) / 8);
+        for (int64_t g = 0; g < groups; g++) {
+            const int64_t bit = g * BITS;
+            uint32_t word = stream[bit / 8];
+            if (8 % BITS && bit % 8 + BITS > 8) word |= (uint32_t)stream[bit / 8 + 1] << 8;  // never past the row
+            zeros[g] = (float)(word >> (bit % 8) & ((1 << BITS) - 1));
+        }
+    }
+}
+
+// What turns an index or a code of a group into a value: a table of 16, or a zero point and a scale.
+struct Grid {
+    F table;  // of values (up to 4 bits), or the zero point
+    F scale;
+    const float *levels;
+};
+
+template <int BITS> INLINE F first_levels(const float *levels) {
+    float repeated[16];
+    for (int i = 0; i < 16; i++) repeated[i] = levels ? levels[i & ((1 << BITS) - 1)] : (float)(i & ((1 << BITS) - 1));
+    return load(repeated);
+}
+
+template <int BITS, Kind KIND> INLINE void enter_group(Grid &grid, F levels, const float *scale, const float *zero) {
+    grid.scale = set1(*scale);
+    if constexpr (KIND == TABLE) return;
+    grid.table = set1(*zero);
+    if constexpr (BITS <= 4) grid.table = mul(sub(levels, grid.table), grid.scale);
+}
+
+// ---------------------------------------------------------------- codes of a block
+
+// Nibble words of block b, and for more than 4 bits a second word; `row` is the row's first lane.
+template <int BITS> INLINE void load_words(U (&word)[2], const uint16_t *row, int64_t blocks, int64_t b) {
+    if constexpr (BITS == 1) word[0] = quarters_shift(lanes4(row + 4 * b));
+    if constexpr (BITS == 2) word[0] = halves_shift(lanes8(row + 8 * b));
+    if constexpr (BITS == 3) {
+        U two = halves_shift(lanes8(row + 8 * b)), one = quarters_shift(lanes4(row + 8 * blocks + 4 * b));
+        word[0] = choose(shift_up<1>(two), one, 0x6666);  // bit 3 of a nibble is left over
+    }
+    if constexpr (BITS >= 4 && BITS < 8) word[0] = lanes16(row + 16 * b);
+    if constexpr (BITS == 5) word[1] = quarters_shift(lanes4(row + 16 * blocks + 4 * b));
+    if constexpr (BITS == 6) word[1] = halves_shift(lanes8(row + 16 * blocks + 8 * b));
+    if constexpr (BITS == 7) {
+        U two = halves_shift(lanes8(row + 16 * blocks + 8 * b));
+        word[1] = choose(shift_up<1>(two), quarters_shift(lanes4(row + 24 * blocks + 4 * b)), 0x6666);
+    }
+    if constexpr (BITS == 8) {
+        word[0] = lanes16(row + 32 * b);
+        word[1] = lanes16(row + 32 * b + 16);
+    }
+}
+
+// Codes of vector V; up to 4 bits with bits above the code that a repeated table ignores.
+template <int BITS, int V> INLINE U code(const U (&word)[2]) {
+    if constexpr (BITS <= 4) {
+        return shift<4 * V>(word[0]);
+    } else if constexpr (BITS == 8) {
+        return V < 2 ? mask(word[V & 1], 255) : shift<8>(word[V & 1]);
+    } else {
+        U high = shift_up<BITS - 4>(mask(shift<4 * V>(word[0]), 15));
+        return either(high, mask(shift<4 * V>(word[1]), (1u << (BITS - 4)) - 1));
+    }
+}
+
+template <int BITS, Kind KIND, int V> INLINE F value(const U (&word)[2], const Grid &grid) {
+    U c = code<BITS, V>(word);
+    if constexpr (BITS <= 4)
+        return lookup(grid.table, c);
+    else if constexpr (KIND == TABLE)
+        return mul(gather(grid.levels, c), grid.scale);
+    else
+        return mul(sub(to_float(c), grid.table), grid.scale);
+}
+
+template <int V> struct Number { static constexpr int value = V; };  // a number that a lambda can take as a constant
+
+// Calls use(k, values, V) for the 16 values from k on, vector V of a block, for blocks `from` to `to` - 1 of a row. `FINE`: groups
+// smaller than a block. `scratch`: 2 * groups floats.
+template <int BITS, Kind KIND, bool FINE, class Use>
+INLINE void walk(const lowbit_weight *w, int64_t row, int64_t from, int64_t to, float *scratch, Use use) {
+    const int64_t blocks = (w->inputs + 63) / 64, groups = groups_of(w);
+    float *const scales = scratch, *const zeros = scratch + groups;
+    read_scales(w, row, groups, scales);
+    if constexpr (KIND == INTEGER) read_zeros<BITS>(w, row, groups, zeros);
+    const uint16_t *lanes = w->codes + row * (4 * BITS * blocks);
+    const int64_t per_group = w->group ? w->group / 64 : blocks;  // blocks; 0 if FINE
+    Grid grid;
+    grid.levels = w->table ? w->levels + (w->table == LOWBIT_TABLE_ROW ? row << BITS : 0) : nullptr;
+    const F levels = BITS <= 4 ? first_levels<BITS>(grid.levels) : zero();
+    int64_t group = FINE ? from * 64 / w->group : from / per_group, left = 0;
+    if (!FINE && from % per_group) {
+        enter_group<BITS, KIND>(grid, levels, scales + group, zeros + group);
+        group++;
+        left = per_group - from % per_group;
+    }
+    for (int64_t b = from; b < to; b++) {
+        U word[2];
+        load_words<BITS>(word, lanes, blocks, b);
+        if (!FINE && left-- == 0) {
+            enter_group<BITS, KIND>(grid, levels, scales + group, zeros + group);
+            group++;
+            left = per_group - 1;
+        }
+#define VECTOR(V)                                                                           \
+        if (FINE && (V == 0 || (16 * V) % w->group == 0)) {                                 \
+            const int64_t g = group < groups ? group : groups - 1; /* behind the row's end */ \
+            enter_group<BITS, KIND>(grid, levels, scales + g, zeros + g);                   \
+            group++;                                                                        \
+        }                                                                                   \
+        use(64 * b + 16 * V, value<BITS, KIND, V>(word, grid), Number<V>());
+        VECTOR(0) VECTOR(1) VECTOR(2) VECTOR(3)
+#undef VECTOR
+    }
+}
+
+// ---------------------------------------------------------------- ternary: base 3, ten digits to a lane
+
+// Values of a row to out (inputs floats, and 16 more that may be written); `scales`: room for one a group.
+static inline void ternary_row(const lowbit_weight *w, int64_t row, float *out, float *scales) {
+    const int64_t lanes = (w->inputs + 9) / 10, groups = groups_of(w);
+    read_scales(w, row, groups, scales);
+    const uint16_t *from = w->codes + row * lanes;
+    for (int64_t l = 0; l < lanes; l += 16) {
+        const int64_t here = lanes - l < 16 ? lanes - l : 16;
+        uint16_t copy[16] = {0};
+        memcpy(copy, from + l, 2 * (size_t)here);
+        U rest = lanes16(copy);
+        for (int64_t k = l; k < w->inputs; k += lanes) {
+            U tripled = plus(rest, shift_up<1>(rest));
+            F digit = sub(to_float(shift<16>(tripled)), set1(1.0f));
+            const int64_t inside = w->inputs - k < here ? w->inputs - k : here;
+            if (inside == 16)
+                store(out + k, digit);
+            else
+                store_first(out + k, digit, (int)inside);
+            rest = mask(tripled, 0xFFFF);
+        }
+    }
+    for (int64_t g = 0; g < groups; g++) {
+        const F scale = set1(scales[g]);
+        const int64_t end = w->group && (g + 1) * w->group < w->inputs ? (g + 1) * w->group : w->inputs;
+        for (int64_t k = g * w->group; k < end; k += 16) store(out + k, mul(load(out + k), scale));
+    }
+}
+
+}  // namespace LOWBIT_ISA
+}  // namespace lowbit
