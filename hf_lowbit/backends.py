@@ -137,12 +137,12 @@ def select(op: str, format: str, device: str, dtype: torch.dtype, backend: str =
     Raises:
         RuntimeError: if none can, with every kernel's reason.
     """
-    return _select(Problem(op, format, device, dtype), requested_backend(backend))
+    return _select(op, format, device, dtype, requested_backend(backend))
 
 
 @functools.lru_cache(maxsize=4096)
-def _select(problem: Problem, wanted: str) -> Kernel:
-    op, format, device, dtype = problem.op, problem.format, problem.device, problem.dtype
+def _select(op: str, format: str, device: str, dtype: torch.dtype, wanted: str) -> Kernel:
+    problem = Problem(op, format, device, dtype)
     for kernel in kernels():
         if wanted in ("auto", kernel.backend) and kernel.objection(problem) is None:
             return kernel

@@ -15,11 +15,11 @@ says so and plain PyTorch serves.
 import ctypes
 import functools
 import threading
+import weakref
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import __path__ as _package_path
 from .backends import Kernel, register_kernel
@@ -134,7 +134,7 @@ class _Described:
         return []
 
 
-_described = WeakIdKeyDictionary()
+_described: dict[int, tuple[weakref.ref, _Described]] = {}  # by id of the weight
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -143,15 +143,19 @@ def _version(tensor: torch.Tensor) -> int:
 
 def _key(weight: torch.Tensor, companions: list[torch.Tensor], spec: str, in_features: int) -> tuple:
     """What a description depends on: where the tensors lie, and how often those that it copies were changed."""
-    return (spec, in_features, *((t.data_ptr(), _version(t)) for t in (weight, *companions)))
+    return (spec, in_features, weight.data_ptr(), *[(t.data_ptr(), _version(t)) for t in companions])
 
 
 def describe(weight: torch.Tensor, companions: list[torch.Tensor], spec: str, in_features: int) -> _Described:
     """The description of a packed weight, remembered for as long as ``weight`` lives and nothing of it changes."""
-    found = _described.get(weight)
-    if found is None or found.key != _key(weight, companions, spec, in_features):
-        found = _described[weight] = _Described(weight, companions, spec, in_features)
-    return found
+    found = _described.get(id(weight))
+    if found is not None and found[0]() is weight:
+        if found[1].key == _key(weight, companions, spec, in_features):
+            return found[1]
+    described = _Described(weight, companions, spec, in_features)
+    number = id(weight)
+    _described[number] = weakref.ref(weight, lambda _: _described.pop(number, None)), described
+    return described
 
 
 def _check(code: int) -> None:

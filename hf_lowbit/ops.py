@@ -3,6 +3,9 @@
 Each takes a packed weight as plain tensors: ``weight`` (N, lanes), int16, and its ``companions`` in the order of
 :meth:`Format.suffixes`, with the text of the format, which makes them traceable by ``torch.compile`` and exportable.
 They pick a kernel through :mod:`.backends`; autograd keeps packed tensors only.
+
+Torch's dispatcher takes 10 to 20 microseconds for an op that is written in Python, as long as a kernel takes for the
+layers of a small model. So where nothing needs it, a call goes straight to its kernel (:func:`_direct`).
 """
 
 import torch
@@ -29,29 +32,30 @@ def _check_features(x, in_features):
     torch._check(x.shape[-1] == in_features, lambda: f"input has {x.shape[-1]} features, the weight {in_features}")
 
 
-@torch.library.impl("lowbit::linear", "CompositeExplicitAutograd")
 def _linear(x, weight, companions, bias, format, in_features, backend):
-    _check_features(x, in_features)
+    if x.shape[-1] != in_features:
+        _check_features(x, in_features)
     kernel = select("linear", format, x.device.type, x.dtype, backend)
     return kernel.run(x, weight, companions, bias, format, in_features)
 
 
-@torch.library.impl("lowbit::input_gradient", "CompositeExplicitAutograd")
 def _input_gradient(gradient, weight, companions, format, in_features, backend):
     kernel = select("input_gradient", format, gradient.device.type, gradient.dtype, backend)
     return kernel.run(gradient, weight, companions, format, in_features)
 
 
-@torch.library.impl("lowbit::dequantize", "CompositeExplicitAutograd")
 def _dequantize(weight, companions, format, in_features, dtype, backend):
     kernel = select("dequantize", format, weight.device.type, dtype, backend)
     return kernel.run(weight, companions, format, in_features, dtype)
 
 
-@torch.library.impl("lowbit::embedding", "CompositeExplicitAutograd")
 def _embedding(index, weight, companions, format, in_features, dtype, backend):
     kernel = select("embedding", format, weight.device.type, dtype, backend)
     return kernel.run(index, weight, companions, format, in_features, dtype)
+
+
+for _run in (_linear, _input_gradient, _dequantize, _embedding):
+    torch.library.impl(f"lowbit::{_run.__name__[1:]}", "CompositeExplicitAutograd", _run)
 
 
 @torch.library.register_fake("lowbit::linear")
@@ -110,6 +114,19 @@ def _input_gradient_backward(ctx, gradient):
 torch.library.register_autograd("lowbit::input_gradient", _input_gradient_backward, setup_context=_save_packed_gradient)
 
 
+def _direct(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether a call needs nothing of torch's dispatcher: no gradient, and nobody who traces, transforms or watches."""
+    return not (
+        torch.compiler.is_compiling()  # first: what follows is not for a compiler to see
+        or type(x) is not Tensor
+        or (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -133,6 +150,8 @@ def linear(
     Returns:
         (..., N).
     """
+    if _direct(x, bias):
+        return _linear(x, weight, companions, bias, format, in_features, backend)
     return torch.ops.lowbit.linear(x, weight, companions, bias, format, in_features, backend)
 
 
@@ -153,4 +172,6 @@ def embedding(
     backend: str = "auto",
 ) -> Tensor:
     """``W[index]`` (..., K) in ``dtype`` for ``index`` (...), integer; other arguments as in :func:`linear`."""
+    if _direct(index, None):
+        return _embedding(index, weight, companions, format, in_features, dtype, backend)
     return torch.ops.lowbit.embedding(index, weight, companions, format, in_features, dtype, backend)

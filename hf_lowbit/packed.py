@@ -55,10 +55,12 @@ class PackedMixin:
         self._restored(self.fixed_names())
 
     def _restored(self, names: tuple[str, ...]) -> list[torch.Tensor]:
-        tensors, dtypes = [getattr(self, name) for name in names], self.dtypes
-        for name, tensor in zip(names, tensors, strict=True):
+        tensors, dtypes, parameters = [], self.dtypes, self._parameters
+        for name in names:
+            tensor = parameters[name] if name in parameters else getattr(self, name)
             if tensor.dtype is not dtypes[name]:
                 tensor.data = tensor.data.to(dtypes[name])
+            tensors.append(tensor)
         return tensors
 
     def fixed_names(self) -> tuple[str, ...]:

@@ -245,3 +245,58 @@ def test_autocast_decides_the_dtype(dtype):
         y = module(random(2, 130))
     assert y.dtype == dtype
     torch.testing.assert_close(y, module(random(2, 130).to(dtype)))
+
+
+# -- past the dispatcher -----------------------------------------------------------------------------------------------
+
+
+def _traced(call, x):
+    return torch.jit.trace(call, x, check_trace=False)(2 * x)
+
+
+def _proxied(call, x):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(call)(x)(2 * x)
+
+
+def _faked(call, x):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        return call(mode.from_tensor(x))
+
+
+@pytest.mark.parametrize("watch", [_traced, _proxied, _faked, lambda call, x: torch.vmap(call)(x[None])])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+@torch.no_grad()
+def test_who_traces_or_transforms_sees_the_op(watch):
+    weight, companions, spec, columns = packed("int:bits=4")
+    called, x = [], random(2, columns)
+
+    def call(x):
+        called.append(ops._direct(x, None))
+        return ops.linear(x, weight, companions, None, spec, columns)
+
+    direct = call(x)
+    try:
+        result = watch(call, x)
+    except RuntimeError as error:  # there is no rule to batch the op, and torch says so
+        assert "Batching rule" in str(error) or "vmap" in str(error)
+        result = direct[None]
+    assert called == [True, False]
+    assert result.shape[-2:] == direct.shape
+    if watch in (_traced, _proxied):
+        torch.testing.assert_close(result, 2 * direct)
+
+
+def test_a_call_that_needs_gradients_goes_through_autograd():
+    weight, companions, spec, columns = packed("int:bits=4")
+    x, bias = random(2, columns), random(7, requires_grad=True)
+    assert not ops._direct(x, bias) and not ops._direct(random(2, columns, requires_grad=True), None)
+    assert ops._direct(x, None)
+    with torch.no_grad():
+        assert ops._direct(x, bias)
+    assert ops.linear(x, weight, companions, bias, spec, columns).requires_grad
+    with pytest.raises(RuntimeError, match=f"input has 64 features, the weight {columns}"):
+        ops.linear(random(2, 64), weight, companions, None, spec, columns)
