@@ -149,9 +149,8 @@ def _key(weight: torch.Tensor, companions: list[torch.Tensor], spec: str, in_fea
 def describe(weight: torch.Tensor, companions: list[torch.Tensor], spec: str, in_features: int) -> _Described:
     """The description of a packed weight, remembered for as long as ``weight`` lives and nothing of it changes."""
     found = _described.get(id(weight))
-    if found is not None and found[0]() is weight:
-        if found[1].key == _key(weight, companions, spec, in_features):
-            return found[1]
+    if found is not None and found[0]() is weight and found[1].key == _key(weight, companions, spec, in_features):
+        return found[1]
     described = _Described(weight, companions, spec, in_features)
     number = id(weight)
     _described[number] = weakref.ref(weight, lambda _: _described.pop(number, None)), described
