@@ -1,5 +1,6 @@
 """Training adapters on a packed base with the unchanged Trainer, and what the backward pass keeps."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lowbit import LowBitConfig, LowBitLinear
 from hf_lowbit.adapters.branch import add_low_rank
+from hf_lowbit.adapters.overflow import OverflowWatch
 
 VOCABULARY = 160
 
@@ -270,3 +272,60 @@ def test_norms_and_biases_are_trained_and_saved_on_request(tiny, tmp_path):
 def test_a_target_that_does_not_exist_is_named(tiny):
     with pytest.raises(ValueError, match=r"Target modules .*nope.* not found in the base model"):
         adapted(packed(tiny), target_modules=["nope"])
+
+
+# -- float16 -----------------------------------------------------------------------------------------------------------
+
+CURE = r"Train in bfloat16 \(bf16=True, or dtype=torch.bfloat16\) or in float32"
+# What is damaged, with what, and what is said of it.
+OVERFLOWS = {
+    "lora_B": (3e4, r"its output is past 65504, for inputs of at most \d"),
+    "lora_A": (float("nan"), "its adapter is no longer finite"),
+}
+
+
+@pytest.mark.parametrize("factor", OVERFLOWS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float16_overflow_names_the_layer_and_the_cure(tiny, factor, autocast):
+    model = adapted(packed(tiny, dtype=torch.float32 if autocast else torch.float16)).train()
+    batch = torch.stack([row["input_ids"] for row in data(2)])
+
+    def loss():
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            return model(input_ids=batch, labels=batch).loss
+
+    assert torch.isfinite(loss())
+    value, message = OVERFLOWS[factor]
+    name = "model.layers.1.mlp.down_proj"
+    with torch.no_grad():
+        getattr(model.get_base_model().get_submodule(name), factor)["default"].weight.fill_(value)
+    with pytest.raises(ValueError, match=f"float16 overflow in training at {name}: {message}.*{CURE}"):
+        loss()
+    model.eval()
+    loss()  # is not watched
+
+
+def test_float16_overflow_before_a_packed_layer_is_not_laid_at_its_door(tiny):
+    model = adapted(packed(tiny, dtype=torch.float16)).train()
+    with torch.no_grad():
+        model.get_base_model().model.layers[1].input_layernorm.weight.fill_(float("inf"))
+    batch = torch.stack([row["input_ids"] for row in data(2)])
+    message = r"model.layers.1.self_attn.q_proj: its input is not finite: something before it overflowed"
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=batch)
+
+
+def test_the_answer_of_another_device_is_read_once_it_is_there():
+    class Event:
+        ready = False
+
+        def query(self):
+            return self.ready
+
+    watch, event, finite = OverflowWatch(), Event(), torch.ones(2, 2, dtype=torch.float16)
+    watch.pending = torch.tensor([1.0, 1.0, 1.0, float("inf")]), event
+    watch("layer", finite, finite, finite, finite)  # not there yet: nothing is waited for
+    event.ready = True
+    with pytest.raises(ValueError, match="at layer: its output is past 65504, for inputs of at most 1"):
+        watch("layer", finite, finite, finite, finite)
+    assert copy.deepcopy(watch).pending is None

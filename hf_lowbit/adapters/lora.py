@@ -25,6 +25,7 @@ from transformers.utils import logging
 from ..packed import PackedMixin
 from .base import note_layer
 from .branch import add_low_rank
+from .overflow import OverflowWatch
 from .requantize import Cost, Original, requantize
 
 logger = logging.get_logger("transformers.hf_lowbit")
@@ -67,6 +68,7 @@ class FloatView:
 
     def __init__(self, base_layer, adapter_name, config, **kwargs):
         self.__dict__["target_name"] = kwargs.get("target_name") or ""  # PEFT's own __init__ adds the adapter
+        self.__dict__["_watch"] = OverflowWatch()
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
 
     def get_base_layer(self) -> nn.Module:
@@ -234,7 +236,10 @@ class LoraLowBitLinear(FloatView, lora.Linear):
             return super().forward(x, *args, **kwargs)
         name = names[0]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return add_low_rank(self.base_layer(x), self.lora_dropout[name](x), a, b, self.scaling[name])
+        y = add_low_rank(self.base_layer(x), self.lora_dropout[name](x), a, b, self.scaling[name])
+        if y.dtype == torch.float16:
+            self._watch(self.target_name, x, a, b, y)
+        return y
 
     @property
     def lora_variants(self):
