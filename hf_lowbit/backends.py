@@ -26,7 +26,7 @@ class Problem:
     """What is to be run.
 
     Args:
-        op: "linear", "input_gradient", "dequantize" or "embedding".
+        op: "linear", "linear_int8", "input_gradient", "dequantize" or "embedding".
         format: Text of the format (:attr:`hf_lowbit.formats.Format.spec`).
         device: Device type, such as "cpu" or "cuda".
         dtype: Dtype of the activations, or of the result where there are none.

@@ -26,6 +26,7 @@ from .backends import Kernel, register_kernel
 from .formats import Format, parse_format
 from .formats.lookup import LookupFormat
 from .formats.scales import decode_scales
+from .int8 import int8_levels
 
 LIBRARY = "liblowbit_cpu.so"
 VERSION = 1
@@ -64,6 +65,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, "its library is that of another version: install this package again"
     pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.lowbit_linear.argtypes = [pointer, pointer, pointer, pointer, number, flag, flag]
+    library.lowbit_linear_int8.argtypes = [pointer, pointer, pointer, pointer, pointer, pointer, number, flag, flag]
     library.lowbit_dequantize.argtypes = [pointer, pointer, number, number, pointer, flag, flag]
     library.lowbit_isa.restype = library.lowbit_isas.restype = ctypes.c_char_p
     library.lowbit_force_isa.argtypes = [ctypes.c_char_p]
@@ -121,7 +123,9 @@ class _Described:
 
     def _grid(self, tensors: dict[str, torch.Tensor], format: Format) -> list[torch.Tensor]:
         if isinstance(format, LookupFormat):
-            levels = format.table(tensors.get("_codebook"), torch.device("cpu")).to(torch.float32).contiguous()
+            self.levels = levels = (
+                format.table(tensors.get("_codebook"), torch.device("cpu")).to(torch.float32).contiguous()
+            )
             self.record.levels = levels.data_ptr()
             self.record.table = _BY_ROW if "_scales" not in tensors else _SHARED
             return [levels]
@@ -132,6 +136,15 @@ class _Described:
         self.record.zeros = zeros.data_ptr()
         self.record.zero = _STREAM if zeros.dtype == torch.uint8 else _FLOAT16_ZERO
         return []
+
+    @functools.cached_property
+    def int8_table(self) -> tuple[torch.Tensor | None, torch.Tensor | None, int | None, int | None]:
+        """Levels in 8 bits and steps as the library wants them, and where they lie; nothing without a table."""
+        if not self.record.table:
+            return None, None, None, None
+        levels, steps = int8_levels(self.levels)
+        levels = (levels.to(torch.int16) + 128).to(torch.uint8).contiguous()
+        return levels, steps, levels.data_ptr(), steps.data_ptr()
 
 
 _described: dict[int, tuple[weakref.ref, _Described]] = {}  # by id of the weight
@@ -217,6 +230,20 @@ def linear(x, weight, companions, bias, format, in_features):
     return out
 
 
+def linear_int8(x, weight, companions, bias, format, in_features):
+    """``x @ W.T + bias`` with ``x`` in 8 bits; shapes as in :func:`hf_lowbit.ops.linear_int8`."""
+    described = describe(weight, companions, format, in_features)
+    x = x.contiguous()
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    pointer, rows = None if bias is None else bias.data_ptr(), x.numel() // in_features
+    _, _, levels, steps = described.int8_table
+    run, dtype = library().lowbit_linear_int8, DTYPES[x.dtype]
+    _check(run(described.pointer, levels, steps, x.data_ptr(), pointer, out.data_ptr(), rows, dtype, _threads()))
+    return out
+
+
 def input_gradient(gradient, weight, companions, format, in_features):
     """``gradient @ W``; shapes as in :func:`hf_lowbit.ops.input_gradient`."""
     described, N = describe(weight, companions, format, in_features), weight.shape[0]
@@ -252,7 +279,7 @@ def embedding(index, weight, companions, format, in_features, dtype):
     return out
 
 
-for _op in (linear, input_gradient, dequantize, embedding):
+for _op in (linear, linear_int8, input_gradient, dequantize, embedding):
     register_kernel(
         Kernel(
             backend="native",

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from .backends import Kernel, register_kernel
 from .formats import Format, parse_format
 from .formats.base import Tensors
+from .formats.lookup import LookupFormat
+from .int8 import dequantize_activations, int8_levels, quantize_activations
 
 CHUNK_WEIGHTS = 2**22  # 16 MB of float32
 BLOCK_WEIGHTS = 2**18
@@ -51,6 +53,29 @@ def linear(x, weight, companions, bias, format, in_features):
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 
+def _decode_int8(format: Format, stored: Tensors, rows: slice, in_features: int) -> torch.Tensor:
+    """The ``rows`` (n, K) of a weight for activations in 8 bits, float32: levels of tables are rounded, too."""
+    if not isinstance(format, LookupFormat):
+        return _decode(format, stored, rows, in_features, torch.float32)
+    quantized = format.unpack(format.select_rows(stored, rows), (rows.stop - rows.start, in_features))
+    levels, steps = int8_levels(format.table(quantized.levels, stored[""].device))
+    quantized.levels = levels * steps
+    return format.decode(quantized)
+
+
+def linear_int8(x, weight, companions, bias, format, in_features):
+    """``x @ W.T + bias`` with ``x`` in 8 bits (:mod:`.int8`), summed in float32; shapes as in :func:`linear`."""
+    format, N = parse_format(format), weight.shape[0]
+    stored = dict(zip(("", *format.suffixes()), (weight, *companions), strict=True))
+    rounded = dequantize_activations(*quantize_activations(x, format.group_size), format.group_size)
+    bias = torch.zeros(N, device=x.device) if bias is None else bias.to(x.dtype).to(torch.float32)
+    outputs = [
+        F.linear(rounded, _decode_int8(format, stored, part, in_features), bias[part])
+        for part in _row_slices(N, CHUNK_WEIGHTS // in_features)
+    ]
+    return torch.cat(outputs, dim=-1).to(x.dtype)
+
+
 def input_gradient(gradient, weight, companions, format, in_features):
     """``gradient @ W``; shapes as in :func:`hf_lowbit.ops.input_gradient`."""
     result = None
@@ -78,5 +103,5 @@ def embedding(index, weight, companions, format, in_features, dtype):
     return rows.view(*index.shape, in_features)
 
 
-for _op in (linear, input_gradient, dequantize, embedding):
+for _op in (linear, linear_int8, input_gradient, dequantize, embedding):
     register_kernel(Kernel(backend="torch", op=_op.__name__, run=_op))

@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 
+#include "int8.h"
 #include "kernels.h"
 #include "lowbit_cpu.h"
 #include "parallel.h"
@@ -17,26 +18,37 @@ namespace {
 constexpr int64_t PART_WEIGHTS = 32768;  // of a part: some ten microseconds, far above what handing one out costs
 constexpr int PARTS_PER_THREAD = 4;
 
-// All copies that were compiled, the best first; the portable one runs everywhere.
-const Kernels *const ALL[] = {
-#if defined(LOWBIT_X86)
-    &kernels_avx512(), &kernels_avx2(),
-#endif
-    &kernels_portable()};
+// An instruction set: the copies that serve it.
+struct Isa {
+    const Int8Kernels *int8;  // has the name: there may be a better copy of these than of the others
+    const Kernels *kernels;
+    bool here() const { return kernels->here() && int8->here(); }
+};
 
-const Kernels *best() {
-    for (const Kernels *k : ALL)
-        if (k->here()) return k;
+// All that were compiled, the best first; the portable one runs everywhere.
+const Isa ALL[] = {
+#if defined(LOWBIT_X86)
+    {&int8_avx512vnni(), &kernels_avx512()},
+    {&int8_avx512(), &kernels_avx512()},
+    {&int8_avx2(), &kernels_avx2()},
+#endif
+    {&int8_portable(), &kernels_portable()}};
+
+const Isa *best() {
+    for (const Isa &isa : ALL)
+        if (isa.here()) return &isa;
     return nullptr;
 }
 
-std::atomic<const Kernels *> chosen{nullptr};
+std::atomic<const Isa *> chosen{nullptr};
 
-const Kernels *kernels() {
-    const Kernels *k = chosen.load(std::memory_order_relaxed);
-    if (!k) chosen = k = best();
-    return k;
+const Isa *isa() {
+    const Isa *found = chosen.load(std::memory_order_relaxed);
+    if (!found) chosen = found = best();
+    return found;
 }
+
+const Kernels *kernels() { return isa()->kernels; }
 
 bool sound(const lowbit_weight *w) {
     if (!w || !w->codes || w->rows < 0 || w->inputs <= 0 || w->bits < 0 || w->bits > 8) return false;
@@ -70,10 +82,12 @@ template <class Body> void run(const Split &split, int threads, Body &body) {
 }
 
 struct Free { void operator()(void *p) const { std::free(p); } };
-typedef std::unique_ptr<float, Free> Floats;
-Floats floats(int64_t count) {
-    return Floats((float *)std::aligned_alloc(64, (size_t)((count * 4 + 63) / 64 * 64)));
+template <class T> using Memory = std::unique_ptr<T, Free>;
+template <class T> Memory<T> memory(int64_t count) {
+    return Memory<T>((T *)std::aligned_alloc(64, ((size_t)count * sizeof(T) + 63) / 64 * 64));
 }
+typedef Memory<float> Floats;
+Floats floats(int64_t count) { return memory<float>(count); }
 
 }  // namespace
 
@@ -102,6 +116,34 @@ int lowbit_linear(const lowbit_weight *w, const void *x, const void *bias, void 
         k->linear(w, rows, stride, m, bias, out, dtype, split.first(part), split.last(part), scratch.get() + part * own);
     };
     run(split, threads, body);
+    return LOWBIT_OK;
+}
+
+int lowbit_linear_int8(const lowbit_weight *w, const uint8_t *levels, const float *steps, const void *x, const void *bias, void *out,
+                       int64_t m, int dtype, int threads) {
+    if (!sound(w)) return LOWBIT_BAD_WEIGHT;
+    if (m < 0 || !known(dtype) || threads < 1 || (m && w->rows && (!x || !out))) return LOWBIT_BAD_ARGUMENT;
+    if (w->table && (!levels || !steps)) return LOWBIT_BAD_ARGUMENT;
+    if (m == 0 || w->rows == 0) return LOWBIT_OK;
+    const Int8Kernels *k = isa()->int8;
+    const int64_t stride = (w->inputs + 63) / 64 * 64, units = (stride + int8_unit(w) - 1) / int8_unit(w);
+    const int64_t rows = INT8_STRIP * INT8_STRIPS, own = int8_scratch(w, m) / 64 * 64 + 64;
+    const Split tokens(m, 4 * stride, threads), split((w->rows + rows - 1) / rows, rows * stride * (m < 8 ? m : 8), threads);
+    const Memory<int8_t> codes = memory<int8_t>(m * stride);
+    const Floats scales = floats(2 * m * units), wide = floats(tokens.parts * stride);
+    const Memory<uint8_t> scratch = memory<uint8_t>(split.parts * own);
+    if (!codes || !scales || !wide || !scratch) return LOWBIT_NO_MEMORY;
+    const Tokens quantized{codes.get(), scales.get(), scales.get() + m * units, m, stride, units};
+    auto quantize = [&](int part) {
+        k->quantize(w, x, dtype, quantized, tokens.first(part), tokens.last(part), wide.get() + part * stride);
+    };
+    run(tokens, threads, quantize);
+    auto multiply = [&](int part) {
+        const int64_t last = split.last(part) * rows;
+        k->linear(w, {levels, steps}, quantized, bias, out, dtype, split.first(part) * rows, last < w->rows ? last : w->rows,
+                  scratch.get() + part * own);
+    };
+    run(split, threads, multiply);
     return LOWBIT_OK;
 }
 
@@ -148,19 +190,19 @@ int64_t lowbit_row_lanes(int64_t inputs, int bits) {
 const char *lowbit_isas(void) {
     static const std::string names = [] {
         std::string found;
-        for (const Kernels *k : ALL)
-            if (k->here()) found += (found.empty() ? "" : ",") + std::string(k->name);
+        for (const Isa &isa : ALL)
+            if (isa.here()) found += (found.empty() ? "" : ",") + std::string(isa.int8->name);
         return found;
     }();
     return names.c_str();
 }
 
-const char *lowbit_isa(void) { return kernels()->name; }
+const char *lowbit_isa(void) { return isa()->int8->name; }
 
 int lowbit_force_isa(const char *name) {
-    for (const Kernels *k : ALL)
-        if (name && !std::strcmp(k->name, name) && k->here()) {
-            chosen = k;
+    for (const Isa &isa : ALL)
+        if (name && !std::strcmp(isa.int8->name, name) && isa.here()) {
+            chosen = &isa;
             return LOWBIT_OK;
         }
     return LOWBIT_BAD_ARGUMENT;

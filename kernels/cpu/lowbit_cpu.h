@@ -50,6 +50,12 @@ LOWBIT_EXPORT int lowbit_version(void);
 LOWBIT_EXPORT int lowbit_linear(const lowbit_weight *weight, const void *x, const void *bias, void *out, int64_t m, int dtype,
                                 int threads);
 
+/* The same with x in 8 bits, a scale for each row of x and each `group` of inputs (at least 32, at most 128): the largest magnitude
+ * over 127. A row of x with anything that is not finite gives NaN. Tables have levels in 8 bits as well: levels (1 or rows,
+ * 2^bits) with 128 added, and steps (1 or rows), what one is worth; both NULL without a table. */
+LOWBIT_EXPORT int lowbit_linear_int8(const lowbit_weight *weight, const uint8_t *levels, const float *steps, const void *x,
+                                     const void *bias, void *out, int64_t m, int dtype, int threads);
+
 /* out (count, inputs), contiguous: rows first .. first + count - 1 of the weight, or rows index[0 .. count - 1]. */
 LOWBIT_EXPORT int lowbit_dequantize(const lowbit_weight *weight, const int64_t *index, int64_t first, int64_t count, void *out,
                                     int dtype, int threads);

@@ -1,0 +1,422 @@
+// Products with activations in 8 bits, compiled once for each instruction set.
+//
+// x is quantized token by token, in groups of the weight's group size but at least 32 and at most 128 inputs: scale = largest
+// magnitude / 127, code = x / scale rounded to nearest even. Sixteen rows of the weight, a strip, lie side by side in a vector of
+// 32-bit numbers, four inputs of a row in each; so one instruction multiplies 64 codes with four of x, and nothing is summed
+// across a vector. The layout of docs/format.md gives that almost for nothing: of the 16-bit lanes of a block, low bytes hold
+// its first 32 values and high bytes the others, four neighbouring bytes hold, shifted and masked, four neighbouring values, and
+// so packed bytes are turned (`quad`) before they are taken apart. Decoded codes of a chunk of inputs wait in the first cache
+// (`tile`) for all rows of x. A unit's sum is exact; then it is worth
+//
+//     scale of the weight * scale of x * (sum of codes * x - zero point * sum of x)
+//
+// in float32. Tables have levels in 8 bits here (the caller rounds them), 128 added and taken off as a zero point.
+
+#include "int8.h"
+
+#include "decode.h"
+#include "int8_simd.h"
+
+namespace lowbit {
+namespace LOWBIT_ISA {
+namespace int8 {
+
+constexpr int STEP = 64;  // bytes of a tile for four inputs of 16 rows; a block has 16 steps
+constexpr int TILE = 16 * STEP * INT8_CHUNK;
+
+// ---------------------------------------------------------------- activations
+
+static void quantize_row(const float *x, const Tokens &to, int64_t token, int64_t unit, int64_t group) {
+    int8_t *const codes = to.codes + token * to.stride;
+    float *const scales = to.scales + token * to.units, *const sums = to.sums + token * to.units;
+    for (int64_t from = 0; from < to.stride; from += group) {
+        const int64_t end = from + group < to.stride ? from + group : to.stride;
+        U most = no_sums();
+        for (int64_t k = from; k < end; k += 16) most = larger(most, mask(bits_of(load(x + k)), 0x7FFFFFFF));
+        const uint32_t bits = largest(most);  // in this order whatever is not finite is largest
+        const float scale = bits < 0x7F800000 ? as_float(bits) / 127.0f : as_float(0x7FC00000);
+        float inverse = 1.0f / scale;
+        if (!(inverse < as_float(0x7F800000))) inverse = 0;
+        for (int64_t start = from; start < end; start += unit) {
+            const int64_t stop = start + unit < end ? start + unit : end;
+            F total = zero();
+            for (int64_t k = start; k < stop; k += 16) {
+                const U code = inverse == 0 ? no_sums() : rounded(mul(load(x + k), set1(inverse)));
+                store_narrow(codes + k, code);
+                total = add(total, to_float(code));
+            }
+            scales[start / unit] = scale;
+            sums[start / unit] = scale * sum(total);
+        }
+    }
+}
+
+static void quantize(const lowbit_weight *w, const void *x, int dtype, const Tokens &to, int64_t first, int64_t last, float *row) {
+    const int64_t K = w->inputs, element = dtype == LOWBIT_F32 ? 4 : 2;
+    for (int64_t i = first; i < last; i++) {
+        const void *from = (const char *)x + i * K * element;
+        if (dtype != LOWBIT_F32 || to.stride != K) {
+            widen(from, row, K, dtype);
+            for (int64_t k = K; k < to.stride; k++) row[k] = 0;
+            from = row;
+        }
+        quantize_row((const float *)from, to, i, int8_unit(w), int8_group(w));
+    }
+}
+
+// ---------------------------------------------------------------- codes of a chunk of a strip, to a tile
+
+// The 16 bytes from `offset` on of each row, or what there is of them before `end`, and zeros.
+template <bool SEPARATE> INLINE void quad_before(U (&out)[4], const Rows &row, int64_t offset, int64_t end) {
+    if (offset + 16 <= end) return quad<SEPARATE>(out, row, offset);
+    uint8_t bytes[16][16] = {{0}};
+    Rows copies;
+    for (int r = 0; r < 16; r++) {
+        if (offset < end) memcpy(bytes[r], row[r] + offset, (size_t)(end - offset));
+        copies[r] = bytes[r];
+    }
+    quad<SEPARATE>(out, copies, 0);
+}
+
+template <int P, int LOW, bool FIRST, int FIELD = 0> INLINE void fields(U word, uint8_t *to) {
+    if constexpr (FIELD < 8 / P) {
+        constexpr int down = P * FIELD - LOW;
+        U code = word;
+        if constexpr (down > 0) code = shift<(down > 0 ? down : 0)>(code);
+        if constexpr (down < 0) code = shift_up<(down < 0 ? -down : 0)>(code);
+        if constexpr (P < 8) code = mask(code, 0x01010101u * (((1u << P) - 1) << LOW));
+        uint8_t *const place = to + STEP * P * FIELD;
+        store_bytes(place, FIRST ? code : either(code, load_bytes(place)));
+        fields<P, LOW, FIRST, FIELD + 1>(word, to);
+    }
+}
+
+// The plane of P bits that begins at byte `start` of the rows: bits LOW and up of the codes.
+template <int P, int LOW, bool FIRST> INLINE void plane(const Rows &row, int64_t start, int64_t from, int64_t count, uint8_t *tile) {
+    const int64_t first = start + 8 * P * from, end = first + 8 * P * count;
+    for (int64_t offset = first; offset < end; offset += 16) {
+        U word[4];
+        quad_before<true>(word, row, offset, end);
+        for (int d = 0; d < 4; d++) {
+            const int64_t place = (offset - first) / 8 + (d & 1);  // among fours of low bytes
+            fields<P, LOW, FIRST>(word[d], tile + STEP * (place / P * 16 + (d >> 1) * 8 + place % P));
+        }
+    }
+}
+
+template <int BITS> static void planes(const Rows &row, int64_t blocks, int64_t from, int64_t count, uint8_t *tile) {
+    constexpr int HIGH = BITS == 8 ? 8 : BITS >= 4 ? 4 : BITS >= 2 ? 2 : 1, REST = BITS - HIGH;
+    plane<HIGH, REST, true>(row, 0, from, count, tile);
+    if constexpr (REST >= 2) plane<2, REST - 2, false>(row, 8 * HIGH * blocks, from, count, tile);
+    if constexpr (REST % 2) plane<1, 0, false>(row, 8 * (BITS - 1) * blocks, from, count, tile);
+}
+
+// Ten digits to a lane lie far apart, so rows are decoded whole, to bytes.
+static void ternary_bytes(const uint16_t *from, int64_t inputs, int64_t stride, uint8_t *to) {
+    const int64_t lanes = (inputs + 9) / 10;
+    for (int64_t l = 0; l < lanes; l += 16) {
+        const int64_t here = lanes - l < 16 ? lanes - l : 16;
+        uint16_t copy[16] = {0};
+        memcpy(copy, from + l, 2 * (size_t)here);
+        U rest = lanes16(copy);
+        for (int64_t k = l; k < inputs; k += lanes) {
+            const U tripled = plus(rest, shift_up<1>(rest));
+            uint8_t digits[16];
+            const int64_t inside = inputs - k < here ? inputs - k : here;
+            store_narrow(inside == 16 ? to + k : digits, shift<16>(tripled));
+            if (inside < 16) memcpy(to + k, digits, (size_t)inside);
+            rest = mask(tripled, 0xFFFF);
+        }
+    }
+    memset(to + inputs, 0, (size_t)(stride - inputs));
+}
+
+static void from_bytes(const Rows &row, int64_t from, int64_t count, uint8_t *tile) {
+    for (int64_t k = 0; k < 64 * count; k += 16, tile += 4 * STEP) {
+        U word[4];
+        quad<false>(word, row, 64 * from + k);
+        for (int d = 0; d < 4; d++) store_bytes(tile + STEP * d, word[d]);
+    }
+}
+
+static void apply_table(const lowbit_weight *w, const Int8Table &table, int64_t first, int64_t steps, uint8_t *tile) {
+    const int64_t count = (int64_t)1 << w->bits;
+    uint8_t levels[256] = {0};
+    if (w->table == LOWBIT_TABLE_SHARED) {
+        memcpy(levels, table.levels, (size_t)count);
+        for (int64_t s = 0; s < steps; s++, tile += STEP) store_bytes(tile, levels_of(load_bytes(tile), levels, (int)(count + 15) / 16));
+        return;
+    }
+    for (int64_t s = 0; s < steps; s++)
+        for (int r = 0; r < 16; r++, tile += 4) {
+            const int64_t row = first + r < w->rows ? first + r : w->rows - 1;
+            for (int i = 0; i < 4; i++) tile[i] = table.levels[row * count + tile[i]];
+        }
+}
+
+// ---------------------------------------------------------------- scales and zero points of a chunk of a strip
+
+struct Grid {
+    float scales[INT8_UNITS][16], shifts[INT8_UNITS][16];  // by group; a shift is scale * zero point
+};
+
+// The rows of a stored tensor whose rows have `bytes` bytes, from row `first` on; beyond the last one, that one again.
+static void rows_of(Rows &row, const void *stored, int64_t bytes, int64_t first, int64_t count) {
+    for (int r = 0; r < 16; r++) row[r] = (const uint8_t *)stored + (first + r < count ? first + r : count - 1) * bytes;
+}
+
+// Numbers `from` .. `from` + `count` - 1 of each row, stored in `size` bytes each, as `turn` makes floats of the number's bits.
+template <int SIZE, class Turn> INLINE void read_across(const void *stored, int64_t first, int64_t rows, int64_t per_row, int64_t from,
+                                                        int64_t count, float (*out)[16], Turn turn) {
+    Rows row;
+    rows_of(row, stored, SIZE * per_row, first, rows);
+    for (int64_t g = 0; g < count; g += 16 / SIZE) {
+        U word[4];
+        quad_before<false>(word, row, SIZE * (from + g), SIZE * per_row);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16 / SIZE; i++)
+            if (g + i < count) store(out[g + i], turn(down_by(word[i * SIZE / 4], 8 * SIZE * i % 32)));
+    }
+}
+
+static void read_stream(const lowbit_weight *w, int64_t first, int64_t per_row, int64_t from, int64_t count, float (*out)[16]) {
+    const int64_t bits = w->bits, bytes = (per_row * bits + 7) / 8;
+    Rows row;
+    rows_of(row, w->zeros, bytes, first, w->rows);
+    for (int64_t g = 0; g < count; g += 8) {  // 8 of them have at most 71 bits
+        const int64_t bit = (from + g) * bits, here = count - g < 8 ? count - g : 8;
+        U word[4];
+        quad_before<false>(word, row, bit / 8, bytes);
+        for (int64_t i = 0; i < here; i++) {
+            const int at = (int)(bit % 8 + i * bits), d = at / 32, down = at % 32;
+            const U field = either(down_by(word[d], down), up_by(word[d + 1], 32 - down));
+            store(out[g + i], to_float(mask(field, (1u << bits) - 1)));
+        }
+    }
+}
+
+static void read_grid(const lowbit_weight *w, const Int8Table &table, int64_t first, int64_t from, int64_t count, Grid &grid) {
+    const int64_t per_row = groups_of(w);
+    const auto half = [](U a) __attribute__((always_inline)) { return half_to_float(mask(a, 0xFFFF)); };
+    if (w->scale == LOWBIT_SCALE_BYTE)
+        read_across<1>(w->scales, first, w->rows, per_row, from, count, grid.scales,
+                       [&](U a) __attribute__((always_inline)) { return gather(w->scale_table, mask(a, 255)); });
+    else if (w->scale == LOWBIT_SCALE_F16)
+        read_across<2>(w->scales, first, w->rows, per_row, from, count, grid.scales, half);
+    else if (w->scale == LOWBIT_SCALE_BF16)
+        read_across<2>(w->scales, first, w->rows, per_row, from, count, grid.scales,
+                       [](U a) __attribute__((always_inline)) { return as_floats(shift_up<16>(a)); });
+    else if (w->scale == LOWBIT_SCALE_F32)
+        read_across<4>(w->scales, first, w->rows, per_row, from, count, grid.scales, [](U a) __attribute__((always_inline)) { return as_floats(a); });
+    else
+        for (int64_t g = 0; g < count; g++) store(grid.scales[g], set1(1.0f));
+    if (w->table) {
+        float steps[16];
+        for (int r = 0; r < 16; r++) {
+            const int64_t row = first + r < w->rows ? first + r : w->rows - 1;
+            steps[r] = table.steps[w->table == LOWBIT_TABLE_ROW ? row : 0];
+        }
+        for (int64_t g = 0; g < count; g++) store(grid.scales[g], mul(load(grid.scales[g]), load(steps)));
+    }
+    if (w->zero == LOWBIT_ZERO_STREAM)
+        read_stream(w, first, per_row, from, count, grid.shifts);
+    else if (w->zero == LOWBIT_ZERO_F16)
+        read_across<2>(w->zeros, first, w->rows, per_row, from, count, grid.shifts, half);
+    else
+        for (int64_t g = 0; g < count; g++) store(grid.shifts[g], set1(w->table ? 128.0f : w->bits ? w->fixed_zero : 1.0f));
+    for (int64_t g = 0; g < count; g++) store(grid.shifts[g], mul(load(grid.shifts[g]), load(grid.scales[g])));
+}
+
+// ---------------------------------------------------------------- a tile times rows of x
+
+struct Chunk {
+    const uint8_t *tile;  // (strips, TILE)
+    const Grid *grid;     // (strips)
+    int64_t steps, per_unit, unit;  // unit: the first one's number
+    int units_per_group;  // as a shift
+};
+
+// sums (M, STRIPS, 16) += rows of x times R strips.
+template <int R, int M, bool SMALL> static void multiply(const Chunk &chunk, const Tokens &tokens, int64_t token, float *sums) {
+    const int8_t *x = tokens.codes + token * tokens.stride + chunk.unit * 4 * chunk.per_unit;
+    const float *scales = tokens.scales + token * tokens.units + chunk.unit, *totals = tokens.sums + token * tokens.units + chunk.unit;
+    F result[M][R];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int r = 0; r < R; r++) result[m][r] = load(sums + 16 * (STRIPS * m + r));
+    const uint8_t *tile = chunk.tile;
+    for (int64_t from = 0, u = 0; from < chunk.steps; from += chunk.per_unit, u++) {
+        const int64_t to = from + chunk.per_unit < chunk.steps ? from + chunk.per_unit : chunk.steps;
+        U exact[M][R];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+            for (int r = 0; r < R; r++) exact[m][r] = no_sums();
+        for (int64_t s = from; s < to; s += 4) {
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                U codes[R];
+#pragma GCC unroll 2
+                for (int r = 0; r < R; r++) codes[r] = load_bytes(tile + r * TILE + i * STEP);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) {
+                    const U four = four_bytes(x + m * tokens.stride + 4 * i);
+#pragma GCC unroll 2
+                    for (int r = 0; r < R; r++) exact[m][r] = dot<SMALL>(exact[m][r], codes[r], four);
+                }
+            }
+            tile += 4 * STEP;
+            x += 16;
+        }
+#pragma GCC unroll 2
+        for (int r = 0; r < R; r++) {
+            const int64_t g = u >> chunk.units_per_group;
+            const F scale = load(chunk.grid[r].scales[g]), offset = load(chunk.grid[r].shifts[g]);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                const F worth = mul(scale, set1(scales[m * tokens.units + u]));
+                result[m][r] = fma(to_float(exact[m][r]), worth, result[m][r]);
+                result[m][r] = sub(result[m][r], mul(offset, set1(totals[m * tokens.units + u])));
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int r = 0; r < R; r++) store(sums + 16 * (STRIPS * m + r), result[m][r]);
+}
+
+template <int R, bool SMALL, int M = TOKENS> INLINE void multiply_rest(const Chunk &chunk, const Tokens &tokens, int64_t token, int64_t last,
+                                                                       float *sums) {
+    if (last - token == M) return multiply<R, M, SMALL>(chunk, tokens, token, sums);
+    if constexpr (M > 1) multiply_rest<R, SMALL, M - 1>(chunk, tokens, token, last, sums);
+}
+
+template <int R, bool SMALL> static void multiply_all(const Chunk &chunk, const Tokens &tokens, int64_t first, int64_t last, float *sums) {
+    for (; first + TOKENS < last; first += TOKENS, sums += 16 * STRIPS * TOKENS) multiply<R, TOKENS, SMALL>(chunk, tokens, first, sums);
+    multiply_rest<R, SMALL>(chunk, tokens, first, last, sums);
+}
+
+// ---------------------------------------------------------------- strips
+
+static void write_strip(const lowbit_weight *w, const float *sums, int64_t tokens, int64_t token, int64_t row, int64_t last,
+                        const void *bias, void *out, int dtype) {
+    const int count = (int)(last - row < 16 ? last - row : 16);
+    float offset[16] = {0};
+    for (int r = 0; bias && r < count; r++) offset[r] = read(bias, row + r, dtype);
+    for (int64_t i = 0; i < tokens; i++, sums += 16 * STRIPS) {
+        const F value = add(load(sums), load(offset));
+        const int64_t at = (token + i) * w->rows + row;
+        if (count == 16 && dtype == LOWBIT_F32) {
+            store((float *)out + at, value);
+        } else if (count == 16) {
+            (dtype == LOWBIT_F16 ? to_halves : to_bhalves)((uint16_t *)out + at, value);
+        } else {
+            float values[16];
+            store(values, value);
+            for (int r = 0; r < count; r++) write(out, at + r, dtype, values[r]);
+        }
+    }
+}
+
+typedef void (*Decode)(const Rows &, int64_t, int64_t, int64_t, uint8_t *);
+static const Decode DECODE[9] = {nullptr, planes<1>, planes<2>, planes<3>, planes<4>, planes<5>, planes<6>, planes<7>, planes<8>};
+
+// `row` .. and some more rows, R strips, times tokens first .. last - 1.
+template <int R, bool SMALL>
+static void strips(const lowbit_weight *w, const Int8Table &table, const Tokens &tokens, const void *bias, void *out, int dtype,
+                   int64_t row, int64_t end, int64_t first, int64_t last, uint8_t *scratch) {
+    const int64_t blocks = (w->inputs + 63) / 64, width = 2 * row_lanes(w->inputs, w->bits), unit = int8_unit(w);
+    uint8_t *const tile = scratch;
+    Grid *const grid = (Grid *)(tile + INT8_STRIPS * TILE);
+    float *const sums = (float *)(grid + INT8_STRIPS);
+    uint8_t *const bytes = (uint8_t *)(sums + 16 * INT8_STRIPS * (tokens.count < INT8_TOKENS ? tokens.count : INT8_TOKENS));
+    Rows from[R];
+    for (int r = 0; r < R; r++) {
+        rows_of(from[r], w->codes, width, row + 16 * r, w->rows);
+        for (int i = 0; !w->bits && i < 16; i++) {
+            uint8_t *const to = bytes + (16 * r + i) * 64 * blocks;
+            ternary_bytes((const uint16_t *)from[r][i], w->inputs, 64 * blocks, to);
+            from[r][i] = to;
+        }
+    }
+    memset(sums, 0, sizeof(float) * 16 * STRIPS * (size_t)(last - first));
+    const char *ahead = (const char *)w->codes + (row + 16 * R) * width;  // what comes next, for as long as it is this call's
+    const int64_t share = row + 32 * R <= end ? (16 * R * width * INT8_CHUNK + blocks - 1) / blocks : 0;
+    Chunk chunk{tile, grid, 0, unit / 4, 0, w->group == 0 || w->group > 256 ? 2 : w->group > 128 ? 1 : 0};
+    for (int64_t block = 0; block < blocks; block += INT8_CHUNK) {
+        const int64_t count = blocks - block < INT8_CHUNK ? blocks - block : INT8_CHUNK;
+        const int64_t group = w->group ? 64 * block / w->group : 0;
+        const int64_t ends = w->group ? (64 * (block + count) + w->group - 1) / w->group : 1;
+        const int64_t groups = (ends < groups_of(w) ? ends : groups_of(w)) - group;
+        for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+        ahead += share;
+        for (int r = 0; r < R; r++) {
+            uint8_t *const to = tile + r * TILE;
+            if (w->bits)
+                DECODE[w->bits](from[r], blocks, block, count, to);
+            else
+                from_bytes(from[r], block, count, to);
+            if (w->table) apply_table(w, table, row + 16 * r, 16 * count, to);
+            read_grid(w, table, row + 16 * r, group, groups, grid[r]);
+        }
+        chunk.steps = 16 * count;
+        chunk.unit = 64 * block / unit;
+        if (64 * (block + count) > w->inputs && unit < 64) {  // units behind the end have no scale
+            const int64_t used = (w->inputs - 64 * block + unit - 1) / unit;
+            chunk.steps = used * chunk.per_unit;
+        }
+        multiply_all<R, SMALL>(chunk, tokens, first, last, sums);
+    }
+    for (int r = 0; r < R; r++) write_strip(w, sums + 16 * r, last - first, first, row + 16 * r, end, bias, out, dtype);
+}
+
+template <bool SMALL>
+static void all_strips(const lowbit_weight *w, const Int8Table &table, const Tokens &tokens, const void *bias, void *out, int dtype,
+                       int64_t first, int64_t last, uint8_t *scratch) {
+    for (int64_t token = 0; token < tokens.count; token += INT8_TOKENS) {
+        const int64_t ends = token + INT8_TOKENS < tokens.count ? token + INT8_TOKENS : tokens.count;
+        int64_t row = first;
+        for (; row + 16 * (STRIPS - 1) < last; row += 16 * STRIPS)
+            strips<STRIPS, SMALL>(w, table, tokens, bias, out, dtype, row, last, token, ends, scratch);
+        for (; row < last; row += 16) strips<1, SMALL>(w, table, tokens, bias, out, dtype, row, last, token, ends, scratch);
+    }
+}
+
+static void linear(const lowbit_weight *w, const Int8Table &table, const Tokens &tokens, const void *bias, void *out, int dtype,
+                   int64_t first, int64_t last, uint8_t *scratch) {
+    const bool small = w->bits < 8 && !w->table;
+    return (small ? all_strips<true> : all_strips<false>)(w, table, tokens, bias, out, dtype, first, last, scratch);
+}
+
+static bool here() {
+#if defined(LOWBIT_VNNI)
+    if (!__builtin_cpu_supports("avx512vnni")) return false;
+#endif
+#if defined(LOWBIT_AVX512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq");
+#elif defined(LOWBIT_AVX2)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+    return true;
+#endif
+}
+
+static const Int8Kernels INT8 = {LOWBIT_ISA_NAME, here, quantize, linear};
+
+}  // namespace int8
+}  // namespace LOWBIT_ISA
+
+#if defined(LOWBIT_VNNI)
+const Int8Kernels &int8_avx512vnni() { return LOWBIT_ISA::int8::INT8; }
+#elif defined(LOWBIT_AVX512)
+const Int8Kernels &int8_avx512() { return LOWBIT_ISA::int8::INT8; }
+#elif defined(LOWBIT_AVX2)
+const Int8Kernels &int8_avx2() { return LOWBIT_ISA::int8::INT8; }
+#else
+const Int8Kernels &int8_portable() { return LOWBIT_ISA::int8::INT8; }
+#endif
+
+}  // namespace lowbit
