@@ -40,14 +40,6 @@ static inline int64_t row_lanes(int64_t inputs, int bits) {
     return bits == 0 ? (inputs + 9) / 10 : (inputs + 63) / 64 * 4 * bits;
 }
 
-// Widths of the planes of a code, the most significant first; 0 where there is none.
-struct Planes { int width[3]; };
-static inline Planes planes_of(int bits) {
-    static const Planes all[9] = {{{0, 0, 0}}, {{1, 0, 0}}, {{2, 0, 0}}, {{2, 1, 0}}, {{4, 0, 0}},
-                                  {{4, 1, 0}}, {{4, 2, 0}}, {{4, 2, 1}}, {{8, 0, 0}}};
-    return all[bits];
-}
-
 // Of a copy, in packing.cpp; arguments as in Kernels.
 namespace LOWBIT_ISA {
 void pack(const uint8_t *codes, uint16_t *lanes, int64_t inputs, int bits, int64_t first, int64_t last);
