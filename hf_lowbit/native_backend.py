@@ -67,6 +67,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.lowbit_linear.argtypes = [pointer, pointer, pointer, pointer, number, flag, flag]
     library.lowbit_linear_int8.argtypes = [pointer, pointer, pointer, pointer, pointer, pointer, number, flag, flag]
     library.lowbit_dequantize.argtypes = [pointer, pointer, number, number, pointer, flag, flag]
+    library.lowbit_pack.argtypes = library.lowbit_unpack.argtypes = [pointer, pointer, number, number, flag, flag]
     library.lowbit_isa.restype = library.lowbit_isas.restype = ctypes.c_char_p
     library.lowbit_force_isa.argtypes = [ctypes.c_char_p]
     library.lowbit_use_openmp.argtypes = [pointer]

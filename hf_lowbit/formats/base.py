@@ -63,6 +63,7 @@ class Format:
 
     name: ClassVar[str]
     learns_levels: ClassVar[bool] = False
+    packs_natively: ClassVar[bool] = False  # whether the CPU kernels pack this layout, too
 
     def __post_init__(self):
         if self.group_size != -1 and self.group_size not in GROUP_SIZES:
@@ -125,6 +126,10 @@ class Format:
         """Packed codes (N, lanes) of ``codes`` (N, K), made a chunk of rows at a time to need little extra memory."""
         shape, dtype = self.packed_tensor((codes.shape[0], codes.shape[1]))
         packed = torch.empty(shape, dtype=dtype, device=codes.device)
+        from ..native_packing import pack_rows  # which imports formats
+
+        if pack_rows(self, codes, packed):
+            return packed
         size = max(1, 2**20 // max(1, codes.shape[1]))
         for rows, chunk in zip(packed.split(size), codes.split(size), strict=True):
             rows.copy_(self.pack_codes(chunk))

@@ -31,6 +31,7 @@ class IntFormat(Format):
     zeros: str = "int"
 
     name = "int"
+    packs_natively = True
 
     def __post_init__(self):
         super().__post_init__()

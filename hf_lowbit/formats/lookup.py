@@ -16,6 +16,8 @@ from .planes import lanes_per_row, pack_planes, unpack_planes
 class LookupFormat(Format):
     """Base of the table formats."""
 
+    packs_natively = True
+
     def levels(self) -> torch.Tensor | None:
         """The constant table (1, 2**bits), float32 on the CPU, or None if it is learned."""
         return None

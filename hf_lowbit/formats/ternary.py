@@ -26,6 +26,7 @@ class TernaryFormat(Format):
     scale_dtype: str = "log8"
 
     name = "ternary"
+    packs_natively = True
 
     def __post_init__(self):
         super().__post_init__()

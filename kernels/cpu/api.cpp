@@ -50,8 +50,13 @@ const Isa *isa() {
 
 const Kernels *kernels() { return isa()->kernels; }
 
+// Of rows, inputs and threads: far above any real one, and no product of two of them overflows.
+constexpr int64_t MOST = (int64_t)1 << 31, MOST_THREADS = 1 << 16;
+
+bool within(int64_t count, int64_t least, int64_t most = MOST) { return count >= least && count <= most; }
+
 bool sound(const lowbit_weight *w) {
-    if (!w || !w->codes || w->rows < 0 || w->inputs <= 0 || w->bits < 0 || w->bits > 8) return false;
+    if (!w || !w->codes || !within(w->rows, 0) || !within(w->inputs, 1) || w->bits < 0 || w->bits > 8) return false;
     if (w->group && (w->group < 16 || (w->group & (w->group - 1)))) return false;
     if (w->scale < LOWBIT_SCALE_NONE || w->scale > LOWBIT_SCALE_BYTE || (w->scale && !w->scales)) return false;
     if (w->scale == LOWBIT_SCALE_BYTE && !w->scale_table) return false;
@@ -59,6 +64,10 @@ bool sound(const lowbit_weight *w) {
     if (w->table && w->zero) return false;  // levels need no zero point
     if (w->table < LOWBIT_TABLE_NONE || w->table > LOWBIT_TABLE_ROW || (w->table && (!w->levels || w->bits == 0))) return false;
     return true;
+}
+
+bool packable(int64_t rows, int64_t inputs, int bits, int threads) {
+    return within(rows, 0) && within(inputs, 1) && within(bits, 0, 8) && within(threads, 1, MOST_THREADS);
 }
 
 bool known(int dtype) { return dtype >= LOWBIT_F32 && dtype <= LOWBIT_BF16; }
@@ -97,7 +106,7 @@ int lowbit_version(void) { return LOWBIT_VERSION; }
 
 int lowbit_linear(const lowbit_weight *w, const void *x, const void *bias, void *out, int64_t m, int dtype, int threads) {
     if (!sound(w)) return LOWBIT_BAD_WEIGHT;
-    if (m < 0 || !known(dtype) || threads < 1 || (m && w->rows && (!x || !out))) return LOWBIT_BAD_ARGUMENT;
+    if (!within(m, 0) || !known(dtype) || !within(threads, 1, MOST_THREADS) || (m && w->rows && (!x || !out))) return LOWBIT_BAD_ARGUMENT;
     if (m == 0 || w->rows == 0) return LOWBIT_OK;
     const Kernels *k = kernels();
     const int64_t K = w->inputs, stride = (K + 63) / 64 * 64, element = dtype == LOWBIT_F32 ? 4 : 2;
@@ -122,17 +131,18 @@ int lowbit_linear(const lowbit_weight *w, const void *x, const void *bias, void 
 int lowbit_linear_int8(const lowbit_weight *w, const uint8_t *levels, const float *steps, const void *x, const void *bias, void *out,
                        int64_t m, int dtype, int threads) {
     if (!sound(w)) return LOWBIT_BAD_WEIGHT;
-    if (m < 0 || !known(dtype) || threads < 1 || (m && w->rows && (!x || !out))) return LOWBIT_BAD_ARGUMENT;
+    if (!within(m, 0) || !known(dtype) || !within(threads, 1, MOST_THREADS) || (m && w->rows && (!x || !out))) return LOWBIT_BAD_ARGUMENT;
     if (w->table && (!levels || !steps)) return LOWBIT_BAD_ARGUMENT;
     if (m == 0 || w->rows == 0) return LOWBIT_OK;
     const Int8Kernels *k = isa()->int8;
     const int64_t stride = (w->inputs + 63) / 64 * 64, units = (stride + int8_unit(w) - 1) / int8_unit(w);
     const int64_t rows = INT8_STRIP * INT8_STRIPS, own = int8_scratch(w, m) / 64 * 64 + 64;
     const Split tokens(m, 4 * stride, threads), split((w->rows + rows - 1) / rows, rows * stride * (m < 8 ? m : 8), threads);
-    const Memory<int8_t> codes = memory<int8_t>(m * stride);
+    const Memory<int8_t> codes = memory<int8_t>(m * stride + 64);
     const Floats scales = floats(2 * m * units), wide = floats(tokens.parts * stride);
     const Memory<uint8_t> scratch = memory<uint8_t>(split.parts * own);
     if (!codes || !scales || !wide || !scratch) return LOWBIT_NO_MEMORY;
+    std::memset(codes.get() + m * stride, 0, 64);  // blocks are read in pairs
     const Tokens quantized{codes.get(), scales.get(), scales.get() + m * units, m, stride, units};
     auto quantize = [&](int part) {
         k->quantize(w, x, dtype, quantized, tokens.first(part), tokens.last(part), wide.get() + part * stride);
@@ -150,8 +160,8 @@ int lowbit_linear_int8(const lowbit_weight *w, const uint8_t *levels, const floa
 int lowbit_dequantize(const lowbit_weight *w, const int64_t *index, int64_t first, int64_t count, void *out, int dtype,
                       int threads) {
     if (!sound(w)) return LOWBIT_BAD_WEIGHT;
-    if (count < 0 || !known(dtype) || threads < 1 || (count && !out)) return LOWBIT_BAD_ARGUMENT;
-    if (!index && (first < 0 || first + count > w->rows)) return LOWBIT_BAD_ARGUMENT;
+    if (!within(count, 0) || !known(dtype) || !within(threads, 1, MOST_THREADS) || (count && !out)) return LOWBIT_BAD_ARGUMENT;
+    if (!index && (first < 0 || first > w->rows - count)) return LOWBIT_BAD_ARGUMENT;
     for (int64_t i = 0; index && i < count; i++)
         if (index[i] < 0 || index[i] >= w->rows) return LOWBIT_BAD_ARGUMENT;
     if (count == 0) return LOWBIT_OK;
@@ -168,7 +178,7 @@ int lowbit_dequantize(const lowbit_weight *w, const int64_t *index, int64_t firs
 }
 
 int lowbit_pack(const uint8_t *codes, uint16_t *lanes, int64_t rows, int64_t inputs, int bits, int threads) {
-    if (rows < 0 || inputs <= 0 || bits < 0 || bits > 8 || threads < 1 || (rows && (!codes || !lanes))) return LOWBIT_BAD_ARGUMENT;
+    if (!packable(rows, inputs, bits, threads) || (rows && (!codes || !lanes))) return LOWBIT_BAD_ARGUMENT;
     const Split split(rows, inputs, threads);
     auto body = [&](int part) { kernels()->pack(codes, lanes, inputs, bits, split.first(part), split.last(part)); };
     run(split, threads, body);
@@ -176,7 +186,7 @@ int lowbit_pack(const uint8_t *codes, uint16_t *lanes, int64_t rows, int64_t inp
 }
 
 int lowbit_unpack(const uint16_t *lanes, uint8_t *codes, int64_t rows, int64_t inputs, int bits, int threads) {
-    if (rows < 0 || inputs <= 0 || bits < 0 || bits > 8 || threads < 1 || (rows && (!codes || !lanes))) return LOWBIT_BAD_ARGUMENT;
+    if (!packable(rows, inputs, bits, threads) || (rows && (!codes || !lanes))) return LOWBIT_BAD_ARGUMENT;
     const Split split(rows, inputs, threads);
     auto body = [&](int part) { kernels()->unpack(lanes, codes, inputs, bits, split.first(part), split.last(part)); };
     run(split, threads, body);
@@ -184,7 +194,7 @@ int lowbit_unpack(const uint16_t *lanes, uint8_t *codes, int64_t rows, int64_t i
 }
 
 int64_t lowbit_row_lanes(int64_t inputs, int bits) {
-    return inputs <= 0 || bits < 0 || bits > 8 ? (int64_t)LOWBIT_BAD_ARGUMENT : row_lanes(inputs, bits);
+    return !packable(0, inputs, bits, 1) ? (int64_t)LOWBIT_BAD_ARGUMENT : row_lanes(inputs, bits);
 }
 
 const char *lowbit_isas(void) {

@@ -88,18 +88,23 @@ class Pool {
 Pool *pool = nullptr;
 std::mutex making;
 
-void forget() {  // in a forked child the workers are gone
+void forget() {  // in a forked child the workers are gone, and GCC's OpenMP would wait for its own for ever
     pool = nullptr;
+    openmp = nullptr;
+}
+
+void forget_when_forked() {
+#if !defined(_WIN32)
+    static const bool once = pthread_atfork(nullptr, nullptr, forget) == 0;
+    (void)once;
+#endif
 }
 
 Pool *the_pool() {
     std::lock_guard<std::mutex> hold(making);
     if (!pool) {
         pool = new Pool;
-#if !defined(_WIN32)
-        static bool once = pthread_atfork(nullptr, nullptr, forget) == 0;
-        (void)once;
-#endif
+        forget_when_forked();
     }
     return pool;
 }
@@ -116,4 +121,7 @@ void run_parts(void (*body)(void *, int), void *context, int parts, int threads)
 
 }  // namespace lowbit
 
-extern "C" void lowbit_use_openmp(void *gomp_parallel) { lowbit::openmp = (lowbit::GompParallel)gomp_parallel; }
+extern "C" void lowbit_use_openmp(void *gomp_parallel) {
+    lowbit::forget_when_forked();
+    lowbit::openmp = (lowbit::GompParallel)gomp_parallel;
+}
