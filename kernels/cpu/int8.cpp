@@ -66,49 +66,78 @@ static void quantize(const lowbit_weight *w, const void *x, int dtype, const Tok
 
 // ---------------------------------------------------------------- codes of a chunk of a strip, to a tile
 
-// The 16 bytes from `offset` on of each row, or what there is of them before `end`, and zeros.
-template <bool SEPARATE> INLINE void quad_before(U (&out)[4], const Rows &row, int64_t offset, int64_t end) {
-    if (offset + 16 <= end) return quad<SEPARATE>(out, row, offset);
-    uint8_t bytes[16][16] = {{0}};
-    Rows copies;
+// Sixteen rows of a stored tensor and the end of it, which nothing is read behind.
+struct Strip {
+    Rows row;
+    const uint8_t *end;
+};
+
+// Rows `first` and on of `count` rows of `bytes` bytes; beyond the last one, that one again.
+static void rows_of(Strip &strip, const void *stored, int64_t bytes, int64_t first, int64_t count) {
+    for (int r = 0; r < 16; r++) strip.row[r] = (const uint8_t *)stored + (first + r < count ? first + r : count - 1) * bytes;
+    strip.end = (const uint8_t *)stored + count * bytes;
+}
+
+static __attribute__((noinline)) void copy_quad(uint8_t (&bytes)[16][16], const Strip &strip, int64_t offset) {
     for (int r = 0; r < 16; r++) {
-        if (offset < end) memcpy(bytes[r], row[r] + offset, (size_t)(end - offset));
-        copies[r] = bytes[r];
+        const int64_t left = strip.end - strip.row[r] - offset;
+        memset(bytes[r], 0, 16);
+        if (left > 0) memcpy(bytes[r], strip.row[r] + offset, (size_t)(left < 16 ? left : 16));
     }
+}
+
+// The 16 bytes from `offset` on of each row; some may lie behind the row's end, and are zero behind the tensor's.
+template <bool SEPARATE> INLINE void quad_of(U (&out)[4], const Strip &strip, int64_t offset) {
+    if (strip.row[15] + offset + 16 <= strip.end) return quad<SEPARATE>(out, strip.row, offset);
+    uint8_t bytes[16][16];
+    copy_quad(bytes, strip, offset);
+    Rows copies;
+    for (int r = 0; r < 16; r++) copies[r] = bytes[r];
     quad<SEPARATE>(out, copies, 0);
 }
 
-template <int P, int LOW, bool FIRST, int FIELD = 0> INLINE void fields(U word, uint8_t *to) {
-    if constexpr (FIELD < 8 / P) {
-        constexpr int down = P * FIELD - LOW;
-        U code = word;
-        if constexpr (down > 0) code = shift<(down > 0 ? down : 0)>(code);
-        if constexpr (down < 0) code = shift_up<(down < 0 ? -down : 0)>(code);
-        if constexpr (P < 8) code = mask(code, 0x01010101u * (((1u << P) - 1) << LOW));
-        uint8_t *const place = to + STEP * P * FIELD;
-        store_bytes(place, FIRST ? code : either(code, load_bytes(place)));
-        fields<P, LOW, FIRST, FIELD + 1>(word, to);
+template <int N, int I = 0, class Body> INLINE void each(Body body) {  // with numbers 0 .. N - 1 that are constants
+    if constexpr (I < N) {
+        body(Number<I>());
+        each<N, I + 1>(body);
     }
 }
 
+// Field FIELD of P bits of each byte, in bits LOW and up of it.
+template <int P, int LOW, int FIELD> INLINE U field(U word) {
+    constexpr int down = P * FIELD - LOW;
+    if constexpr (down > 0) word = shift<(down > 0 ? down : 0)>(word);
+    if constexpr (down < 0) word = shift_up<(down < 0 ? -down : 0)>(word);
+    return P == 8 ? word : mask(word, 0x01010101u * (((1u << P) - 1) << LOW));
+}
+
+// Of a width: its widest plane, and what is left for the planes of 2 and 1 bits.
+template <int BITS> struct Width { static constexpr int high = BITS == 8 ? 8 : BITS >= 4 ? 4 : BITS >= 2 ? 2 : 1, rest = BITS - high; };
+
 // The plane of P bits that begins at byte `start` of the rows: bits LOW and up of the codes.
-template <int P, int LOW, bool FIRST> INLINE void plane(const Rows &row, int64_t start, int64_t from, int64_t count, uint8_t *tile) {
-    const int64_t first = start + 8 * P * from, end = first + 8 * P * count;
-    for (int64_t offset = first; offset < end; offset += 16) {
+template <int P, int LOW, bool FIRST> INLINE void plane(const Strip &strip, int64_t start, int64_t from, int64_t count, uint8_t *tile) {
+    const int64_t first = start + 8 * P * from;
+    for (int64_t offset = 0; offset < 8 * P * count; offset += 16) {
         U word[4];
-        quad_before<true>(word, row, offset, end);
+        quad_of<true>(word, strip, first + offset);
+#pragma GCC unroll 4
         for (int d = 0; d < 4; d++) {
-            const int64_t place = (offset - first) / 8 + (d & 1);  // among fours of low bytes
-            fields<P, LOW, FIRST>(word[d], tile + STEP * (place / P * 16 + (d >> 1) * 8 + place % P));
+            const int64_t place = offset / 8 + (d & 1);  // among fours of low bytes
+            uint8_t *const to = tile + STEP * (place / P * 16 + (d >> 1) * 8 + place % P);
+            each<8 / P>([&](auto f) __attribute__((always_inline)) {
+                constexpr int F = decltype(f)::value;
+                const U code = field<P, LOW, F>(word[d]);
+                store_bytes(to + STEP * P * F, FIRST ? code : either(code, load_bytes(to + STEP * P * F)));
+            });
         }
     }
 }
 
-template <int BITS> static void planes(const Rows &row, int64_t blocks, int64_t from, int64_t count, uint8_t *tile) {
-    constexpr int HIGH = BITS == 8 ? 8 : BITS >= 4 ? 4 : BITS >= 2 ? 2 : 1, REST = BITS - HIGH;
-    plane<HIGH, REST, true>(row, 0, from, count, tile);
-    if constexpr (REST >= 2) plane<2, REST - 2, false>(row, 8 * HIGH * blocks, from, count, tile);
-    if constexpr (REST % 2) plane<1, 0, false>(row, 8 * (BITS - 1) * blocks, from, count, tile);
+template <int BITS> static void planes(const Strip &strip, int64_t blocks, int64_t from, int64_t count, uint8_t *tile) {
+    constexpr int HIGH = Width<BITS>::high, REST = Width<BITS>::rest;
+    plane<HIGH, REST, true>(strip, 0, from, count, tile);
+    if constexpr (REST >= 2) plane<2, REST - 2, false>(strip, 8 * HIGH * blocks, from, count, tile);
+    if constexpr (REST % 2) plane<1, 0, false>(strip, 8 * (BITS - 1) * blocks, from, count, tile);
 }
 
 // Ten digits to a lane lie far apart, so rows are decoded whole, to bytes.
@@ -131,10 +160,10 @@ static void ternary_bytes(const uint16_t *from, int64_t inputs, int64_t stride, 
     memset(to + inputs, 0, (size_t)(stride - inputs));
 }
 
-static void from_bytes(const Rows &row, int64_t from, int64_t count, uint8_t *tile) {
+static void from_bytes(const Strip &strip, int64_t from, int64_t count, uint8_t *tile) {
     for (int64_t k = 0; k < 64 * count; k += 16, tile += 4 * STEP) {
         U word[4];
-        quad<false>(word, row, 64 * from + k);
+        quad<false>(word, strip.row, 64 * from + k);
         for (int d = 0; d < 4; d++) store_bytes(tile + STEP * d, word[d]);
     }
 }
@@ -160,72 +189,157 @@ struct Grid {
     float scales[INT8_UNITS][16], shifts[INT8_UNITS][16];  // by group; a shift is scale * zero point
 };
 
-// The rows of a stored tensor whose rows have `bytes` bytes, from row `first` on; beyond the last one, that one again.
-static void rows_of(Rows &row, const void *stored, int64_t bytes, int64_t first, int64_t count) {
-    for (int r = 0; r < 16; r++) row[r] = (const uint8_t *)stored + (first + r < count ? first + r : count - 1) * bytes;
+// A table of 256 scales as products, high[q / 16] * low[q % 16] and 0 for q = 0, where that is right to a relative 2^-20: so it is
+// for scales on a logarithmic grid. Two tables of 16 are read within vectors, 16 numbers of memory one by one.
+struct Factors {
+    float high[16], low[16];
+    bool right;
+};
+
+static Factors factors_of(const float *table) {
+    Factors f;
+    f.right = table && table[0] == 0;
+    for (int i = 0; f.right && i < 16; i++) f.high[i] = table[16 * i + 8], f.low[i] = table[128 + i] / table[136];
+    for (int q = 1; f.right && q < 256; q++) {
+        const float error = f.high[q / 16] * f.low[q % 16] - table[q];
+        f.right = (error < 0 ? -error : error) <= table[q] * 0x1p-20f;
+    }
+    return f;
 }
 
-// Numbers `from` .. `from` + `count` - 1 of each row, stored in `size` bytes each, as `turn` makes floats of the number's bits.
+// Numbers `from` .. `from` + `count` - 1 of each row, stored in SIZE bytes each: turn(word, number of the byte of it) makes floats.
 template <int SIZE, class Turn> INLINE void read_across(const void *stored, int64_t first, int64_t rows, int64_t per_row, int64_t from,
                                                         int64_t count, float (*out)[16], Turn turn) {
-    Rows row;
-    rows_of(row, stored, SIZE * per_row, first, rows);
-    for (int64_t g = 0; g < count; g += 16 / SIZE) {
+    Strip strip;
+    rows_of(strip, stored, SIZE * per_row, first, rows);
+    for (int64_t g = 0; g < count; g += 16 / SIZE) {  // `out` has room for whole fours of words
         U word[4];
-        quad_before<false>(word, row, SIZE * (from + g), SIZE * per_row);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16 / SIZE; i++)
-            if (g + i < count) store(out[g + i], turn(down_by(word[i * SIZE / 4], 8 * SIZE * i % 32)));
+        quad_of<false>(word, strip, SIZE * (from + g));
+        each<16 / SIZE>([&](auto i) __attribute__((always_inline)) {
+            constexpr int I = decltype(i)::value;
+            store(out[g + I], turn(word[I * SIZE / 4], Number<I * SIZE % 4>()));
+        });
     }
 }
 
-static void read_stream(const lowbit_weight *w, int64_t first, int64_t per_row, int64_t from, int64_t count, float (*out)[16]) {
-    const int64_t bits = w->bits, bytes = (per_row * bits + 7) / 8;
-    Rows row;
-    rows_of(row, w->zeros, bytes, first, w->rows);
-    for (int64_t g = 0; g < count; g += 8) {  // 8 of them have at most 71 bits
-        const int64_t bit = (from + g) * bits, here = count - g < 8 ? count - g : 8;
+template <int BITS> static void read_stream(const lowbit_weight *w, int64_t first, int64_t per_row, int64_t from, int64_t count, float (*out)[16]) {
+    constexpr int FIELDS = 8;  // whole bytes; at most 64 bits and up to 7 before them
+    Strip strip;
+    rows_of(strip, w->zeros, (per_row * BITS + 7) / 8, first, w->rows);
+    const int64_t start = from * BITS / 8;
+    const int before = (int)(from * BITS % 8);
+    for (int64_t g = 0; g < count; g += FIELDS) {
         U word[4];
-        quad_before<false>(word, row, bit / 8, bytes);
-        for (int64_t i = 0; i < here; i++) {
-            const int at = (int)(bit % 8 + i * bits), d = at / 32, down = at % 32;
-            const U field = either(down_by(word[d], down), up_by(word[d + 1], 32 - down));
-            store(out[g + i], to_float(mask(field, (1u << bits) - 1)));
-        }
+        quad_of<false>(word, strip, start + g * BITS / 8);
+        if (before)
+            for (int d = 0; d < 3; d++) word[d] = either(down_by(word[d], before), up_by(word[d + 1], 32 - before));
+        each<FIELDS>([&](auto i) __attribute__((always_inline)) {
+            constexpr int AT = decltype(i)::value * BITS, D = AT / 32, DOWN = AT % 32;
+            U number = shift<DOWN>(word[D]);
+            if constexpr (DOWN + BITS > 32) number = either(number, shift_up<DOWN ? 32 - DOWN : 0>(word[D + 1]));
+            store(out[g + decltype(i)::value], to_float(mask(number, (1u << BITS) - 1)));
+        });
     }
 }
 
-static void read_grid(const lowbit_weight *w, const Int8Table &table, int64_t first, int64_t from, int64_t count, Grid &grid) {
-    const int64_t per_row = groups_of(w);
-    const auto half = [](U a) __attribute__((always_inline)) { return half_to_float(mask(a, 0xFFFF)); };
-    if (w->scale == LOWBIT_SCALE_BYTE)
-        read_across<1>(w->scales, first, w->rows, per_row, from, count, grid.scales,
-                       [&](U a) __attribute__((always_inline)) { return gather(w->scale_table, mask(a, 255)); });
-    else if (w->scale == LOWBIT_SCALE_F16)
-        read_across<2>(w->scales, first, w->rows, per_row, from, count, grid.scales, half);
-    else if (w->scale == LOWBIT_SCALE_BF16)
-        read_across<2>(w->scales, first, w->rows, per_row, from, count, grid.scales,
-                       [](U a) __attribute__((always_inline)) { return as_floats(shift_up<16>(a)); });
-    else if (w->scale == LOWBIT_SCALE_F32)
-        read_across<4>(w->scales, first, w->rows, per_row, from, count, grid.scales, [](U a) __attribute__((always_inline)) { return as_floats(a); });
-    else
+typedef void (*ReadStream)(const lowbit_weight *, int64_t, int64_t, int64_t, int64_t, float (*)[16]);
+static const ReadStream READ_STREAM[9] = {nullptr, read_stream<1>, read_stream<2>, read_stream<3>, read_stream<4>,
+                                          read_stream<5>, read_stream<6>, read_stream<7>, read_stream<8>};
+
+struct Half {  // of a word, by the number of its first byte, as float
+    template <int BYTE> F operator()(U word, Number<BYTE>) const { return half_to_float(mask(shift<8 * BYTE>(word), 0xFFFF)); }
+};
+
+static void read_grid(const lowbit_weight *w, const Int8Table &table, const Factors &factors, int64_t first, int64_t from, int64_t count,
+                      Grid &grid) {
+    const int64_t per_row = groups_of(w), rows = w->rows;
+    if (w->scale == LOWBIT_SCALE_BYTE && factors.right) {
+        const F high = load(factors.high), low = load(factors.low);
+        read_across<1>(w->scales, first, rows, per_row, from, count, grid.scales, [&](U word, auto byte) __attribute__((always_inline)) {
+            constexpr int DOWN = 8 * decltype(byte)::value;
+            return unless_zero(mul(lookup(high, shift<DOWN + 4>(word)), lookup(low, shift<DOWN>(word))), mask(shift<DOWN>(word), 255));
+        });
+    } else if (w->scale == LOWBIT_SCALE_BYTE) {
+        read_across<1>(w->scales, first, rows, per_row, from, count, grid.scales, [&](U word, auto byte) __attribute__((always_inline)) {
+            return gather(w->scale_table, mask(shift<8 * decltype(byte)::value>(word), 255));
+        });
+    } else if (w->scale == LOWBIT_SCALE_F16) {
+        read_across<2>(w->scales, first, rows, per_row, from, count, grid.scales, Half());
+    } else if (w->scale == LOWBIT_SCALE_BF16) {
+        read_across<2>(w->scales, first, rows, per_row, from, count, grid.scales, [](U word, auto byte) __attribute__((always_inline)) {
+            return as_floats(decltype(byte)::value ? mask(word, 0xFFFF0000) : shift_up<16>(word));
+        });
+    } else if (w->scale == LOWBIT_SCALE_F32) {
+        read_across<4>(w->scales, first, rows, per_row, from, count, grid.scales,
+                       [](U word, auto) __attribute__((always_inline)) { return as_floats(word); });
+    } else {
         for (int64_t g = 0; g < count; g++) store(grid.scales[g], set1(1.0f));
+    }
     if (w->table) {
         float steps[16];
-        for (int r = 0; r < 16; r++) {
-            const int64_t row = first + r < w->rows ? first + r : w->rows - 1;
-            steps[r] = table.steps[w->table == LOWBIT_TABLE_ROW ? row : 0];
-        }
+        for (int r = 0; r < 16; r++) steps[r] = table.steps[w->table != LOWBIT_TABLE_ROW ? 0 : first + r < rows ? first + r : rows - 1];
         for (int64_t g = 0; g < count; g++) store(grid.scales[g], mul(load(grid.scales[g]), load(steps)));
     }
     if (w->zero == LOWBIT_ZERO_STREAM)
-        read_stream(w, first, per_row, from, count, grid.shifts);
+        READ_STREAM[w->bits](w, first, per_row, from, count, grid.shifts);
     else if (w->zero == LOWBIT_ZERO_F16)
-        read_across<2>(w->zeros, first, w->rows, per_row, from, count, grid.shifts, half);
+        read_across<2>(w->zeros, first, rows, per_row, from, count, grid.shifts, Half());
     else
         for (int64_t g = 0; g < count; g++) store(grid.shifts[g], set1(w->table ? 128.0f : w->bits ? w->fixed_zero : 1.0f));
     for (int64_t g = 0; g < count; g++) store(grid.shifts[g], mul(load(grid.shifts[g]), load(grid.scales[g])));
 }
+
+// ---------------------------------------------------------------- one row of x: multiply while decoding
+
+// exact[h] += products of 32 inputs, half h of two blocks, with the plane of P bits whose first byte is at `offset`.
+template <int P, int LOW> INLINE void plane_products(const Strip &strip, int64_t offset, const int8_t *x, U (&exact)[4]) {
+    U sums[4] = {no_sums(), no_sums(), no_sums(), no_sums()};
+#pragma GCC unroll 8
+    for (int part = 0; part < P; part++) {
+        U word[4];
+        quad_of<true>(word, strip, offset + 16 * part);
+#pragma GCC unroll 4
+        for (int d = 0; d < 4; d++) {
+            const int place = 2 * part + (d & 1), half = place / P * 2 + (d >> 1);
+            each<8 / P>([&](auto f) __attribute__((always_inline)) {
+                constexpr int F = decltype(f)::value;
+                sums[half] = dot<(P < 8)>(sums[half], field<P, 0, F>(word[d]), four_bytes(x + 32 * half + 4 * (P * F + place % P)));
+            });
+        }
+    }
+    for (int h = 0; h < 4; h++) exact[h] = plus(exact[h], shift_up<LOW>(sums[h]));
+}
+
+// sums += the products of one row of x, whose codes from this chunk on are x, and what a unit's codes are worth, `scales` and `totals`.
+template <int BITS>
+static void direct(const Strip &strip, int64_t blocks, int64_t from, int64_t count, const int8_t *x, const float *scales, const float *totals,
+                   int64_t units, int64_t unit, int units_per_group, const Grid &grid, float *sums) {
+    constexpr int HIGH = Width<BITS>::high, REST = Width<BITS>::rest;
+    F result[2] = {load(sums), zero()}, offset = zero();
+    for (int64_t b = 0; b < count; b += 2, x += 128) {
+        U exact[4] = {no_sums(), no_sums(), no_sums(), no_sums()};
+        plane_products<HIGH, REST>(strip, 8 * HIGH * (from + b), x, exact);
+        if constexpr (REST >= 2) plane_products<2, REST - 2>(strip, 8 * HIGH * blocks + 16 * (from + b), x, exact);
+        if constexpr (REST % 2) plane_products<1, 0>(strip, 8 * (BITS - 1) * blocks + 8 * (from + b), x, exact);
+        const auto finish = [&](U total, int64_t u, int chain) __attribute__((always_inline)) {
+            const int64_t g = u >> units_per_group;
+            result[chain] = fma(to_float(total), mul(load(grid.scales[g]), set1(scales[u])), result[chain]);
+            offset = fma(load(grid.shifts[g]), set1(totals[u]), offset);
+        };
+        if (unit == 128) {
+            finish(plus(plus(exact[0], exact[1]), plus(exact[2], exact[3])), b / 2, 0);
+        } else {
+            const int halves = unit == 32 ? 4 : 2;
+            if (halves == 2) exact[0] = plus(exact[0], exact[1]), exact[1] = plus(exact[2], exact[3]);
+            for (int i = 0; i < halves; i++)
+                if (b / 2 * halves + i < units) finish(exact[i], b / 2 * halves + i, i & 1);
+        }
+    }
+    store(sums, sub(add(result[0], result[1]), offset));
+}
+
+typedef void (*Direct)(const Strip &, int64_t, int64_t, int64_t, const int8_t *, const float *, const float *, int64_t, int64_t, int, const Grid &, float *);
+static const Direct DIRECT[9] = {nullptr, direct<1>, direct<2>, direct<3>, direct<4>, direct<5>, direct<6>, direct<7>, direct<8>};
 
 // ---------------------------------------------------------------- a tile times rows of x
 
@@ -320,30 +434,31 @@ static void write_strip(const lowbit_weight *w, const float *sums, int64_t token
     }
 }
 
-typedef void (*Decode)(const Rows &, int64_t, int64_t, int64_t, uint8_t *);
+typedef void (*Decode)(const Strip &, int64_t, int64_t, int64_t, uint8_t *);
 static const Decode DECODE[9] = {nullptr, planes<1>, planes<2>, planes<3>, planes<4>, planes<5>, planes<6>, planes<7>, planes<8>};
 
 // `row` .. and some more rows, R strips, times tokens first .. last - 1.
 template <int R, bool SMALL>
-static void strips(const lowbit_weight *w, const Int8Table &table, const Tokens &tokens, const void *bias, void *out, int dtype,
+static void strips(const lowbit_weight *w, const Int8Table &table, const Factors &factors, const Tokens &tokens, const void *bias, void *out, int dtype,
                    int64_t row, int64_t end, int64_t first, int64_t last, uint8_t *scratch) {
     const int64_t blocks = (w->inputs + 63) / 64, width = 2 * row_lanes(w->inputs, w->bits), unit = int8_unit(w);
     uint8_t *const tile = scratch;
     Grid *const grid = (Grid *)(tile + INT8_STRIPS * TILE);
     float *const sums = (float *)(grid + INT8_STRIPS);
     uint8_t *const bytes = (uint8_t *)(sums + 16 * INT8_STRIPS * (tokens.count < INT8_TOKENS ? tokens.count : INT8_TOKENS));
-    Rows from[R];
+    Strip from[R];
     for (int r = 0; r < R; r++) {
         rows_of(from[r], w->codes, width, row + 16 * r, w->rows);
         for (int i = 0; !w->bits && i < 16; i++) {
             uint8_t *const to = bytes + (16 * r + i) * 64 * blocks;
-            ternary_bytes((const uint16_t *)from[r][i], w->inputs, 64 * blocks, to);
-            from[r][i] = to;
+            ternary_bytes((const uint16_t *)from[r].row[i], w->inputs, 64 * blocks, to);
+            from[r].row[i] = to;
         }
     }
     memset(sums, 0, sizeof(float) * 16 * STRIPS * (size_t)(last - first));
     const char *ahead = (const char *)w->codes + (row + 16 * R) * width;  // what comes next, for as long as it is this call's
     const int64_t share = row + 32 * R <= end ? (16 * R * width * INT8_CHUNK + blocks - 1) / blocks : 0;
+    const bool one = last - first == 1 && w->bits && !w->table && unit > 16;
     Chunk chunk{tile, grid, 0, unit / 4, 0, w->group == 0 || w->group > 256 ? 2 : w->group > 128 ? 1 : 0};
     for (int64_t block = 0; block < blocks; block += INT8_CHUNK) {
         const int64_t count = blocks - block < INT8_CHUNK ? blocks - block : INT8_CHUNK;
@@ -354,12 +469,13 @@ static void strips(const lowbit_weight *w, const Int8Table &table, const Tokens 
         ahead += share;
         for (int r = 0; r < R; r++) {
             uint8_t *const to = tile + r * TILE;
+            read_grid(w, table, factors, row + 16 * r, group, groups, grid[r]);
+            if (one) continue;
             if (w->bits)
                 DECODE[w->bits](from[r], blocks, block, count, to);
             else
                 from_bytes(from[r], block, count, to);
             if (w->table) apply_table(w, table, row + 16 * r, 16 * count, to);
-            read_grid(w, table, row + 16 * r, group, groups, grid[r]);
         }
         chunk.steps = 16 * count;
         chunk.unit = 64 * block / unit;
@@ -367,6 +483,11 @@ static void strips(const lowbit_weight *w, const Int8Table &table, const Tokens 
             const int64_t used = (w->inputs - 64 * block + unit - 1) / unit;
             chunk.steps = used * chunk.per_unit;
         }
+        const int64_t at = first * tokens.units + chunk.unit;
+        for (int r = 0; one && r < R; r++)
+            DIRECT[w->bits](from[r], blocks, block, count, tokens.codes + first * tokens.stride + 64 * block, tokens.scales + at,
+                            tokens.sums + at, (chunk.steps + chunk.per_unit - 1) / chunk.per_unit, unit, chunk.units_per_group, grid[r], sums + 16 * r);
+        if (one) continue;
         multiply_all<R, SMALL>(chunk, tokens, first, last, sums);
     }
     for (int r = 0; r < R; r++) write_strip(w, sums + 16 * r, last - first, first, row + 16 * r, end, bias, out, dtype);
@@ -375,12 +496,13 @@ static void strips(const lowbit_weight *w, const Int8Table &table, const Tokens 
 template <bool SMALL>
 static void all_strips(const lowbit_weight *w, const Int8Table &table, const Tokens &tokens, const void *bias, void *out, int dtype,
                        int64_t first, int64_t last, uint8_t *scratch) {
+    const Factors factors = factors_of(w->scale == LOWBIT_SCALE_BYTE ? w->scale_table : nullptr);
     for (int64_t token = 0; token < tokens.count; token += INT8_TOKENS) {
         const int64_t ends = token + INT8_TOKENS < tokens.count ? token + INT8_TOKENS : tokens.count;
         int64_t row = first;
         for (; row + 16 * (STRIPS - 1) < last; row += 16 * STRIPS)
-            strips<STRIPS, SMALL>(w, table, tokens, bias, out, dtype, row, last, token, ends, scratch);
-        for (; row < last; row += 16) strips<1, SMALL>(w, table, tokens, bias, out, dtype, row, last, token, ends, scratch);
+            strips<STRIPS, SMALL>(w, table, factors, tokens, bias, out, dtype, row, last, token, ends, scratch);
+        for (; row < last; row += 16) strips<1, SMALL>(w, table, factors, tokens, bias, out, dtype, row, last, token, ends, scratch);
     }
 }
 

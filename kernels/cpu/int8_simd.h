@@ -35,6 +35,7 @@ template <bool SMALL> INLINE U dot(U sums, U codes, U x) {
 }
 INLINE U down_by(U a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
 INLINE U up_by(U a, int n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(n)); }
+INLINE F unless_zero(F a, U b) { return _mm512_maskz_mov_ps(_mm512_test_epi32_mask(b, b), a); }
 INLINE F half_to_float(U a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }
 INLINE F as_floats(U a) { return _mm512_castsi512_ps(a); }
 INLINE U bits_of(F a) { return _mm512_castps_si512(a); }
@@ -96,6 +97,8 @@ template <bool SMALL> INLINE U dot(U sums, U codes, U x)
                                               : dot_big(codes.v[i], x.v[i])))
 INLINE U down_by(U a, int n) BOTH(U, _mm256_srl_epi32(a.v[i], _mm_cvtsi32_si128(n)))
 INLINE U up_by(U a, int n) BOTH(U, _mm256_sll_epi32(a.v[i], _mm_cvtsi32_si128(n)))
+INLINE F unless_zero(F a, U b)
+    BOTH(F, _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(b.v[i], _mm256_setzero_si256())), a.v[i]))
 INLINE F as_floats(U a) BOTH(F, _mm256_castsi256_ps(a.v[i]))
 INLINE U bits_of(F a) BOTH(U, _mm256_castps_si256(a.v[i]))
 INLINE U larger(U a, U b) BOTH(U, _mm256_max_epu32(a.v[i], b.v[i]))
@@ -161,6 +164,7 @@ template <bool SMALL> INLINE U dot(U sums, U codes, U x)
                        product(codes.v[i], x.v[i], 16) + product(codes.v[i], x.v[i], 24)))
 INLINE U down_by(U a, int n) EACH(U, n < 32 ? a.v[i] >> n : 0)
 INLINE U up_by(U a, int n) EACH(U, n < 32 ? a.v[i] << n : 0)
+INLINE F unless_zero(F a, U b) EACH(F, b.v[i] ? a.v[i] : 0)
 INLINE F half_to_float(U a) EACH(F, from_f16((uint16_t)a.v[i]))
 INLINE F as_floats(U a) EACH(F, as_float(a.v[i]))
 INLINE U bits_of(F a) EACH(U, as_bits(a.v[i]))
