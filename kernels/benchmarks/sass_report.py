@@ -3,12 +3,12 @@
     python kernels/benchmarks/sass_report.py                    # NVIDIA and AMD targets, all widths: a table
     python kernels/benchmarks/sass_report.py --only sm_90 --only gemv --json report.json
 
-How it counts. A kernel's main loop is the longest piece of code that a branch backwards closes; instructions per
-weight are its instructions, predicated ones, address arithmetic, scales and synchronisation included, times the
-threads of the program, divided by the weights that one turn takes. What is before and after the loop (pointers, the
-last reduction, the store) is not in it: it does not grow with K. Shapes are whole multiples of a step. A kernel with
-several loops one after another would be counted wrongly; ours have one. Those that write weights out have none: there
-every instruction counts.
+How it counts. A kernel's main loop is the greatest set of pieces of its code that all reach each other; instructions
+per weight are its instructions, predicated ones, address arithmetic, scales and synchronisation included, times the
+threads of the program, divided by the weights that one turn takes. A loop in it (gradients of widths with a 1-bit
+plane have one) counts as often as it turns. What is before and after the loop (pointers, the last reduction, the
+store) is not in it: it does not grow with K. Shapes are whole multiples of a step. Kernels that write weights out, and
+the Hadamard transform, have no loop: there every instruction counts, and a weight of the transform is a value.
 
 Registers, shared memory and spills (STL, LDL; on AMD scratch) come from the compiled file. ``load_bits`` is the width
 of the narrowest load from global memory in the loop that line information traces to the source that loads packed
@@ -43,8 +43,10 @@ NVIDIA = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = {"gfx942": 64, "gfx1100": 32}
 ROWS = {"gemv": 1, "gemm16": 16}
 # Kernels that have the portable form alone, with rows of x or of the result.
-PORTABLE_ROWS = {"gemm64": 64, "input_gradient": 64, "dequantize": 4096, "embedding": 1, "grouped": 1}
-UNLOOPED = ("dequantize", "embedding")
+PORTABLE_ROWS = {"gemm64": 64, "input_gradient": 64, "dequantize": 4096, "embedding": 1}
+PORTABLE_ROWS |= {"grouped": 1, "grouped16": 16, "grouped_gradient": 64}
+UNLOOPED = ("dequantize", "embedding", "hadamard")
+HADAMARD = (64, 1024, 4096)  # lengths of a run
 # Multiprocessors, clock in GHz, bandwidth in GB/s (data sheets), warps and KiB of shared memory of one.
 DEVICES = {
     "sm_80": ("A100 40GB", 108, 1.41, 1555, 64, 164),
@@ -106,73 +108,103 @@ def cases() -> list[Case]:
                     if not format.startswith("int"):
                         forms = tuple(form for form in forms if form != "lop3")
                     found += [Case(target, kernel, format, dtype, form) for form in forms]
+        found += [
+            Case(target, "hadamard", f"block={n}", dtype, "portable") for n in HADAMARD for dtype in ("fp16", "bf16")
+        ]
     return found
 
 
-def _portable(case: Case, layout, M: int):
-    """As :func:`_launch`, for the portable kernels."""
-    from lowbit_kernels import grouped, matmul, rows, tiles
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its compile-time constants; ``weights`` are those of a turn of the main loop, in which another loop
+    turns ``turns`` times."""
 
-    warp = AMD.get(case.target, 32)
-    constants = {"EVEN": True}
+    kernel: object
+    constants: dict
+    warps: int
+    weights: int
+    turns: int = 1
+    maxnreg: int | None = None
+
+
+def _portable(case: Case, layout, M: int) -> Launch:
+    """As :func:`_launch`, for the portable kernels."""
+    from lowbit_kernels import fast, grouped, matmul, rows, tiles
+
+    warp, own = AMD.get(case.target, 32), {}
+    most = fast.REGISTERS if case.target in NVIDIA else None
+    if case.kernel.startswith("grouped"):
+        own = {"RANGE": 2 if layout.scale == "log8" else 0, "TABLE": 0, "BLOCK_E": 256}
     if case.kernel in UNLOOPED:
         size = tiles.row_tiles(M, 4096, layout, warp)
-        constants |= {"BLOCK_R": size.rows, "BLOCK_K": size.inputs}
-        return rows.rows_kernel, layout, constants, size.warps, size.rows * size.inputs
-    if case.kernel == "input_gradient":
+        own = {"BLOCK_R": size.rows, "BLOCK_K": size.inputs}
+        return Launch(rows.rows_kernel, own, size.warps, size.rows * size.inputs)
+    if "gradient" in case.kernel:
         size = tiles.gradient_tiles(M, 4096, 4096, layout, warp)
-        constants |= {"BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCK_K": size.inputs}
-        return rows.input_gradient_kernel, layout, constants, size.warps, size.outputs * size.inputs
+        own |= {"BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCK_K": size.inputs}
+        kernel = (
+            grouped.grouped_input_gradient_kernel if case.kernel.startswith("grouped") else rows.input_gradient_kernel
+        )
+        turns = 4 if layout.planes[-1] == 1 and size.outputs >= 64 else 1
+        return Launch(kernel, own, size.warps, size.outputs * size.inputs, turns, most)
     size = tiles.linear_tiles(M, 4096, 4096, layout, warp)
-    constants |= {"BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCK_L": size.inputs}
-    kernel = matmul.gemv_kernel if M <= tiles.GEMV_ROWS else matmul.gemm_kernel
-    if case.kernel == "grouped":
-        constants |= {"RANGE": 2 if layout.scale == "log8" else 0, "TABLE": 0, "GEMV": True, "BLOCK_E": 256}
-        kernel = grouped.grouped_linear_kernel
+    gemv = M <= tiles.GEMV_ROWS
+    own |= {"BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCK_L": size.inputs}
+    if case.kernel.startswith("grouped"):
+        kernel, own["GEMV"] = grouped.grouped_linear_kernel, gemv
     else:
-        constants["SPLIT"] = 4
-    return kernel, layout, constants, size.warps, size.outputs * size.inputs * layout.fields
+        kernel = matmul.gemv_kernel if gemv else matmul.gemm_kernel
+        own["SPLIT"] = 4
+    most = most if gemv or case.kernel.startswith("grouped") else None
+    return Launch(kernel, own, size.warps, size.outputs * size.inputs * layout.fields, 1, most)
 
 
-def _launch(case: Case):
-    """Kernel, constants, grid-independent options and weights a turn, for a large shape that whole steps fill."""
-    from lowbit_kernels import fast, layout
+def _launch(case: Case, layout) -> Launch:
+    """What is compiled for a case: sizes for a large shape that whole steps fill."""
+    from lowbit_kernels import fast, hadamard
 
-    parsed, M = layout.parse(case.format), {**ROWS, **PORTABLE_ROWS}[case.kernel]
+    if case.kernel == "hadamard":
+        block = int(case.format.removeprefix("block="))
+        sizes = hadamard.sizes(block)
+        return Launch(hadamard.butterfly_kernel, sizes, hadamard.WARPS, block * sizes["BLOCK_R"])
+    M = {**ROWS, **PORTABLE_ROWS}[case.kernel]
     if case.form == "portable":
-        return _portable(case, parsed, M)
-    size = fast.fast_tiles(M, parsed)
+        return _portable(case, layout, M)
+    size = fast.fast_tiles(M, layout)
     constants = {"FORM": case.form, "SPLIT": 4, "BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCKS": size.blocks}
     constants |= {
         **{"STRIPS": size.strips, "SPANS": size.spans, "COLUMNS": size.columns, "WINDOW": size.window, "EVEN": True},
-        **{"STAGES": size.stages, "ROWS_OF_ONES": 16 * size.warps},
+        **{"STAGES": size.stages, "ROWS_OF_ONES": min(16 * size.warps, size.outputs // size.strips)},
     }
-    return fast.fast_kernel, parsed, constants, size.warps, size.outputs * size.blocks * size.spans * 64
+    weights = size.outputs * size.blocks * size.spans * 64
+    return Launch(fast.fast_kernel, constants, size.warps, weights, maxnreg=fast.REGISTERS)
 
 
-def _compile(case: Case):
-    """The compiled kernel, its warps and the weights of a turn."""
+def _layout(case: Case):
+    from lowbit_kernels.layout import parse
+
+    return None if case.kernel == "hadamard" else parse(case.format)
+
+
+def _compile(case: Case, launch: Launch):
+    """The compiled kernel, and how many threads a warp has."""
     import triton
-    from lowbit_kernels.fast import REGISTERS
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, layout, constants, warps, weights = _launch(case)
-    stored = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "none": None}.get(layout.scale, "*u8")
-    types = {"x": f"*{case.dtype}", "gradient": f"*{case.dtype}", "weight": "*i16", "scales": stored, "ends": "*i32"}
-    types["scale_range"] = "*fp32" if layout.scale in ("log8", "e4m3") else None
-    types["zeros"] = {"fixed": None, "float": "*fp16"}.get(layout.zeros, "*u8")
-    types["levels"] = None if layout.table == "none" else "*fp16" if layout.name == "codebook" else "*fp32"
-    types |= {
-        "bias": None,
-        "out": "*fp32" if "SPLIT" in constants else f"*{case.dtype}",
-        **dict.fromkeys("MNKER", "i32"),
-    }
-    types["index"] = "*i64" if case.kernel == "embedding" else None
-    constants |= {
-        "LAYOUT": layout,
-        **{name: None for name, type in types.items() if type is None and name in kernel.arg_names},
-    }
+    kernel, layout = launch.kernel, _layout(case)
+    types = {"x": f"*{case.dtype}", "gradient": f"*{case.dtype}", "weight": "*i16", "ends": "*i32", "bias": None}
+    types |= {"out": "*fp32" if "SPLIT" in launch.constants else f"*{case.dtype}", **dict.fromkeys("MNKER", "i32")}
+    types |= {"index": "*i64" if case.kernel == "embedding" else None, "rows": "i32", "scale": "fp32"}
+    constants = dict(launch.constants)
+    if layout is not None:
+        constants |= {"LAYOUT": layout, **({"EVEN": True} if "EVEN" in kernel.arg_names else {})}
+        stored = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "none": None}
+        types["scales"] = stored.get(layout.scale, "*u8")
+        types["scale_range"] = "*fp32" if layout.scale in ("log8", "e4m3") else None
+        types["zeros"] = {"fixed": None, "float": "*fp16"}.get(layout.zeros, "*u8")
+        types["levels"] = None if layout.table == "none" else "*fp16" if layout.name == "codebook" else "*fp32"
+    constants |= {name: None for name, type in types.items() if type is None and name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name in ("N", "K")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if signature[kernel.arg_names[i]] != "constexpr"}
@@ -181,11 +213,8 @@ def _compile(case: Case):
         target = GPUTarget("hip", case.target, AMD[case.target])
     else:
         target = GPUTarget("cuda", int(case.target.removeprefix("sm_")), 32)
-    options = {"num_warps": warps}
-    if case.target in NVIDIA and (case.form != "portable" or case.kernel == "gemv"):
-        options["maxnreg"] = REGISTERS
-    compiled = triton.compile(source, target=target, options=options)
-    return compiled, warps, target.warp_size, weights
+    options = {"num_warps": launch.warps} | ({"maxnreg": launch.maxnreg} if launch.maxnreg else {})
+    return triton.compile(source, target=target, options=options), target.warp_size
 
 
 def _lines_of(*functions) -> set[tuple[str, int]]:
@@ -199,10 +228,11 @@ def _lines_of(*functions) -> set[tuple[str, int]]:
 
 
 def _weight_lines() -> set[tuple[str, int]]:
-    """The source lines of functions that load packed weights and nothing else."""
-    from lowbit_kernels import decode, fast_fields
+    """The source lines of functions that load packed weights and nothing else; of butterflies, which load values."""
+    from lowbit_kernels import decode, fast_fields, hadamard
 
-    return _lines_of(fast_fields._words, decode.load_lanes, decode.load_last, decode._plane)
+    loading = (decode.load_lanes, decode.load_last, decode._plane, hadamard.butterfly_kernel)
+    return _lines_of(fast_fields._words, *loading)
 
 
 @dataclass(frozen=True)
@@ -224,35 +254,62 @@ def _tool(tool: str, code: bytes, *options: str) -> str:
         return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def longest_loop(
-    text: str, label: str, line: str, instruction: str, branch: str, looped: bool = True
-) -> tuple[list[Instruction], list[str]]:
-    """The loop body of an assembly text, and all instructions as text; the patterns say what its lines look like.
+@dataclass(frozen=True)
+class Loops:
+    """Instructions of a compiled kernel: all of them, those of its main loop, and those of the longest loop in that."""
 
-    All of it counts as the body if it is not ``looped``.
+    whole: list[Instruction]
+    main: list[Instruction]
+    inner: list[Instruction]
 
-    Raises:
-        ValueError: if it should be, and no branch goes backwards.
+
+def find_loops(text: str, label: str, line: str, instruction: str, branch: str, ends: str) -> Loops:
+    """The loops of an assembly text; the patterns say what its lines look like.
+
+    ``branch`` finds the target of a branch, ``ends`` the instructions that never go on to the next one. A loop is a set
+    of blocks that all reach each other, the main one that with most instructions; the one in it is what still does so
+    without the block that the main one is entered by.
     """
-    found: list[Instruction] = []
+    whole: list[Instruction] = []
     labels: dict[str, int] = {}
-    spans: list[tuple[int, int]] = []
     here = ("", 0)
     for row in text.splitlines():
         if match := re.search(label, row):
-            labels[match[1]] = len(found)
+            labels[match[1]] = len(whole)
         elif match := re.search(line, row):
             here = (match[1], int(match[2]))
         elif match := re.search(instruction, row):
-            found.append(Instruction(match[1].strip(), here))
-            if (to := re.search(branch, match[1])) and to[1] in labels:
-                spans.append((labels[to[1]], len(found)))
-    if not looped:
-        return found, [i.text for i in found]
-    if not spans:
-        raise ValueError("the kernel has no loop: nothing to count")
-    first, last = max(spans, key=lambda span: span[1] - span[0])
-    return found[first:last], [i.text for i in found]
+            whole.append(Instruction(match[1].strip(), here))
+    jumps = {i: to[1] for i, one in enumerate(whole) if (to := re.search(branch, one.text))}
+    stops = {i for i, one in enumerate(whole) if re.search(ends, one.text)}
+    starts = sorted({0, *labels.values(), *(i + 1 for i in (*jumps, *stops))} - {len(whole)})
+    bounds = dict(zip(starts, [*starts[1:], len(whole)], strict=True))
+    graph = {start: {end} - {i + 1 for i in stops} for start, end in bounds.items()}
+    for start, end in bounds.items():
+        graph[start] = (graph[start] | {labels.get(jumps.get(end - 1, ""), -1)}) & set(bounds)
+
+    def longest(graph: dict[int, set[int]]) -> set[int]:
+        return max(_cycles(graph), key=lambda loop: sum(bounds[start] - start for start in loop), default=set())
+
+    def instructions(loop: set[int]) -> list[Instruction]:
+        return [one for start in sorted(loop) for one in whole[start : bounds[start]]]
+
+    main = longest(graph)
+    inside = main - {to for start, after in graph.items() if start not in main for to in after}
+    return Loops(whole, instructions(main), instructions(longest({start: graph[start] & inside for start in inside})))
+
+
+def _cycles(graph: dict[int, set[int]]) -> list[set[int]]:
+    """Nodes that reach each other by one step at least, in sets."""
+    reached: dict[int, set[int]] = {}
+    for node in graph:
+        seen, todo = set(), list(graph[node])
+        while todo:
+            if (after := todo.pop()) not in seen:
+                seen.add(after)
+                todo += graph[after]
+        reached[node] = seen
+    return [{other for other in reached[node] if node in reached[other]} for node in graph if node in reached[node]]
 
 
 def _narrowest(loop: list[Instruction], lines: set[tuple[str, int]], pattern: str, widths: dict[str, int]) -> int:
@@ -269,76 +326,94 @@ _AMD_WIDTHS |= dict.fromkeys(
 _AMD_WIDTHS |= dict.fromkeys(("ubyte", "sbyte", "u8", "i8"), 8)
 
 
-def _nvidia(code: bytes, weights: int, warps: int, looped: bool) -> tuple[float, int, int, int, int]:
+def _nvidia(code: bytes, looped: bool) -> tuple[Loops, int, int, int, int]:
     import triton
 
     usage = _tool(triton.knobs.nvidia.cuobjdump.path, code, "-res-usage")
     text = _tool(triton.knobs.nvidia.nvdisasm.path, code, "-g", "-c")
-    loop, whole = longest_loop(
+    loops = find_loops(
         text,
         label=r"^\s*(\.L_x_\d+):",
         line=r'//## File ".*?([^/"]+)", line (\d+)(?! inlined)',
         instruction=r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;",
-        branch=r"\bBRA\b.*?`\((\.L_x_\d+)\)",
-        looped=looped,
+        branch=r"\b(?:BRA|CALL\.REL\.NOINC)\b.*?`\((\.L_x_\d+)\)",  # such calls leave loops
+        ends=r"^(?:EXIT|RET|BRA )",
     )
-    spills = sum(bool(re.search(r"\b(STL|LDL)\b", t)) for t in whole)
-    tensor = sum("MMA." in i.opcode for i in loop)
+    spills = sum(bool(re.search(r"\b(STL|LDL)\b", i.text)) for i in loops.whole)
+    counted = loops.main if looped else loops.whole
+    tensor = sum("MMA." in i.opcode for i in counted)
     load = _narrowest(
-        loop,
+        counted,
         _weight_lines(),
         r"(?:LDG|LDGSTS)\.E(?:\.[A-Z_]+)*?(?:\.(128|64|U16|S16|U8|S8))?(?:\.[A-Z]+)*$",
         _NVIDIA_WIDTHS,
     )
-    return len(loop) * warps * 32 / weights, int(re.search(r"REG:(\d+)", usage)[1]), spills, load, tensor
+    return loops, int(re.search(r"REG:(\d+)", usage)[1]), spills, load, tensor
 
 
-def _amd(text: str, weights: int, threads: int, looped: bool) -> tuple[float, int, int, int, int]:
+def _amd(text: str, looped: bool) -> tuple[Loops, int, int, int, int]:
     files = {number: Path(name).name for number, name in re.findall(r'\.file\s+(\d+)\s+"[^"]*"\s+"([^"]+)"', text)}
     text = re.sub(r"\.loc\s+(\d+)", lambda m: f".loc {files.get(m[1], m[1])}", text)
-    loop, _ = longest_loop(
+    loops = find_loops(
         text,
         label=r"^(\.LBB\w+):",
         line=r"\.loc (\S+)\s+(\d+)",
         instruction=r"^\s+([a-z]+_\w+(?:\s.*)?)$",
         branch=r"^s_c?branch\w*\s+(\.LBB\w+)",
-        looped=looped,
+        ends=r"^s_(?:branch|endpgm|setpc)",
     )
-    tensor = sum("mfma" in i.opcode or "wmma" in i.opcode for i in loop)
-    load = _narrowest(loop, _weight_lines(), r"(?:global|buffer)_load_(\w+)", _AMD_WIDTHS)
-    numbers = [int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")]
-    return len(loop) * threads / weights, *numbers, load, tensor
+    counted = loops.main if looped else loops.whole
+    tensor = sum("mfma" in i.opcode or "wmma" in i.opcode for i in counted)
+    load = _narrowest(counted, _weight_lines(), r"(?:global|buffer)_load_(\w+)", _AMD_WIDTHS)
+    registers, spills = (int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count"))
+    return loops, registers, spills, load, tensor
+
+
+def per_weight(loops: Loops, looped: bool, threads: int, weights: int, turns: int) -> float:
+    """Instructions for each of ``weights``, which one turn of the main loop and ``turns`` of the one in it take.
+
+    Raises:
+        ValueError: if there should be a loop, or one in it, and is none.
+    """
+    if looped and not (loops.main and (turns == 1 or loops.inner)):
+        raise ValueError("the kernel has no loop, or none in it, that should have: nothing to count")
+    counted = len(loops.main) + (turns - 1) * len(loops.inner) if looped else len(loops.whole)
+    return counted * threads / weights
 
 
 def count(case: Case) -> Cost:
     """Compiles a case and counts."""
-    compiled, warps, warp_size, weights = _compile(case)
+    launch, layout = _launch(case, _layout(case)), _layout(case)
+    compiled, warp = _compile(case, launch)
     looped = case.kernel not in UNLOOPED
     if case.target in AMD:
-        counted = _amd(compiled.asm["amdgcn"], weights, warps * warp_size, looped)
+        loops, *numbers = _amd(compiled.asm["amdgcn"], looped)
     else:
-        counted = _nvidia(compiled.asm["cubin"], weights, warps, looped)
-    ratio, registers, spills, load_bits, tensor = counted
-    from lowbit_kernels.layout import parse
+        loops, *numbers = _nvidia(compiled.asm["cubin"], looped)
+    registers, spills, load_bits, tensor = numbers
+    ratio = per_weight(loops, looped, launch.warps * warp, launch.weights, launch.turns)
+    bits = 16 if layout is None else layout.bits
+    shared = compiled.metadata.shared
+    return Cost(bits, round(ratio, 3), registers, spills, load_bits, shared, launch.warps, tensor)
 
-    bits, shared = parse(case.format).bits, compiled.metadata.shared
-    return Cost(bits, round(ratio, 3), registers, spills, load_bits, shared, warps, tensor)
 
-
-def _source_hash() -> str:
+def _key(case: Case) -> str:
+    """Changes with whatever a count depends on: a kernel's code, what it is compiled with, Triton, and the counting."""
     import triton
+    from lowbit_kernels import fast_asm
+    from lowbit_kernels import layout as layouts
 
-    digest = hashlib.sha256(triton.__version__.encode())
-    for path in (*sorted(KERNELS.rglob("*.py")), Path(__file__)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    launch = _launch(case, _layout(case))
+    counting = (_compile, _nvidia, _amd, find_loops, _cycles, _narrowest, _lines_of, _weight_lines, per_weight, count)
+    parts = [triton.__version__, repr(case), launch.kernel.cache_key, repr(dataclasses.replace(launch, kernel=None))]
+    parts += [inspect.getsource(source) for source in (layouts, fast_asm, *counting)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def cached_count(case: Case) -> Cost | str:
-    """:func:`count`, remembered until a source file or Triton changes; the error as text where it does not compile."""
+    """:func:`count`, remembered while its :func:`_key` stays; the error as text where it does not compile."""
     sys.path.insert(0, str(KERNELS))
-    name = hashlib.sha256(repr(case).encode()).hexdigest()[:24]
-    path = CACHE / _source_hash() / f"{name}.json"
+    path = CACHE / f"{_key(case)}.json"
     if path.exists():
         return Cost(**json.loads(path.read_text()))
     try:

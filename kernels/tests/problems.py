@@ -54,6 +54,8 @@ def _problems():
         add("input_gradient", f"int:bits={bits}", 4 + bits, 66, 384 if bits % 2 else 333, dtypes[bits % 3])
         add("dequantize", f"int:bits={bits}", 0, 13, 333, FP32)
         add("embedding", f"int:bits={bits}", 5, 13, 256, dtypes[bits % 3])
+    # A gradient that takes W in quarters of 128 rows, more than once and with an end within one.
+    add("input_gradient", "int:bits=7", 5, 300, 192, FP16)
     # Every dtype on one width of one plane and one of three.
     for dtype in dtypes:
         for bits in (4, 7):

@@ -156,7 +156,8 @@ def input_gradient(
     out = torch.empty((M, K), dtype=gradient.dtype, device=gradient.device)
     if out.numel() == 0:
         return out.view(*gradient.shape[:-1], K)
-    tiles = tiles or gradient_tiles(M, N, K, layout, forms.describe(gradient.device).warp)
+    device = forms.describe(gradient.device)
+    tiles = tiles or gradient_tiles(M, N, K, layout, device.warp)
     with on_device(gradient.device):
         input_gradient_kernel[(triton.cdiv(M, tiles.rows), triton.cdiv(K, tiles.inputs))](
             *(rows, *packed, out, M, N, K),
@@ -166,6 +167,7 @@ def input_gradient(
             BLOCK_N=tiles.outputs,
             BLOCK_K=tiles.inputs,
             num_warps=tiles.warps,
+            **device.registers,
         )
     return out.view(*gradient.shape[:-1], K)
 

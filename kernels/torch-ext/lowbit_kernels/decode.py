@@ -298,6 +298,50 @@ def _over_fields(word, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def values_of(
+    one,
+    two,
+    three,
+    scales,
+    scale_range,
+    zeros,
+    levels,
+    row,
+    inside,
+    first,
+    K,
+    DTYPE: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Weights (BLOCK_N, BLOCK_K) of whole blocks from input ``first``, from lanes that :func:`load_lanes` loaded."""
+    BLOCKS: tl.constexpr = BLOCK_K // 64
+    LANES: tl.constexpr = LAYOUT.lanes
+    row = row[:, :, None, None]
+    inside = inside[:, :, None, None]
+    block = first + 64 * tl.arange(0, BLOCKS)[None, :, None, None]
+    field = tl.arange(0, 16 // LAYOUT.planes[0])[None, None, :, None]
+    k = block + field * LANES + tl.arange(0, LANES)[None, None, None, :]
+    # The first input of every run that shares a group, as few as the group allows.
+    if LAYOUT.group == 0 or LAYOUT.group >= 64:
+        start = block
+    elif LAYOUT.group >= LANES:
+        start = block + field * LANES
+    else:
+        start = k
+    group = group_of(start, LAYOUT)
+    scale = load_scale(scales, scale_range, row, group, inside & (start < K), K, LAYOUT)
+    zero = load_zero(zeros, row, group, inside & (start < K), K, LAYOUT)
+    if len(LAYOUT.planes) > 1:
+        two = _over_fields(two, BLOCKS, LAYOUT)
+        three = _over_fields(three, BLOCKS, LAYOUT)
+    code = decode_field(_over_fields(one, BLOCKS, LAYOUT), two, three, field, LAYOUT)
+    value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
+    value = tl.where(inside & (k < K), value, 0.0).to(DTYPE).reshape(row.shape[0], BLOCKS * 64)
+    return value
+
+
+@triton.jit
 def load_values(
     weight,
     scales,
@@ -331,25 +375,7 @@ def load_values(
         one, two, three = load_lanes(
             *(weight, row, first // 64 * LANES, 0, inside, K, None, EVEN, LAYOUT, BLOCKS * LANES, 1)
         )
-        row = row[:, :, None, None]
-        inside = inside[:, :, None, None]
-        block = first + 64 * tl.arange(0, BLOCKS)[None, :, None, None]
-        field = tl.arange(0, 16 // LAYOUT.planes[0])[None, None, :, None]
-        k = block + field * LANES + tl.arange(0, LANES)[None, None, None, :]
-        # The first input of every run that shares a group, as few as the group allows.
-        if LAYOUT.group == 0 or LAYOUT.group >= 64:
-            start = block
-        elif LAYOUT.group >= LANES:
-            start = block + field * LANES
-        else:
-            start = k
-        group = group_of(start, LAYOUT)
-        scale = load_scale(scales, scale_range, row, group, inside & (start < K), K, LAYOUT)
-        zero = load_zero(zeros, row, group, inside & (start < K), K, LAYOUT)
-        if len(LAYOUT.planes) > 1:
-            two = _over_fields(two, BLOCKS, LAYOUT)
-            three = _over_fields(three, BLOCKS, LAYOUT)
-        code = decode_field(_over_fields(one, BLOCKS, LAYOUT), two, three, field, LAYOUT)
-        value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
-        value = tl.where(inside & (k < K), value, 0.0).to(DTYPE).reshape(row.shape[0], BLOCKS * 64)
+        value = values_of(
+            *(one, two, three, scales, scale_range, zeros, levels, row, inside, first, K, DTYPE, LAYOUT, BLOCK_K)
+        )
     return value

@@ -157,11 +157,14 @@ def fast_tiles(M: int, layout: Layout) -> FastTiles:
         blocks = 1 if 0 < layout.group <= 64 and 1 not in layout.planes else 2
         spans = 2 if table else 1
     columns = 1 if layout.group == 0 else blocks if layout.group < 64 else max(1, blocks * 64 // layout.group)
-    rows = triton.next_power_of_2(M) if M <= 4 else 16
-    outputs = 128 if M > 4 and columns == 1 else 64
+    # Sums for every part of a block take registers: with small groups, 16 rows spill from some widths on.
+    many = 8 if 0 < layout.group < 32 or (layout.group == 32 and layout.bits == 7) else 16
+    rows = triton.next_power_of_2(M) if M <= 4 else many
+    warps = 4 if M > 4 and (layout.group, layout.bits) == (32, 3) else 2
+    outputs = 128 if M > 4 and (columns == 1 or warps == 4) else 64
     strips = 2 if M > 4 and table else 1
     stages = 2 if len(layout.planes) > 1 else 3
-    return FastTiles(max(rows, 8 // columns), outputs, blocks, columns, 8, stages=stages, strips=strips, spans=spans)
+    return FastTiles(max(rows, 8 // columns), outputs, blocks, columns, 8, warps, stages, strips, spans)
 
 
 def fast_linear(

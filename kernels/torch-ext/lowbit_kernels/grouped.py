@@ -209,8 +209,8 @@ def grouped_linear(
     if out.numel() == 0:
         return out
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    warp = forms.describe(x.device).warp
-    tiles = tiles or replace(linear_tiles(triton.cdiv(R, E), N, K, layout, warp), split=1)
+    device = forms.describe(x.device)
+    tiles = tiles or replace(linear_tiles(triton.cdiv(R, E), N, K, layout, device.warp), split=1)
     with on_device(x.device):
         grouped_linear_kernel[(row_tiles_needed(R, E, tiles.rows), triton.cdiv(N, tiles.outputs))](
             *(x.contiguous(), ends.contiguous(), *packed, bias, out, E, R, N, K),
@@ -223,6 +223,7 @@ def grouped_linear(
             BLOCK_N=tiles.outputs,
             BLOCK_L=tiles.inputs,
             num_warps=tiles.warps,
+            **device.registers,
         )
     return out
 
@@ -243,7 +244,8 @@ def grouped_input_gradient(
     out = torch.empty((R, K), dtype=gradient.dtype, device=gradient.device)
     if out.numel() == 0:
         return out
-    tiles = tiles or gradient_tiles(triton.cdiv(R, E), N, K, layout, forms.describe(gradient.device).warp)
+    device = forms.describe(gradient.device)
+    tiles = tiles or gradient_tiles(triton.cdiv(R, E), N, K, layout, device.warp)
     with on_device(gradient.device):
         grouped_input_gradient_kernel[(row_tiles_needed(R, E, tiles.rows), triton.cdiv(K, tiles.inputs))](
             *(gradient.contiguous(), ends.contiguous(), *packed, out, E, R, N, K),
@@ -255,5 +257,6 @@ def grouped_input_gradient(
             BLOCK_N=tiles.outputs,
             BLOCK_K=tiles.inputs,
             num_warps=tiles.warps,
+            **device.registers,
         )
     return out

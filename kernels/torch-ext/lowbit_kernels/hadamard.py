@@ -20,6 +20,7 @@ from .layout import on_device
 
 MAX_SMALL = 64
 """Largest order ``r`` that is multiplied as a matrix."""
+WARPS = 4
 
 
 def _is_prime(n: int) -> bool:
@@ -101,6 +102,11 @@ def butterfly_kernel(x, out, rows, scale, BLOCK: tl.constexpr, STAGES: tl.conste
     tl.store(out + place, (value * scale).to(out.dtype.element_ty), mask=r < rows)
 
 
+def sizes(block: int) -> dict[str, int]:
+    """Constants of :func:`butterfly_kernel` for runs of ``block`` values."""
+    return {"BLOCK": block, "STAGES": block.bit_length() - 1, "BLOCK_R": max(1, 1024 // block)}
+
+
 def plain_hadamard(x: torch.Tensor, inverse: bool = False, max_block: int = 4096) -> torch.Tensor:
     """:func:`hadamard` in plain PyTorch: the specification, differentiable, on any device."""
     r, b = factor(x.shape[-1], max_block)
@@ -137,13 +143,12 @@ def hadamard(x: torch.Tensor, inverse: bool = False, max_block: int = 4096) -> t
     runs = x.contiguous().view(-1, b)
     # The butterflies' sums stay in float32 where a matrix follows.
     out = torch.empty(runs.shape, dtype=x.dtype if r == 1 else torch.float32, device=x.device)
-    block_rows = max(1, 1024 // b)
+    constants = sizes(b)
     if out.numel():
         with on_device(x.device):
-            butterfly_kernel[(triton.cdiv(runs.shape[0], block_rows),)](
-                runs, out, runs.shape[0], (r * b) ** -0.5, BLOCK=b, STAGES=b.bit_length() - 1, BLOCK_R=block_rows,
-                num_warps=4,
-            )  # fmt: skip
+            butterfly_kernel[(triton.cdiv(runs.shape[0], constants["BLOCK_R"]),)](
+                *(runs, out, runs.shape[0], (r * b) ** -0.5), **constants, num_warps=WARPS
+            )
     if r > 1:
         out = _mix(out.view(-1, r, b), r, inverse)
     return out.reshape(x.shape).to(x.dtype)

@@ -6,7 +6,7 @@ They walk the packed rows in natural order (:mod:`.decode`), so that they write 
 import triton
 import triton.language as tl
 
-from .decode import load_values
+from .decode import load_lanes, load_values, values_of
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -45,6 +45,27 @@ def rows_kernel(
 
 
 @triton.jit
+def _quarters(words, weight, K):
+    """Four tiles that hold a quarter of the rows of ``words`` (BLOCK_N, lanes) each, every one of them in all threads.
+
+    A load that reads nothing says in which: the compiler else leaves some of the threads without, or copies of others'.
+    """
+    ROWS: tl.constexpr = words.shape[0] // 4
+    LANES: tl.constexpr = words.shape[1]
+    even, odd = tl.split(words.reshape(2, 2, ROWS, LANES).permute(2, 3, 0, 1))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    place = weight + (tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :])
+    never = tl.arange(0, LANES)[None, :] + K < 0
+    return (
+        tl.load(place, mask=never, other=first),
+        tl.load(place, mask=never, other=second),
+        tl.load(place, mask=never, other=third),
+        tl.load(place, mask=never, other=fourth),
+    )
+
+
+@triton.jit
 def input_gradient_sum(
     gradient_row,
     seen,
@@ -64,17 +85,42 @@ def input_gradient_sum(
 ):
     """Sums (BLOCK_M, BLOCK_K) of rows of a gradient (.., N) times N rows of W from ``row``, at BLOCK_K inputs.
 
-    ``gradient_row`` points at rows, (BLOCK_M, 1), of which those ``seen`` exist; ``first`` is the first input.
+    ``gradient_row`` points at rows, (BLOCK_M, 1), of which those ``seen`` exist; ``first`` is the first input. A thread
+    that loads 16 bytes of a 1-bit plane has 128 weights, more than it has registers for: they are decoded by quarters,
+    in a loop that turns them around.
     """
     total = tl.zeros((gradient_row.shape[0], BLOCK_K), dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        outputs = tl.load(gradient_row + n[None, :], mask=seen & (n[None, :] < N), other=0)
-        value = load_values(
-            *(weight, scales, scale_range, zeros, levels, row + n[:, None].to(tl.int64), n[:, None] < N, first, K),
-            *(outputs.dtype, EVEN, LAYOUT, BLOCK_K),
-        )
-        total = tl.dot(outputs, value, total, input_precision="ieee")
+        if LAYOUT.ternary or LAYOUT.planes[-1] > 1 or BLOCK_N < 64:
+            n = start + tl.arange(0, BLOCK_N)
+            outputs = tl.load(gradient_row + n[None, :], mask=seen & (n[None, :] < N), other=0)
+            value = load_values(
+                *(weight, scales, scale_range, zeros, levels, row + n[:, None].to(tl.int64), n[:, None] < N, first, K),
+                *(outputs.dtype, EVEN, LAYOUT, BLOCK_K),
+            )
+            total = tl.dot(outputs, value, total, input_precision="ieee")
+        else:
+            PLANES: tl.constexpr = len(LAYOUT.planes)
+            n = (start + tl.arange(0, BLOCK_N))[:, None]
+            lanes = load_lanes(
+                *(weight, row + n.to(tl.int64), first // 64 * LAYOUT.lanes, 0, n < N, K, None),
+                *(EVEN, LAYOUT, BLOCK_K // 64 * LAYOUT.lanes, 1),
+            )
+            words = ()
+            for plane in tl.static_range(PLANES):
+                words = words + _quarters(lanes[plane], weight, K)
+            for quarter in tl.range(4, num_stages=1):
+                m = start + quarter * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+                outputs = tl.load(gradient_row + m[None, :], mask=seen & (m[None, :] < N), other=0)
+                value = values_of(
+                    *(words[0], words[4 % (4 * PLANES)], words[8 % (4 * PLANES)], scales, scale_range, zeros, levels),
+                    *(row + m[:, None].to(tl.int64), m[:, None] < N, first, K, outputs.dtype, LAYOUT, BLOCK_K),
+                )
+                total = tl.dot(outputs, value, total, input_precision="ieee")
+                turned = ()
+                for i in tl.static_range(4 * PLANES):
+                    turned = turned + (words[i // 4 * 4 + (i + 1) % 4],)  # noqa: RUF005
+                words = turned
     return total
 
 

@@ -5,7 +5,7 @@ registers; the files read by :mod:`.tuning` go before them, and a caller who kno
 
 In the portable kernels a thread loads 16 bytes of the narrowest plane at a time, if the tile has that many for every
 thread: the rules count in threads, and warps follow from how wide the device's are. 16 bytes of a 1-bit plane are 128
-weights; after a plane of 4 bits they are decoded in two parts (``Layout.sum_parts``). In gradients 8 bytes have to do.
+weights; after a plane of 4 bits they are decoded in two parts (``Layout.sum_parts``), in gradients in four.
 """
 
 from dataclasses import dataclass
@@ -76,13 +76,13 @@ def _shares(programs: int, most: int, fill: int) -> int:
 
 def gradient_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32) -> Tiles:
     """For a gradient (M, N) and a weight (N, K)."""
-    least = 1 if layout.ternary else layout.planes[-1]
-    rows, outputs, inputs = (64, 32, 64) if least == 8 else (32, 64, 64 if least == 4 else 128)
+    least = 2 if layout.ternary else layout.planes[-1]
+    rows, outputs, inputs = {8: (64, 32, 64), 4: (32, 64, 64), 2: (32, 64, 128), 1: (64, 128, 128)}[least]
     return Tiles(_power(M, 16, rows), outputs, inputs, 1, 128 // warp)
 
 
 def row_tiles(R: int, K: int, layout: Layout, warp: int = 32) -> Tiles:
-    """For R rows of K values."""
-    rows = _power(R, 1, 8)
-    inputs = 2048 if layout.ternary else 8192 // layout.planes[-1]
-    return Tiles(rows, 1, _power(K, 64, inputs // rows), 1, 64 // warp)
+    """For R rows of K values; more rows than there are where fewer would leave threads less than 16 bytes to load."""
+    values = 2048 if layout.ternary else 8192 // layout.planes[-1]
+    inputs = _power(K, 64, values // _power(R, 1, 8))
+    return Tiles(values // inputs, 1, inputs, 1, 64 // warp)
