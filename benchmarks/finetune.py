@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 
 import torch
-from adapters import split_news
-from common import CACHE, RESULTS, model_folder, write_results
+from adapters import calibration_documents
+from common import CACHE, RESULTS, model_folder, news_text, write_results
 from loading import Peak, anonymous_mb
 
 SEED = 0
@@ -39,17 +39,24 @@ STEP = {
     "LoRA bf16": (None, "bfloat16"),
     "bitsandbytes nf4, bf16": ("nf4", "bfloat16"),
 }
-# Name: packed repo, with an adapter in it where there is a method.
+# Name: packed repo, with an adapter in it where there is a method, and dtype.
 RECOVER = {
-    "2 bits, zeros": "int2-zeros",
-    "2 bits, LoftQ": "int2-loftq",
-    "2 bits, EoRA": "int2-eora",
-    "2 bits, ApiQ-lw": "int2-apiq-lw",
-    "2 bits, ApiQ-bw": "int2-apiq-bw",
-    "LoRA, not packed": None,
-    "bitsandbytes nf4 (QLoRA), 4 bits": "nf4",
+    "2 bits, zeros": ("int2-zeros", "float32"),
+    "2 bits, LoftQ": ("int2-loftq", "float32"),
+    "2 bits, EoRA": ("int2-eora", "float32"),
+    "2 bits, ApiQ-lw": ("int2-apiq-lw", "float32"),
+    "2 bits, ApiQ-bw": ("int2-apiq-bw", "float32"),
+    "LoRA fp32, not packed": (None, "float32"),
+    "LoRA bf16, not packed": (None, "bfloat16"),
+    "bitsandbytes nf4 (QLoRA), 4 bits": ("nf4", "float32"),
 }
 RANK = 16  # of the adapters in benchmarks/adapters.py
+
+
+def split_news() -> tuple[list[str], str]:
+    """Articles to train on, and the text of the others, on which no adapter was calibrated either."""
+    articles = [line for line in news_text().splitlines() if line.strip()]
+    return [a for i, a in enumerate(articles) if i % 3], "\n".join(articles[::3])
 
 
 def high_water_mb() -> tuple[float, float]:
@@ -67,7 +74,7 @@ def prepare(source: str, name: str) -> Path:
             from hf_lowbit.adapters.initialization import initialize
             from hf_lowbit.calibration import Calibration
 
-            calibration = Calibration(split_news()[0], 64, 512)
+            calibration = Calibration(calibration_documents(), 32, 512)
             shutil.rmtree(folder, ignore_errors=True)
             initialize(
                 source, LowBitConfig(bits=2), destination=folder, method=method, rank=RANK, calibration=calibration
@@ -160,7 +167,7 @@ def step_child(source: str, repo: str | None, dtype: str, steps: int) -> dict:
     }  # fmt: skip
 
 
-def recover_child(source: str, repo: str | None, steps: int, rate: float, windows: int) -> dict:
+def recover_child(source: str, repo: str | None, dtype: str, steps: int, rate: float, windows: int) -> dict:
     """Held-out perplexity before and after training, and the loss on the way."""
     from peft import PeftModel
     from transformers import AutoTokenizer
@@ -171,7 +178,7 @@ def recover_child(source: str, repo: str | None, steps: int, rate: float, window
     adapter = Path(repo or "") / "adapter"
 
     def make():
-        model = load(source, repo, "float32")
+        model = load(source, repo, dtype)
         return PeftModel.from_pretrained(model, adapter, is_trainable=True) if adapter.exists() else adapt(model, RANK)
 
     # Of a model of its own: an evaluation on a CPU gives bitsandbytes' weights another layout, which does not train.
@@ -271,11 +278,12 @@ def main():
     command = f"python benchmarks/finetune.py --recover --steps {steps} --windows {args.windows}"
     note = (
         f"Rank {RANK}, {steps} steps of 2 x 128 tokens of news, AdamW, rate {args.rate:g} falling to 0; "
-        f"perplexity on {args.windows} windows of 512 tokens of other articles. All compute in float32. "
+        f"perplexity on {args.windows} windows of 512 tokens of other articles. All compute in float32 but LoRA bf16. "
         "How adapters were started, and at what cost: adapters.md."
     )
     for name in names:
-        made = run_child("recover", source, packed(source, RECOVER[name]), steps, args.rate, args.windows)
+        repo, dtype = RECOVER[name]
+        made = run_child("recover", source, packed(source, repo), dtype, steps, args.rate, args.windows)
         print(name, made, flush=True)
         rows = earlier_rows("finetune_recover", command)  # now: another process may have added some
         rows[name] = {"method": name, **{k: v for k, v in made.items() if k != "losses"}}

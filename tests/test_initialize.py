@@ -142,6 +142,21 @@ def test_layerwise_apiq_is_below_eora_and_below_its_start_on_its_objective():
     assert errors["apiq"] < errors["short"] < errors["start"] < errors["eora"]
 
 
+def test_layerwise_apiq_is_never_worse_than_eora_on_what_is_held_out():
+    """With fewer tokens than the layer has inputs, and moments that say nothing of those held out."""
+    one, _ = layer()
+    generator = torch.Generator().manual_seed(1)
+    seen, held_out = (Moments(80, cross=True) for _ in range(2))
+    for moments in (seen, held_out):
+        inputs = torch.randn(24, 80, generator=generator)
+        moments.add(inputs + 0.3 * torch.randn(inputs.shape, generator=generator), inputs)
+    eora = make_hook("eora", RANK).solve_layer(one, seen, None)
+    solved = make_hook("apiq-lw", RANK).solve_layer(one, seen, None, held_out)
+    blind = make_hook("apiq-lw", RANK, {"dampings": [0.001]}).solve_layer(one, seen, None)
+    errors = [held_out.output_error(one.weight, one.value(s)) for s in (solved, eora, blind)]
+    assert errors[0] <= errors[1] < errors[2]
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_order_of_the_methods_on_the_calibration_text(name, tiny, made):
     with torch.no_grad():

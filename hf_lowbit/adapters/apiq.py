@@ -14,9 +14,13 @@ the layer's own method has chosen. Three things differ from the paper:
 - The layer-wise objective is a quadratic form in second moments (:class:`~hf_lowbit.calibration.Moments`), so that
   every step sees all tokens at the price of one product of the weight's size.
 
-The better of start and end is kept.
+What is fitted has as many numbers as a weight, which few tokens do not determine. So the layer-wise form holds out a
+part of the calibration windows: they choose between EoRA's start and towards-the-output ones of several dampings, and
+the best moment of training. What comes out is never further off on them than EoRA's start. The block-wise form has a
+high damping instead, and keeps the better of start and end.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,7 +31,13 @@ from ..formats.base import Quantized
 from ..formats.integer import IntFormat
 from ..plan import Packed
 from ..quantizer import quantize_weight
+from .eora import EoRA
 from .factors import LowRankHook, check_rank, correction
+
+HOLD_OUT = 4
+"""Every fourth batch of calibration windows is held out."""
+LOOKS = 5
+"""Training steps between two looks at what is held out."""
 
 
 class Trained:
@@ -87,11 +97,20 @@ def _optimizer(trained: list[Trained], lr: float, range_lr: float, steps: int):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
 
 
-def _start(layer: Layer, moments: Moments, rank: int, damping: float) -> Solution:
-    """The layer's own rounding and the low-rank correction that is best for the float model's output."""
-    tensors = quantize_weight(layer.weight, layer.planned, layer.name + ".weight")
+def _start(layer: Layer, tensors: dict, moments: Moments, rank: int, damping: float, corrects: bool = True) -> Solution:
+    """The layer's own rounding and the best low-rank correction.
+
+    Args:
+        layer: The layer.
+        tensors: Its weight, rounded and packed.
+        moments: Of its inputs.
+        rank: r.
+        damping: As in EoRA.
+        corrects: Whether the correction is the best for the float model's output, and not for the layer's own weight
+            on the quantized model's inputs, as EoRA's is.
+    """
     square, target = moments.damped(damping), layer.weight
-    if moments.cross is not None and moments.tokens:
+    if corrects and moments.cross is not None and moments.tokens:
         # The weight that gives the float model's output on the quantized model's inputs: W' S = W C.
         ridge = damping * moments.square.diagonal().mean()
         cross = layer.weight.double() @ (moments.cross.double() + ridge * torch.eye(len(square), device=square.device))
@@ -104,16 +123,16 @@ class ApiQLayerwise(LowRankHook):
     """ApiQ-lw: each layer is trained on the inputs that the trained ones before it leave.
 
     Args:
-        steps: Steps of AdamW, each over all tokens.
+        steps: Steps of AdamW at most, each over all tokens but those held out.
         lr: Learning rate of A and B, in parts of the root mean square of each.
         range_lr: Learning rate of the ranges' logits.
-        damping: As in EoRA.
+        dampings: As in EoRA, to choose from.
     """
 
-    steps: int = 30
+    steps: int = 20
     lr: float = 0.03
     range_lr: float = 3e-2
-    damping: float = 0.01
+    dampings: Sequence[float] = (0.1, 1.0)
 
     activations: ClassVar[str] = "both"
 
@@ -121,29 +140,51 @@ class ApiQLayerwise(LowRankHook):
         super().check(name, planned)
         _check_format(name, planned)
 
+    def solve(self, block: Block) -> None:
+        batches = block.batches()
+        held = batches[HOLD_OUT - 1 :: HOLD_OUT]
+        seen = [b for i, b in enumerate(batches) if i % HOLD_OUT != HOLD_OUT - 1]
+        for group in block.groups():
+            moments = block.moments(group, seen)
+            held_out = block.moments(group, held) if held else moments
+            for name in group:
+                block.set(name, self.solve_layer(block.layers[name], moments, block.generator, held_out))
+
     @torch.enable_grad()
-    def solve_layer(self, layer: Layer, moments: Moments | None, generator) -> Solution:
+    def solve_layer(
+        self, layer: Layer, moments: Moments | None, generator, held_out: Moments | None = None
+    ) -> Solution:
+        """The solution from the ``moments`` of the layer's inputs, chosen by those that are ``held_out``."""
         assert moments is not None
-        start = _start(layer, moments, self.rank, self.damping)
+        weight, judge = layer.weight, held_out if held_out is not None and held_out.tokens else moments
+        tensors = quantize_weight(weight, layer.planned, layer.name + ".weight")
+        start = _start(layer, tensors, moments, self.rank, EoRA.damping, corrects=False)
         if not moments.tokens:
             return start
-        assert moments.cross is not None
-        square = moments.damped(self.damping)
-        ridge = self.damping * moments.square.diagonal().mean()
-        target = layer.weight @ moments.cross + ridge * layer.weight
-        power = (layer.weight @ square * layer.weight).sum()
-        trained = Trained(layer, start)
+        drift = judge.drift(weight)
+
+        def error(solution: Solution) -> float:
+            return judge.output_error(weight, layer.value(solution), drift)
+
+        starts = [(start, EoRA.damping)]
+        starts += [(_start(layer, tensors, moments, self.rank, damping), damping) for damping in self.dampings]
+        lowest, best, damping = min(((error(s), s, d) for s, d in starts), key=lambda found: found[0])
+        square, drift_seen = moments.damped(damping), moments.drift(weight)
+        power = (weight @ square * weight).sum()
+        trained = Trained(layer, best)
         optimizer, schedule = _optimizer([trained], self.lr, self.range_lr, self.steps)
-        for _ in range(self.steps):
+        for step in range(1, self.steps + 1):
             value = trained.value()
-            gradient = (value.detach() @ square - target) * (2 / power)
+            gradient = ((value.detach() - weight) @ square + drift_seen) * (2 / power)
             optimizer.zero_grad(set_to_none=True)
             value.backward(gradient)
             optimizer.step()
             schedule.step()
-        end = trained.solution()
-        errors = [moments.output_error(layer.weight, layer.value(s)) for s in (start, end)]
-        return end if errors[1] < errors[0] else start
+            if step % LOOKS == 0 or step == self.steps:
+                found = trained.solution()
+                if (now := error(found)) < lowest:
+                    lowest, best = now, found
+        return best
 
 
 @dataclass
@@ -176,7 +217,9 @@ class ApiQBlockwise(Hook):
         for group in block.groups():
             moments = block.moments(group)
             for name in group:
-                block.set(name, _start(block.layers[name], moments, self.rank, self.damping))
+                layer = block.layers[name]
+                tensors = quantize_weight(layer.weight, layer.planned, layer.name + ".weight")
+                block.set(name, _start(layer, tensors, moments, self.rank, self.damping))
         assert block.inputs is not None and block.reference_inputs is not None
         target = block.outputs(block.reference, block.reference_inputs)
         starts = {name: layer.solution for name, layer in block.layers.items()}

@@ -178,13 +178,18 @@ class Block:
         return ran + [[name] for name in self.layers if not any(name in names for names in ran)]
 
     @torch.no_grad()
-    def moments(self, group: list[str]) -> Moments:
-        """The moments of the common input of ``group``; cross moments too where the float activations are there."""
+    def moments(self, group: list[str], batches: list[torch.Tensor] | None = None) -> Moments:
+        """The moments of the common input of ``group``; cross moments too where the float activations are there.
+
+        Args:
+            group: Names of layers.
+            batches: Some of :meth:`batches`; all by default.
+        """
         name = group[0]
         cross = self.reference_inputs is not None
         assert self.inputs is not None
         moments = Moments(self.layers[name].weight.shape[1], cross, self.inputs.device)
-        for windows in self.batches():
+        for windows in self.batches() if batches is None else batches:
             x = self._input_of(name, self.module, self.inputs, windows)
             r = self._input_of(name, self.reference, self.reference_inputs, windows) if cross else None
             if x is not None and (not cross or r is not None):

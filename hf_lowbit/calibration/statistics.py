@@ -5,8 +5,9 @@ For a layer ``y = x W^T`` the squared error of the output over all tokens is a q
 the tokens themselves need not be kept. Layers that share an input (query, key and value) share one S.
 
 Where the layers before are quantized already, x is what the quantized model computes, and a method that corrects for
-their error too needs ``C = sum r^T x`` with r the float model's input at the same token: then
-``sum |x V^T - r W^T|^2 = tr(V S V^T) - 2 tr(W C V^T) + constant``.
+their error too needs ``C = mean r^T x`` with r the float model's input at the same token: the output of V = W + D is
+then off by ``x D^T + (x - r) W^T``, in the mean square by ``tr(D S D^T) + 2 tr(D (S - C)^T W^T)`` and a constant, which
+is the error of W.
 """
 
 import torch
@@ -18,7 +19,6 @@ class Moments:
     Attributes:
         square: ``mean x^T x`` (K, K).
         cross: ``mean r^T x`` (K, K), or None if it was not asked for.
-        reference: ``mean r^T r`` (K, K), or None.
         tokens: Number of tokens counted.
     """
 
@@ -28,7 +28,6 @@ class Moments:
 
         self.square, self.tokens = zeros(), 0
         self.cross: torch.Tensor | None = zeros() if cross else None
-        self.reference: torch.Tensor | None = zeros() if cross else None
 
     def add(self, x: torch.Tensor, r: torch.Tensor | None = None) -> None:
         """Counts tokens ``x`` (..., K) and, for cross moments, the float model's inputs ``r`` at the same tokens."""
@@ -37,11 +36,10 @@ class Moments:
         # A running mean: sums of a long calibration would lose what a single window adds.
         keep, take = self.tokens / total, 1 / total
         self.square.addmm_(x.T, x, beta=keep, alpha=take)
-        if self.cross is not None and self.reference is not None:
+        if self.cross is not None:
             assert r is not None
             r = r.detach().reshape(-1, r.shape[-1]).float()
             self.cross.addmm_(r.T, x, beta=keep, alpha=take)
-            self.reference.addmm_(r.T, r, beta=keep, alpha=take)
         self.tokens = total
 
     def damped(self, damping: float) -> torch.Tensor:
@@ -52,18 +50,22 @@ class Moments:
             return identity
         return self.square + damping * level * identity
 
-    def output_error(self, weight: torch.Tensor, other: torch.Tensor) -> float:
-        """Mean over tokens of ``|x V^T - r W^T|^2`` for ``weight`` W and ``other`` V (N, K), where r = x without cross
-        moments.
+    def drift(self, weight: torch.Tensor) -> torch.Tensor | float:
+        """``W (S - C)`` (N, K) for ``weight`` W, half the slope of :meth:`output_error` there; 0 where r = x."""
+        return 0.0 if self.cross is None else weight @ (self.square - self.cross)
 
-        It is a difference of large numbers where V is close to W, so it is computed in float64.
+    def output_error(
+        self, weight: torch.Tensor, other: torch.Tensor, drift: torch.Tensor | float | None = None
+    ) -> float:
+        """Mean over tokens of ``|x V^T - r W^T|^2 - |x W^T - r W^T|^2`` for ``weight`` W and ``other`` V (N, K): the
+        error of V beyond that of W, which is below 0 where V makes up for what was quantized before. Without cross
+        moments r = x, and the second term is 0.
+
+        Args:
+            weight: W.
+            other: V.
+            drift: What :meth:`drift` gives for W, if it is at hand.
         """
-        W, V, S = weight.double(), other.double(), self.square.double()
-        if self.cross is None or self.reference is None:
-            E = V - W
-            return float(((E @ S) * E).sum())
-        return float(((V @ S) * V).sum() - 2 * ((W @ self.cross.double()) * V).sum() + self._reference_power(W))
-
-    def _reference_power(self, W: torch.Tensor) -> torch.Tensor:
-        assert self.reference is not None
-        return ((W @ self.reference.double()) * W).sum()
+        D = other - weight
+        slope = D @ self.square + 2 * (self.drift(weight) if drift is None else drift)
+        return float((slope * D).sum(dtype=torch.float64))
