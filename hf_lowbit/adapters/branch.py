@@ -34,18 +34,21 @@ class _AddLowRank(torch.autograd.Function):
         hidden = x.to(dtype) @ a.to(dtype).T
         ctx.save_for_backward(x, hidden, a, b)
         ctx.scaling, ctx.dtype = scaling, dtype
-        return (result + (hidden @ b.to(dtype).T).mul_(scaling)).to(result.dtype)
+        change = (hidden @ b.to(dtype).T).mul_(scaling)
+        wider = torch.promote_types(dtype, result.dtype) == dtype
+        return (change.add_(result) if wider else result + change).to(result.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         x, hidden, a, b = ctx.saved_tensors
         rows = gradient.to(ctx.dtype).reshape(-1, gradient.shape[-1])
-        inner = (rows @ b.to(ctx.dtype)).mul_(ctx.scaling)
+        # A thin matrix is multiplied up to four times faster with its long side contiguous.
+        inner = (rows @ b.to(ctx.dtype).T.contiguous().T).mul_(ctx.scaling)
         need_x, need_a, need_b = ctx.needs_input_grad[1:4]
         x_gradient = (inner @ a.to(ctx.dtype)).to(x.dtype).view(x.shape) if need_x else None
         a_gradient = (inner.T @ x.reshape(-1, x.shape[-1]).to(ctx.dtype)).to(a.dtype) if need_a else None
         b_gradient = None
         if need_b:
-            b_gradient = (rows.T @ hidden.reshape(-1, hidden.shape[-1])).mul_(ctx.scaling).to(b.dtype)
+            b_gradient = (hidden.reshape(-1, hidden.shape[-1]).T @ rows).mul_(ctx.scaling).T.contiguous().to(b.dtype)
         return gradient, x_gradient, a_gradient, b_gradient, None, None
