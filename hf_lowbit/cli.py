@@ -95,6 +95,7 @@ QUANTIZATION = {
     "zeros": Annotated[str | None, Option(help="For int: zero points as int or float.")],
     "scale_dtype": Annotated[str | None, Option(help="float16, bfloat16, float32, log8, e8m0 or e4m3.")],
     "codebook": Annotated[str | None, Option(help="For codebook: one table per tensor or row.")],
+    "embeddings": Annotated[str | None, Option(help="Bits of embedding and output head, or float. [default: 8]")],
     "rules": Annotated[
         list[str] | None,
         Option("--rule", metavar="REGEX=OPTIONS", help="'.*down_proj=bits=6,format=int', 'lm_head=keep'; repeatable."),

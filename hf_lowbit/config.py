@@ -57,8 +57,12 @@ class LowBitConfig(MetalConfig):
         codebook: For "codebook": one table per "tensor" (default) or "row".
         method_options: Options of the method, such as ``{"range": "minmax"}`` for "rtn".
         rules: Ordered regular expressions over whole module names, each with a dict of the options above that differ
-            for the modules it matches, or None to keep them in float. The first match decides. Embeddings and output
-            heads, kept by default, are packed where a rule asks for it. Pairs in a list mean the same.
+            for the modules it matches, or None to keep them in float. The first match decides. Embeddings of
+            positions and the like, and heads of classifiers, kept by default, are packed where a rule asks for it.
+            Pairs in a list mean the same.
+        embeddings: Bits of the input embedding and the output head, packed as integers: 8 (default) to 1; or "float" to
+            keep them, for instance to add tokens or to train them. A rule that names one of them comes first, and
+            tied ones share one packed tensor.
         modules_to_not_convert: Names to keep in float, as in other quantization configs; replaces the default (output
             heads, tied weights).
         dequantize: Loading option: give back a plain model in float.
@@ -86,6 +90,7 @@ class LowBitConfig(MetalConfig):
         codebook: str | None = None,
         method_options: dict[str, Any] | None = None,
         rules: dict[str, dict[str, Any] | None] | list[tuple[str, dict[str, Any] | None]] | None = None,
+        embeddings: int | str | None = None,
         modules_to_not_convert: list[str] | None = None,
         dequantize: bool | None = None,
         backend: str | None = None,
@@ -115,6 +120,8 @@ class LowBitConfig(MetalConfig):
         self.symmetric, self.zeros, self.scale_dtype, self.codebook = symmetric, zeros, scale_dtype, codebook
         self.method_options = method_options or {}
         self.rules = _ordered(rules)
+        # Repos that were packed before there was this option kept them.
+        self.embeddings = ("float" if self.layers is not None else 8) if embeddings is None else embeddings
         self.modules_to_not_convert = modules_to_not_convert
         self.dequantize = bool(dequantize)
         self.backend = check_backend(backend or "auto")
@@ -123,6 +130,10 @@ class LowBitConfig(MetalConfig):
     def post_init(self) -> None:
         """Checks every option and every rule by building what it asks for."""
         self.resolve()
+        if self.embeddings != "float":
+            if self.embeddings not in range(1, 9) or isinstance(self.embeddings, bool):
+                raise ValueError(f"embeddings={self.embeddings!r} is not possible: use 1 to 8 bits, or 'float'")
+            self.resolve(self.embedding_options())
         for pattern, options in self.rules.items():
             try:
                 re.compile(pattern)
@@ -143,6 +154,10 @@ class LowBitConfig(MetalConfig):
             parse_format(text)
         for text in (self.low_rank or {}).values():
             parse_low_rank(text)
+
+    def embedding_options(self) -> dict[str, Any]:
+        """What a rule for the input embedding and the output head would say, where they are packed by default."""
+        return {"format": "int", "bits": self.embeddings}
 
     def resolve(self, overrides: dict[str, Any] | None = None) -> tuple[Format, Method]:
         """The format and the method that these options, changed by ``overrides`` (a rule), stand for."""
@@ -243,7 +258,7 @@ class LowBitConfig(MetalConfig):
             "layers": self.layers,
             "low_rank": self.low_rank,
         }
-        for key in (*_FORMAT_OPTIONS, "method_options", "rules", "modules_to_not_convert"):
+        for key in (*_FORMAT_OPTIONS, "method_options", "rules", "embeddings", "modules_to_not_convert"):
             saved[key] = getattr(self, key)
         saved["rules"] = [[pattern, options] for pattern, options in self.rules.items()]  # JSON would sort a dict
         optional = ("layers", "low_rank", "method_options", "rules")

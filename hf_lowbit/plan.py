@@ -9,7 +9,7 @@ are resolved later.
 import functools
 import inspect
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -97,6 +97,16 @@ class Plan:
         return "\n".join(lines)
 
 
+@dataclass
+class _Choice:
+    """What was decided for one module alone; ``by_default``: nobody asked for it, so a partner in a tie may differ."""
+
+    decision: Packed | Kept
+    nbytes: int
+    obstacle: str | None
+    by_default: bool
+
+
 def make_plan(model: nn.Module, config: LowBitConfig) -> Plan:
     """The plan for ``model`` (a ``PreTrainedModel``, float, possibly on ``meta``).
 
@@ -107,9 +117,8 @@ def make_plan(model: nn.Module, config: LowBitConfig) -> Plan:
         return _replay_plan(model, config)
     plan, used = Plan(), set()
     prefix = getattr(model, "base_model_prefix", "")
-    skipped = _default_skips(model, config)
-    tied = {k.removesuffix(".weight"): v.removesuffix(".weight") for k, v in _tied_weights(model).items()}
-    decisions: dict[str, Packed | Kept] = {}
+    skipped, ends = _default_skips(model, config), _ends(model)
+    choices: dict[str, _Choice] = {}
     for name, module in model.named_modules():
         kind = _kind(module)
         if kind is None:
@@ -118,37 +127,32 @@ def make_plan(model: nn.Module, config: LowBitConfig) -> Plan:
         used.add(pattern)
         shape = tuple(module.weight.shape) if kind != "conv1d" else tuple(reversed(module.weight.shape))
         nbytes = module.weight.numel() * module.weight.element_size()
-
-        def keep(reason, expected=True, name=name, nbytes=nbytes):
-            decisions[name] = Kept(name, nbytes, reason, expected)
-
-        obstacle = _obstacle(model, name, module)
-        asked = pattern is not None and options is not None
+        obstacle, asked = _obstacle(model, name, module), pattern is not None and options is not None
+        by_default = not asked and (name in ends or kind == "embedding")
+        decision: Packed | Kept
         if pattern is not None and options is None:
-            keep(f"rule {pattern!r}")
+            decision, by_default = Kept(name, nbytes, f"rule {pattern!r}"), False
         elif obstacle is not None:
-            if asked and obstacle[1]:
-                raise ValueError(f"rule {pattern!r} asks to pack {name!r}, which is not possible: {obstacle[0]}")
-            keep(obstacle[0], expected=False)
-        elif kind == "embedding" and not asked:
-            keep("embedding; pack it by a rule")
+            if asked:
+                raise ValueError(f"rule {pattern!r} asks to pack {name!r}, which is not possible: {obstacle}")
+            decision = Kept(name, nbytes, obstacle, expected=by_default)
         elif name in skipped and not asked:
-            keep(skipped[name])
+            decision, by_default = Kept(name, nbytes, skipped[name]), False
+        elif by_default and name not in ends:
+            decision = Kept(name, nbytes, "embedding; pack it by a rule")
+        elif by_default and config.embeddings == "float":
+            decision = Kept(name, nbytes, "embeddings='float'")
         else:
-            format, method = config.resolve(options)
+            format, method = config.resolve(config.embedding_options() if by_default else options)
             if format.nbytes(shape) >= 2 * shape[0] * shape[1]:
-                keep(f"packing {shape[0]}x{shape[1]} would not make it smaller than 16 bits")
+                reason = f"packing {shape[0]}x{shape[1]} would not make it smaller than 16 bits"
+                decision = Kept(name, nbytes, reason)
             else:
-                decisions[name] = Packed(name, format, method, shape)
-    # Tied modules share one tensor: whatever one of them is packed as, all are.
-    for name, source in tied.items():
-        first, second = decisions.get(source), decisions.get(name)
-        chosen = next((d for d in (second, first) if isinstance(d, Packed)), None)
-        if chosen is None or first is None or second is None:
-            continue
-        for other in (source, name):
-            decisions[other] = Packed(other, chosen.format, chosen.method, chosen.shape)
-        plan.tied[name] = source
+                decision = Packed(name, format, method, shape)
+        choices[name] = _Choice(decision, nbytes, obstacle, by_default)
+    tied = {k.removesuffix(".weight"): v.removesuffix(".weight") for k, v in _tied_weights(model).items()}
+    plan.tied = _agree_on_ties(choices, tied)
+    decisions = {name: choice.decision for name, choice in choices.items()}
     for name, decision in decisions.items():
         if isinstance(decision, Packed):
             plan.packed[name] = decision
@@ -160,6 +164,44 @@ def make_plan(model: nn.Module, config: LowBitConfig) -> Plan:
         raise ValueError(f"rule {unused[0]!r} matches no module that could be packed. There are: {names}")
     _keep_the_rest(model, plan, decisions)
     return plan
+
+
+def _agree_on_ties(choices: dict[str, _Choice], tied: dict[str, str]) -> dict[str, str]:
+    """Makes one decision for modules that share a tensor: what was asked for, else what is the default.
+
+    Returns:
+        ``{module: source}`` of those that are packed.
+
+    Raises:
+        ValueError: where packing was asked for and one of them cannot be packed, naming it.
+    """
+    sharing: dict[str, list[str]] = {}
+    for name, source in tied.items():
+        if name in choices and source in choices:
+            sharing.setdefault(source, []).append(name)
+    packed = {}
+    for source, names in sharing.items():
+        members = [*names, source]
+        wishes = [n for n in members if isinstance(choices[n].decision, Packed)]
+        if not wishes:
+            continue
+        wish = min(wishes, key=lambda n: choices[n].by_default)
+        hindered = next((n for n in members if choices[n].obstacle is not None), None)
+        kept = next((n for n in members if n not in wishes and not choices[n].by_default), hindered)
+        if hindered is not None and not choices[wish].by_default:
+            raise ValueError(
+                f"{wish!r} cannot be packed: it shares its weight with {hindered!r}, and {choices[hindered].obstacle}"
+            )
+        if kept is not None and choices[wish].by_default:
+            for name in wishes:
+                reason = f"shares its weight with {kept}: {choices[kept].decision.reason}"
+                choices[name].decision = Kept(name, choices[name].nbytes, reason)
+            continue
+        chosen = choices[wish].decision
+        for name in members:
+            choices[name].decision = replace(chosen, name=name)
+        packed.update(dict.fromkeys(names, source))
+    return packed
 
 
 def _replay_plan(model: nn.Module, config: LowBitConfig) -> Plan:
@@ -241,43 +283,58 @@ def _default_skips(model, config: LowBitConfig) -> dict[str, str]:
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    if config.modules_to_not_convert is not None:
-        wanted = config.modules_to_not_convert
-        skipped = {
-            n: "modules_to_not_convert" for n, _ in model.named_modules() if not should_convert_module(n, wanted)
-        }
-    else:
-        heads = set(get_keys_to_not_convert(model)) if hasattr(model, "get_output_embeddings") else set()
-        skipped = {
-            n: "output head or tied weight; pack it by a rule"
-            for n, _ in model.named_modules()
-            if n and not should_convert_module(n, [re.escape(h) for h in heads])
-        }
+    skipped = {}
     for patterns in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
         for word in getattr(model, patterns, None) or ():
             for name, _ in model.named_modules():
                 if re.search(rf"(^|\.){word}(\.|$)", name):
-                    skipped.setdefault(name, "the model keeps it in float32")
+                    skipped[name] = "the model keeps it in float32"
+    if config.modules_to_not_convert is not None:
+        wanted, reason = config.modules_to_not_convert, "modules_to_not_convert"
+    else:
+        heads = set(get_keys_to_not_convert(model)) if hasattr(model, "get_output_embeddings") else set()
+        wanted, reason = (
+            [re.escape(head) for head in heads - _ends(model)],
+            "output head or tied weight; pack it by a rule",
+        )
+    for name, _ in model.named_modules():
+        if name and not should_convert_module(name, wanted):
+            skipped.setdefault(name, reason)
     return skipped
 
 
-def _obstacle(model: nn.Module, name: str, module: nn.Module) -> tuple[str, bool] | None:
-    """Why ``module`` cannot be packed at all, or None; with whether that is an error when it was asked for."""
+def _ends(model) -> set[str]:
+    """Names of the input embedding, of the output head, and of what shares its weight with one of them."""
+    ends = set()
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            ends.add(id(getattr(model, getter)()))
+        except (AttributeError, NotImplementedError):  # a model without one
+            continue
+    names = {name for name, module in model.named_modules() if id(module) in ends}
+    ties = [{k.removesuffix(".weight") for k in tie} for tie in _tied_weights(model).items()]
+    for _ in ties:  # a tie may join others
+        names.update(*(tie for tie in ties if tie & names))
+    return names
+
+
+def _obstacle(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """Why ``module`` cannot be packed at all, or None."""
     kind = _kind(module)
     if kind == "embedding":
         own = type(module).forward is not nn.Embedding.forward
         if own and "super().forward" not in _source(type(module).forward):
-            return f"{type(module).__name__} looks its rows up in its own way", True
+            return f"{type(module).__name__} looks its rows up in its own way"
         if module.max_norm is not None or module.sparse:
-            return "the embedding renormalises rows or has sparse gradients", True
+            return "the embedding renormalises rows or has sparse gradients"
         return None
     if kind == "linear" and type(module).forward is not nn.Linear.forward:
-        return f"{type(module).__name__} has a forward of its own", True
+        return f"{type(module).__name__} has a forward of its own"
     parts = name.split(".")
     for depth in range(len(parts)):
         owner = model.get_submodule(".".join(parts[:depth]))
         if isinstance(owner, nn.MultiheadAttention) or _reads_weight(type(owner), tuple(parts[depth:])):
-            return f"{type(owner).__name__} reads its weight directly", True
+            return f"{type(owner).__name__} reads its weight directly"
     return None
 
 

@@ -100,7 +100,7 @@ class LowBitHfQuantizer(HfQuantizer):
             for p in places
             if p not in ("disk", "auto", "balanced", "balanced_low_0", "sequential")
         }
-        for spec in {p.format.spec for p in self.plan.packed.values()}:
+        for spec in dict.fromkeys(p.format.spec for p in self.plan.packed.values()):
             for device in devices:
                 select("linear", spec, device, torch.float32, self.quantization_config.backend)
 
@@ -187,7 +187,7 @@ class LowBitHfQuantizer(HfQuantizer):
     def _dequantize(self, model, dtype=None):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         restore_modules(model, dtype)
-        return model if dtype in (None, model.dtype) else model.to(dtype)
+        return model if dtype is None else model.to(dtype)
 
     # -- what transformers asks ----------------------------------------------------------------------------------------
 
@@ -322,7 +322,7 @@ def refuse_resizing(model: torch.nn.Module) -> None:
 def _cannot_resize(what: str, *args, **kwargs):
     raise ValueError(
         f"the {what} of this model is packed and cannot be resized: resize the float model before quantizing it, or "
-        "keep embedding and head in float by a rule {'.*embed.*|lm_head': None}"
+        "keep embedding and head in float by embeddings='float'"
     )
 
 

@@ -285,7 +285,7 @@ def test_loading_options_are_honoured_for_a_packed_repo(packed):
 
 def test_backend_that_cannot_run(packed, tiny, monkeypatch):
     config = LowBitConfig(bits=4, backend="triton")
-    message = r"no backend can run linear of int:bits=4.* on cpu in torch.float32 \(triton: .*native.*torch.*\)"
+    message = r"no backend can run linear of int:bits=8.* on cpu in torch.float32 \(triton: .*native.*torch.*\)"
     for folder in (packed, tiny("llama")):
         with pytest.raises(RuntimeError, match=message):
             load("llama", folder, quantization_config=config)

@@ -20,7 +20,7 @@ from hf_lowbit.calibration.blocks import Blocks
 from hf_lowbit.convert import open_source
 from hf_lowbit.quantizer import quantize_weight
 
-CONFIG = LowBitConfig(bits=2)
+CONFIG = LowBitConfig(bits=2, embeddings="float")
 DECODERS = ["llama", "llama-tied", "gpt2", "qwen3", "qwen3-moe", "gemma3"]
 
 

@@ -86,7 +86,7 @@ def test_every_command_has_help_and_json(name):
 
 
 def test_every_option_of_a_layer_is_on_the_command_line():
-    assert set(cli.QUANTIZATION) == {*LAYER_OPTIONS, "rules"}
+    assert set(cli.QUANTIZATION) == {*LAYER_OPTIONS, "rules", "embeddings"}
 
 
 @pytest.mark.parametrize(
@@ -193,10 +193,10 @@ def test_json_stays_pure_and_has_no_nan(monkeypatch):
 def test_quantize_and_inspect(packed):
     destination, coverage = packed
     assert coverage["destination"] == str(destination)
-    assert coverage["packed_modules"] == 14
+    assert coverage["packed_modules"] == 16
     result = invoke("inspect", destination, "--json")
     layers = {layer["name"]: layer for layer in json.loads(result.stdout)["layers"]}
-    assert len(layers) == 14
+    assert len(layers) == 15  # the head is tied
     assert layers["model.layers.0.mlp.down_proj"]["bits"] == 6
     assert layers["model.layers.1.mlp.up_proj"]["bits"] == 3
     assert sum(layer["bytes"] for layer in layers.values()) == coverage["packed_bytes"]
@@ -286,7 +286,7 @@ def test_end_to_end(source, tmp_path, text):
     destination = tmp_path / "packed"
     quantized = run("hf-lowbit", "quantize", source, destination, "--bits", 4, "--json")
     assert quantized.returncode == 0, quantized.stderr
-    assert json.loads(quantized.stdout)["packed_modules"] == 14
+    assert json.loads(quantized.stdout)["packed_modules"] == 16
     generated = run("hf-lowbit", "generate", destination, "Hello", "--max-new-tokens", 4)
     assert generated.returncode == 0, generated.stderr
     assert "tokens in" in generated.stderr

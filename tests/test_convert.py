@@ -106,7 +106,8 @@ def test_tie_that_the_weights_contradict_is_left_to_loading(tiny, tmp_path):
     pack(source, tmp_path / "packed")
     packed, live = load("llama", tmp_path / "packed"), load("llama", source, quantization_config=CONFIG)
     assert torch.equal(logits(packed, "llama"), logits(live, "llama"))
-    assert torch.equal(packed.lm_head.weight, tensors["lm_head.weight"])
+    step = (tensors["lm_head.weight"].amax() - tensors["lm_head.weight"].amin()) / 255
+    assert (packed.lm_head.dequantize() - tensors["lm_head.weight"]).abs().max() <= step
 
 
 def test_tensors_that_loading_splits(tmp_path):
@@ -169,7 +170,7 @@ def states(folder) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 def test_interrupted_run_goes_on_after_the_last_finished_shard(stop, tiny, tmp_path, monkeypatch):
-    pack(tiny("llama"), tmp_path / "whole", max_shard_size="30KB")
+    pack(tiny("llama"), tmp_path / "whole", max_shard_size="15KB")
     calls, real = [], shards.Layout.write
 
     def write(self, path, tensors):
@@ -185,13 +186,13 @@ def test_interrupted_run_goes_on_after_the_last_finished_shard(stop, tiny, tmp_p
     monkeypatch.setattr(shards.Layout, "write", write)
     message = "no space left for .*free some and start again" if isinstance(stop, OSError) else None
     with pytest.raises(type(stop), match=message):
-        pack(tiny("llama"), tmp_path / "packed", max_shard_size="30KB")
+        pack(tiny("llama"), tmp_path / "packed", max_shard_size="15KB")
     partial = tmp_path / "packed.partial"
     assert not (tmp_path / "packed").exists()
     before = states(partial)
     assert len(before) == 2
     monkeypatch.undo()
-    pack(tiny("llama"), tmp_path / "packed", max_shard_size="30KB")
+    pack(tiny("llama"), tmp_path / "packed", max_shard_size="15KB")
     after = states(tmp_path / "packed")
     assert {name: after[name] for name in before} == before  # not written again
     assert len(after) > 3 and not partial.exists()

@@ -32,8 +32,8 @@ EVALUATION = Evaluation(12.5, 0.25, tokens=630, windows=10, kl=0.125, kl_se=0.01
 def packed(tiny, tmp_path_factory):
     """A tiny Llama in mixed widths, in three shards."""
     folder = tmp_path_factory.mktemp("packed")
-    config = LowBitConfig(bits=3, group_size=32, rules=RULES)
-    load("llama", tiny("llama"), quantization_config=config).save_pretrained(folder, max_shard_size="40KB")
+    config = LowBitConfig(bits=3, group_size=32, rules=RULES, embeddings="float")
+    load("llama", tiny("llama"), quantization_config=config).save_pretrained(folder, max_shard_size="25KB")
     assert len(list(folder.glob("*.safetensors"))) >= 3
     return folder
 
@@ -135,7 +135,7 @@ def test_card_says_what_the_folder_holds(copy):
     spec = json.loads((copy / "config.json").read_text())["quantization_config"]["layers"]["model.layers.*.mlp.up_proj"]
     bits = parse_format(spec).bits_per_weight((144, 64))
     assert f"| `model.layers.*.mlp.up_proj` | 2 | `{spec}` | {bits:.3f} |" in card.text
-    assert "| `model.embed_tokens.weight` | 0.041 | embedding; pack it by a rule |" in card.text
+    assert "| `model.embed_tokens.weight` | 0.041 | embeddings='float' |" in card.text
     settings = json.loads(card.text.split("```json\n")[1].split("```")[0])
     saved = json.loads((copy / "config.json").read_text())["quantization_config"]
     assert settings.pop("method_options") == {"range": "weighted"}  # defaults are spelled out
@@ -322,7 +322,7 @@ def test_push_and_download_in_fresh_processes(tiny, tmp_path, python):
     assert content_hash(snapshot) in card.text
     assert 'from_pretrained("me/packed")' in card.text and PLACEHOLDER not in card.text
     assert card.data.base_model == "some/base" and card.data.base_model_relation == "quantized"
-    assert card.data.license == "apache-2.0" and card.data.tags == ["lowbit", "3-bit", "6-bit"]
+    assert card.data.license == "apache-2.0" and card.data.tags == ["lowbit", "3-bit", "6-bit", "8-bit"]
     assert card.data.eval_results[0].metric_value == 12.5 and card.data.eval_results[0].dataset_name == "own words"
 
 

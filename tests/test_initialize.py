@@ -29,7 +29,7 @@ from hf_lowbit.methods import make_method
 from hf_lowbit.plan import Packed
 from hf_lowbit.quantizer import quantize_weight
 
-CONFIG, RANK = LowBitConfig(bits=2), 8
+CONFIG, RANK = LowBitConfig(bits=2, embeddings="float"), 8
 APIQ = ("apiq-lw", "apiq-bw")
 TEXT = torch.randint(4, 160, (16, 32), generator=torch.Generator().manual_seed(0))
 

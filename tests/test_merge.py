@@ -31,7 +31,9 @@ def packed(tiny, tmp_path_factory):
     folders = {}
     for name, (options, _) in MODELS.items():
         folders[name] = str(tmp_path_factory.mktemp(name))
-        load(name, tiny(name), quantization_config=LowBitConfig(bits=4, **options)).save_pretrained(folders[name])
+        load(name, tiny(name), quantization_config=LowBitConfig(bits=4, embeddings="float", **options)).save_pretrained(
+            folders[name]
+        )
     return folders
 
 

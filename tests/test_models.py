@@ -15,12 +15,12 @@ import torch
 from conftest import TINY, inputs, load, logits
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_lowbit import LowBitConfig, LowBitEmbedding, LowBitLinear
+from hf_lowbit import LowBitConfig, LowBitEmbedding, LowBitLinear, plan
 from hf_lowbit.packed import PackedMixin
 
 TESTS = str(Path(__file__).parent)
 FORMATS = {
-    "1-symmetric": {"bits": 1},
+    "1-symmetric": {"bits": 1, "embeddings": "float"},
     "2-hqq": {"bits": 2, "method": "hqq"},
     "4-symmetric-row": {"bits": 4, "symmetric": True, "group_size": "row"},
     "8-minmax": {"bits": 8, "method": "rtn", "method_options": {"range": "minmax"}},
@@ -233,9 +233,10 @@ def test_modules_to_not_convert_replaces_the_default(tiny):
     config = LowBitConfig(bits=4, modules_to_not_convert=["k_proj", "model.layers.1"])
     model = load("llama", tiny("llama"), quantization_config=config)
     names = packed_names(model)
-    assert "lm_head" in names  # the default, which keeps it, is replaced
     assert not any("k_proj" in n or n.startswith("model.layers.1.") for n in names)
-    assert len(names) == 7 - 1 + 1
+    assert len(names) == 7 - 1 + 2  # embedding and head
+    config = LowBitConfig(bits=4, modules_to_not_convert=["lm_head"])
+    assert "lm_head" not in packed_names(load("llama", tiny("llama"), quantization_config=config))
     assert reasons(model)["model.layers.1.mlp.up_proj"] == "modules_to_not_convert"
 
 
@@ -265,6 +266,66 @@ def test_rules_and_their_order_survive_saving(tiny, tmp_path):
     saved = load("llama", tmp_path).config.quantization_config
     assert list(saved.rules.items()) == list(rules.items())
     assert saved.to_dict() == model.config.quantization_config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("llama", {"model.embed_tokens", "lm_head"}),
+        ("llama-tied", {"model.embed_tokens", "lm_head"}),
+        ("gpt2", {"transformer.wte", "lm_head"}),  # not its positions
+        ("t5", {"shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"}),  # not its biases by distance
+        ("bert", {"bert.embeddings.word_embeddings"}),  # not its classifier
+        ("whisper", {"model.decoder.embed_tokens", "proj_out"}),
+        ("vit", set()),
+        ("llava", {"model.language_model.embed_tokens", "lm_head"}),
+    ],
+)
+def test_embedding_and_head_have_8_bits(name, ends, tiny, tmp_path):
+    config = LowBitConfig(bits=3, format="nf")
+    model = load(name, tiny(name), quantization_config=config)
+    eight = {n for n, m in model.named_modules() if isinstance(m, PackedMixin) and m.format.bits == 8}
+    assert eight == ends
+    assert {model.get_submodule(n).format.name for n in ends} <= {"int"}
+    kept = load(name, tiny(name), quantization_config=LowBitConfig(bits=3, format="nf", embeddings="float"))
+    assert packed_names(kept) == packed_names(model) - ends
+    if ends:
+        assert "embeddings='float'" in reasons(kept).values()
+        two = load(name, tiny(name), quantization_config=LowBitConfig(bits=3, embeddings=2))
+        assert {two.get_submodule(n).format.bits for n in ends} == {2}
+
+
+def test_repos_from_before_embeddings_were_packed_load_as_they_are(tiny, tmp_path):
+    load("llama", tiny("llama"), quantization_config=LowBitConfig(embeddings="float")).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    del config["quantization_config"]["embeddings"]
+    file.write_text(json.dumps(config))
+    model = load("llama", tmp_path, quantization_config=LowBitConfig(embeddings="float"))
+    assert type(model.lm_head) is torch.nn.Linear
+    with pytest.raises(ValueError, match=r"embeddings=8 \(the repo has 'float'\)"):
+        load("llama", tmp_path, quantization_config=LowBitConfig(embeddings=8))
+
+
+@pytest.mark.parametrize("kept", [{"lm_head": None}, {".*embed_tokens": None}])
+def test_a_tied_default_follows_what_was_asked_for(kept, tiny):
+    model = load("llama-tied", tiny("llama-tied"), quantization_config=LowBitConfig(bits=4, rules=kept))
+    assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.is_floating_point()
+    config = LowBitConfig(bits=4, modules_to_not_convert=["lm_head"])
+    assert type(load("llama-tied", tiny("llama-tied"), quantization_config=config).lm_head) is torch.nn.Linear
+
+
+def test_a_tie_with_what_cannot_be_packed(tiny, monkeypatch):
+    """The head is kept with the embedding that some class reads directly; asking for it is an error."""
+    real = plan._obstacle
+    monkeypatch.setattr(
+        plan, "_obstacle", lambda m, name, module: "X reads it" if "embed" in name else real(m, name, module)
+    )
+    model = load("llama-tied", tiny("llama-tied"), quantization_config=LowBitConfig(bits=4))
+    assert type(model.lm_head) is torch.nn.Linear and type(model.model.embed_tokens) is torch.nn.Embedding
+    message = "'lm_head' cannot be packed: it shares its weight with 'model.embed_tokens', and X reads it"
+    with pytest.raises(ValueError, match=message):
+        load("llama-tied", tiny("llama-tied"), quantization_config=LowBitConfig(rules={"lm_head": {"bits": 4}}))
 
 
 @pytest.mark.parametrize("asked", ["lm_head", ".*embed_tokens"])
@@ -300,7 +361,7 @@ def test_fused_experts_are_reported_as_kept(tiny, caplog):
         model = load("qwen3-moe", tiny("qwen3-moe"), quantization_config=config)
     experts = {n: r for n, r in reasons(model).items() if "experts" in n}
     assert len(experts) == 4 and set(experts.values()) == {"fused experts are not packed yet"}
-    (report,) = [r.getMessage() for r in caplog.records if "packed 8 modules" in r.getMessage()]
+    (report,) = [r.getMessage() for r in caplog.records if "packed 10 modules" in r.getMessage()]
     assert "fused experts are not packed yet: model.layers.*.mlp.experts.gate_up_proj" in report
 
 

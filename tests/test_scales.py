@@ -26,7 +26,12 @@ SCALED = [
 
 
 def packed_model(tiny, name="llama", **options):
-    return load(name, tiny(name), dtype=torch.float32, quantization_config=LowBitConfig(**{"bits": 3, **options}))
+    return load(
+        name,
+        tiny(name),
+        dtype=torch.float32,
+        quantization_config=LowBitConfig(**{"bits": 3, "embeddings": "float", **options}),
+    )
 
 
 def codes(model):

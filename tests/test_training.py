@@ -18,7 +18,7 @@ VOCABULARY = 160
 
 
 def packed(tiny, bits=4, dtype=torch.float32, name="llama"):
-    return load(name, tiny(name), dtype=dtype, quantization_config=LowBitConfig(bits=bits))
+    return load(name, tiny(name), dtype=dtype, quantization_config=LowBitConfig(bits=bits, embeddings="float"))
 
 
 def adapted(model, **options):

@@ -61,8 +61,8 @@ def check_config(model, config) -> None:
     tokens = getattr(config, "trainable_token_indices", None) or kind == "TRAINABLE_TOKENS"
     if tokens and isinstance(embeddings, PackedMixin):
         raise ValueError(
-            "the input embedding is packed, and training single tokens writes into its rows: keep it in float by a "
-            "rule {'.*embed.*': None}, or train it by LoRA (target_modules with its name)"
+            "the input embedding is packed, and training single tokens writes into its rows: keep it in float by "
+            "embeddings='float', or train it by LoRA (target_modules with its name)"
         )
     for part in getattr(config, "modules_to_save", None) or ():
         found = next((n for n, m in model.named_modules() if isinstance(m, PackedMixin) and _within(n, part)), None)
