@@ -273,6 +273,7 @@ def main():
         note = f"LoRA, r=8, all seven linears of a block, 2 x 128 tokens; {args.rounds} rounds of {steps} steps."
         if not args.print:
             command = f"python benchmarks/finetune.py --rounds {args.rounds} --steps {steps} --threads {args.threads}"
+            command += f" --only {args.only!r}" if args.only else ""
             write_results("finetune_step", command, rows, note)
         return
     command = f"python benchmarks/finetune.py --recover --steps {steps} --windows {args.windows}"

@@ -1,6 +1,6 @@
 """What merging a trained adapter costs, three ways: KL from the adapted model, perplexity on held-out text, and size.
 
-    python benchmarks/merging.py [--bits 4 2] [--steps 40] [--windows 12]
+    python benchmarks/merging.py [--bits 4 2] [--steps 40] [--windows 10]
 
 The model is packed, an adapter (r=8, all linear layers) is trained on the first half of the news text, and each way of
 merging is measured on windows of 256 tokens from the second half. Results go to ``results/merging.md``.
@@ -38,12 +38,17 @@ def main():
     parser.add_argument("--model", help="a folder or repo instead of the default model")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 2])
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--windows", type=int, default=10)
     options = parser.parse_args()
     folder, text = model_folder(options.model), news_text()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     training = make_windows(tokenizer, text[: len(text) // 2], 128)
     held_out = make_windows(tokenizer, text[len(text) // 2 :], 256, options.windows)
+    note = (
+        f"An adapter (r=8, all linear layers) trained for {options.steps} steps of 2 x 128 tokens in float32, on "
+        f"{options.model or 'SmolLM2-135M-Instruct, off its grid'}; KL and perplexity on {len(held_out)} windows of "
+        "256 tokens of news that it was not trained on."
+    )
     rows = []
     for bits in options.bits:
         torch.manual_seed(0)
@@ -66,7 +71,8 @@ def main():
                 }
             )
             print(rows[-1], flush=True)
-            write_results("merging", f"python benchmarks/merging.py --steps {options.steps}", rows)
+            command = f"python benchmarks/merging.py --steps {options.steps} --windows {options.windows}"
+            write_results("merging", command, rows, note)
             del merged
             gc.collect()
 
