@@ -193,11 +193,13 @@ def test_nothing_packed_in_the_blocks(tiny):
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rules", [{}, {r".*(embed_tokens|wte)": {"bits": 4}}], ids=["", "embedding"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_hooks_see_the_inputs_of_the_quantized_model(name, tiny, tmp_path):
+def test_hooks_see_the_inputs_of_the_quantized_model(name, rules, tiny, tmp_path):
     hook, tokens = Plain(), windows()
-    calibrate(source(tiny, name), tmp_path / "work", hook, tokens, {})
-    packed = load(name, tiny(name), quantization_config=CONFIG).eval()
+    config = LowBitConfig(bits=2, rules={**rules, r".*(embed_tokens|wte|lm_head)": None})
+    calibrate(source(tiny, name, config), tmp_path / "work", hook, tokens, {})
+    packed = load(name, tiny(name), quantization_config=config).eval()
     caught = {}
     for layer in hook.seen:
         module = packed.get_submodule(layer)
@@ -210,6 +212,23 @@ def test_hooks_see_the_inputs_of_the_quantized_model(name, tiny, tmp_path):
         x = caught[layer].reshape(-1, caught[layer].shape[-1])
         assert moments.tokens == len(x) == tokens.numel()
         torch.testing.assert_close(moments.square, x.T @ x / len(x), rtol=1e-3, atol=1e-3)
+
+
+def test_the_float_activations_are_those_of_the_float_embedding(tiny, tmp_path):
+    class Both(Plain):
+        activations = "both"
+
+        def solve(self, block):
+            self.reference = self.__dict__.get("reference", block.reference_inputs.clone())
+            super().solve(block)
+
+    hook, tokens = Both(), windows()
+    config = LowBitConfig(bits=2, rules={".*embed_tokens": {"bits": 2}})
+    calibrate(source(tiny, "llama", config), tmp_path / "work", hook, tokens, {})
+    with torch.no_grad():
+        expected = load("llama", tiny("llama")).get_input_embeddings()(tokens)
+    assert torch.equal(hook.reference, expected)
+    assert not torch.allclose(hook.blocks[0][1], expected, atol=1e-2 * float(expected.abs().max()))
 
 
 def test_query_key_and_value_share_their_moments(tiny, tmp_path):

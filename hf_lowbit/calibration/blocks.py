@@ -23,6 +23,7 @@ from transformers.modeling_utils import local_torch_dtype
 
 from ..convert import Source
 from ..pieces import Piece, realize
+from ..quantizer import quantize_weight
 from ..skeleton import model_class
 
 
@@ -71,13 +72,25 @@ class Blocks:
         return block.eval()
 
     @torch.no_grad()
-    def capture(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list["Arguments"]]:
-        """The first block's inputs, float32 (W, L, H), for ``tokens`` (W, L), and every block's other arguments."""
+    def capture(self, tokens: torch.Tensor, packed: bool = False) -> tuple[torch.Tensor, list["Arguments"]]:
+        """The first block's inputs, float32 (W, L, H), for ``tokens`` (W, L), and every block's other arguments.
+
+        Args:
+            tokens: int64.
+            packed: Whether embeddings that will be packed are rounded as they will be.
+        """
         head, prefix = copy.deepcopy(self.model), _name_of(self.model, self.decoder)
         decoder, blocks = head.get_submodule(prefix), [head.get_submodule(name) for name in self.names]
         names = [n for n, _ in decoder.named_parameters()] + [n for n, _ in decoder.named_buffers()]
         wanted = {f"{prefix}.{n}" if prefix else n for n in names}
         _fill(head, self._parameters("", wanted), "")
+        for name, planned in self.source.plan.packed.items() if packed else ():
+            place = head.get_submodule(name)._parameters
+            weight = place["weight"]
+            if weight is not None and weight.device.type != "meta":  # that is, outside the blocks and the output head
+                tensors = quantize_weight(weight.data, planned, f"{name}.weight")
+                value = planned.format.dequantize(tensors, planned.shape)
+                place["weight"] = nn.Parameter(value, requires_grad=False)
         hidden: list[torch.Tensor] = []
         arguments = [Arguments() for _ in blocks]
         last: list[Any] = [None, -1]

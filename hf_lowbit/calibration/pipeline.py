@@ -397,9 +397,9 @@ def _solve(blocks: Blocks, run: Run, hook: Hook, tokens, batch_size: int, seed: 
         return
     hidden, reference, arguments = None, None, [Arguments()] * count
     if tokens is not None:
-        hidden, arguments = blocks.capture(tokens)
+        hidden, arguments = blocks.capture(tokens, packed=True)
         hidden = hidden.to(device)
-        reference = hidden.clone() if hook.activations == "both" else None
+        reference = blocks.capture(tokens)[0].to(device) if hook.activations == "both" else None
         arguments = [a.to(device) for a in arguments]
     for i in logging.tqdm(range(count), desc=f"Calibrating ({type(hook).__name__})", unit="block"):
         if i > todo[-1]:
