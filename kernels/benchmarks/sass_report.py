@@ -127,9 +127,15 @@ class Launch:
     maxnreg: int | None = None
 
 
+def _device(target: str):
+    from lowbit_kernels import Device
+
+    return Device("amd" if target in AMD else "nvidia", target)
+
+
 def _portable(case: Case, layout, M: int) -> Launch:
     """As :func:`_launch`, for the portable kernels."""
-    from lowbit_kernels import fast, grouped, matmul, rows, tiles
+    from lowbit_kernels import _tiles, fast, grouped, matmul, rows, tiles
 
     warp, own = AMD.get(case.target, 32), {}
     most = fast.REGISTERS if case.target in NVIDIA else None
@@ -147,20 +153,21 @@ def _portable(case: Case, layout, M: int) -> Launch:
         )
         turns = 4 if layout.planes[-1] == 1 and size.outputs >= 64 else 1
         return Launch(kernel, own, size.warps, size.outputs * size.inputs, turns, most)
-    size = tiles.linear_tiles(M, 4096, 4096, layout, warp)
+    device, grouping = _device(case.target), case.kernel.startswith("grouped")
+    size = tiles.linear_tiles(M, 4096, 4096, layout, warp) if grouping else _tiles(device, layout, M, 4096, 4096)
     gemv = M <= tiles.GEMV_ROWS
     own |= {"BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCK_L": size.inputs}
-    if case.kernel.startswith("grouped"):
+    if grouping:
         kernel, own["GEMV"] = grouped.grouped_linear_kernel, gemv
     else:
         kernel = matmul.gemv_kernel if gemv else matmul.gemm_kernel
         own["SPLIT"] = 4
-    most = most if gemv or case.kernel.startswith("grouped") else None
-    return Launch(kernel, own, size.warps, size.outputs * size.inputs * layout.fields, 1, most)
+    return Launch(kernel, own, size.warps, size.outputs * size.inputs * layout.fields, 1, most if gemv else None)
 
 
 def _launch(case: Case, layout) -> Launch:
-    """What is compiled for a case: sizes for a large shape that whole steps fill."""
+    """What is compiled for a case: the sizes that the kernels take for a large shape that whole steps fill."""
+    import lowbit_kernels
     from lowbit_kernels import fast, hadamard
 
     if case.kernel == "hadamard":
@@ -170,7 +177,7 @@ def _launch(case: Case, layout) -> Launch:
     M = {**ROWS, **PORTABLE_ROWS}[case.kernel]
     if case.form == "portable":
         return _portable(case, layout, M)
-    size = fast.fast_tiles(M, layout)
+    size, _ = lowbit_kernels._fast_tiles(_device(case.target), case.form, layout, M, 4096, 4096)
     constants = {"FORM": case.form, "SPLIT": 4, "BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCKS": size.blocks}
     constants |= {
         **{"STRIPS": size.strips, "SPANS": size.spans, "COLUMNS": size.columns, "WINDOW": size.window, "EVEN": True},

@@ -62,7 +62,8 @@ class Tuner:
 
         self.device, self.record, self.output, self.rounds = device, record, output, rounds
         self.family = tuning.family(record.architecture)
-        self.data = {"family": self.family, "origin": "", "unpack_rows": None, "entries": []}
+        self.data = {"family": self.family, "origin": "", "unpack_rows": None}
+        self.data |= {"multiprocessors": record.multiprocessors or None, "entries": []}
         if output.exists():
             settings = tuning.read(output)
             if settings.family != self.family:

@@ -17,7 +17,8 @@ import triton
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-from sass_report import KEYS, NVIDIA, Case, find_loops, formats, per_weight  # noqa: E402
+import count_tiles  # noqa: E402
+from sass_report import AMD, KEYS, NVIDIA, Case, find_loops, formats, per_weight  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.__version__ != "3.9.0", reason="counts are those of Triton 3.9.0")
 _COUNT = """
@@ -122,6 +123,27 @@ def _small_groups():
 @pytest.mark.parametrize("case", list(_small_groups()))
 def test_groups_smaller_than_a_block_compile_and_do_not_spill(case):
     """More sums and scales for a weight, so the limits of instructions, for groups of 128, do not hold."""
+    (found,) = count([case])
+    assert isinstance(found, dict), found
+    assert found["spills"] == 0 and found["load_bits"] == 128
+    assert found["shared_bytes"] <= SHARED_BYTES[case.target]
+
+
+def _shipped():
+    for target in (*NVIDIA, *AMD):
+        forms = ("portable",) if target in AMD else tuple(count_tiles.FORMS)
+        for text in count_tiles.FORMATS:
+            for form in forms:
+                for kernel in ("gemv", "gemm16", "gemm64") if target in AMD else ("gemv", "gemm16"):
+                    case = Case(target, kernel, text, count_tiles.FORMS.get(form, "fp16"), form)
+                    quick = ("int:bits=4,group_size=32", "subnormal", "gemm16")
+                    marks = [] if (text, form, kernel) == quick and target == "sm_90" else [pytest.mark.slow]
+                    yield pytest.param(case, marks=marks, id=f"{target}-{kernel}-{text}-{form}")
+
+
+@pytest.mark.parametrize("case", list(_shipped()))
+def test_shipped_sizes_do_not_spill(case):
+    """The entries of the files in ``tuning``, which :mod:`sass_report` takes as the kernels do."""
     (found,) = count([case])
     assert isinstance(found, dict), found
     assert found["spills"] == 0 and found["load_bits"] == 128

@@ -1,5 +1,6 @@
 """Sizes of tiles from files: the shipped ones are sound, the nearest shape is taken, and what is wrong is named."""
 
+import dataclasses
 import json
 import math
 import os
@@ -7,18 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lowbit_kernels
 import pytest
 import torch
 from lowbit_kernels import forms, parse, tuning
 from lowbit_kernels.fast import fast_tiles
-from lowbit_kernels.tiles import fast_split
+from lowbit_kernels.tiles import fast_split, linear_tiles
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import count_tiles
 
 INT4 = parse("int:bits=4,group_size=64")
 ENTRY = {
     **{"form": "subnormal", "format": "int4_g64", "rows": 1, "N": 4096, "K": 4096, "split": 4},
     "tiles": {"rows": 1, "outputs": 64, "blocks": 8, "columns": 8, "window": 8, "warps": 2, "stages": 3},
 }
-FILE = {"family": "nvidia-sm90", "origin": "a test", "unpack_rows": 77, "entries": [ENTRY]}
+FILE = {"family": "nvidia-sm90", "origin": "a test", "unpack_rows": 77, "multiprocessors": None, "entries": [ENTRY]}
 
 
 @pytest.fixture
@@ -42,6 +47,51 @@ def test_every_family_has_a_sound_file_that_says_where_it_comes_from():
         assert settings.family == name and settings.origin.startswith("counted, not timed")
         keys = [(e.form, e.format, e.rows, e.N, e.K) for e in settings.entries]
         assert len(set(keys)) == len(keys)
+
+
+def _used(device, form, layout, rows, N, K):
+    """What :func:`lowbit_kernels.linear` takes there: its sizes as in a file, and the split."""
+    if form == "portable":
+        sizes = lowbit_kernels._tiles(device, layout, rows, N, K)
+        return {k: v for k, v in dataclasses.asdict(sizes).items() if k != "split"}, sizes.split
+    sizes, split = lowbit_kernels._fast_tiles(device, form, layout, rows, N, K)
+    return dataclasses.asdict(sizes), split
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"])
+def test_shipped_entries_are_what_the_kernels_use(architecture):
+    settings = tuning.shipped(tuning.family(architecture))
+    layouts = {tuning.format_class(parse(text)): parse(text) for text in (*count_tiles.FORMATS, "ternary:bits=1.58")}
+    assert {e.format for e in settings.entries} == set(layouts) - (
+        {"ternary_row"} if settings.multiprocessors else set()
+    )
+    device = forms.Device("amd" if "gfx" in architecture else "nvidia", architecture, settings.multiprocessors or 0)
+    smaller = dataclasses.replace(device, multiprocessors=device.multiprocessors // 2)
+    for e in settings.entries:
+        layout = layouts[e.format]
+        assert _used(device, e.form, layout, e.rows, e.N, e.K) == (e.tiles, e.split)
+        # Shapes nearby take the same entry; the device with half the multiprocessors half the programs to a sum.
+        assert _used(device, e.form, layout, max(1, e.rows - 1) if e.rows > 4 else e.rows, e.N + 64, e.K)[0] == e.tiles
+        half = max(1, e.split // 2) if settings.multiprocessors else e.split
+        assert _used(smaller, e.form, layout, e.rows, e.N, e.K) == (e.tiles, half)
+    # What no entry covers, the rules decide; and no program is left without a step.
+    (form,) = {e.form for e in settings.entries} - {"magic"}
+    uncovered = parse("int:bits=5,group_size=256")
+    ruled = fast_tiles(1, uncovered) if form != "portable" else linear_tiles(1, 4096, 4096, uncovered, device.warp)
+    assert tuning.find(architecture, form, uncovered, 1, 4096, 4096) is None
+    sizes = {k: v for k, v in dataclasses.asdict(ruled).items() if k != "split"}
+    assert _used(device, form, uncovered, 1, 4096, 4096)[0] == sizes
+    assert _used(device, form, layouts["int4_g32"], 16, 1024, 64)[1] == 1
+
+
+def test_shipped_files_are_those_that_the_command_writes(tmp_path):
+    """So they follow the rules: entries go before them."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", tuning.ENVIRONMENT_VARIABLE)}
+    command = [sys.executable, count_tiles.__file__, "--output", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    written = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert written == {path.name: path.read_text() for path in tuning.SHIPPED.iterdir() if path.stem != "default"}
 
 
 @pytest.mark.parametrize(
@@ -96,11 +146,12 @@ def test_a_users_file_goes_before_the_shipped_one(own, monkeypatch):
     "data, message",
     [
         ("{", "not a readable JSON file"),
-        ([], "expected an object with family, origin, unpack_rows, entries, not list"),
+        ([], "expected an object with family, origin, unpack_rows, multiprocessors, entries, not list"),
         ({**FILE, "speed": 1}, "'speed' is unknown; there are family"),
         ({k: v for k, v in FILE.items() if k != "origin"}, "'origin' is missing"),
         ({**FILE, "unpack_rows": "77"}, "unpack_rows is '77', of a wrong type"),
         ({**FILE, "unpack_rows": 0}, "unpack_rows is 0; give 1 or more, or null"),
+        ({**FILE, "multiprocessors": -1}, "multiprocessors is -1; give 1 or more, or null"),
         ({**FILE, "entries": [ENTRY, {**ENTRY, "form": "fastest"}]}, "entry 1: form 'fastest' has no tiles"),
         ({**FILE, "entries": [{**ENTRY, "rows": 3}]}, "entry 0: rows is 3; the buckets are 1, 2, 4"),
         ({**FILE, "entries": [{**ENTRY, "split": 3}]}, "entry 0: split is 3; it has to be a power of two"),

@@ -21,7 +21,7 @@ from .grouped import grouped_input_gradient, grouped_linear
 from .layout import Layout, even, name_tensors, on_device, parse
 from .matmul import add_kernel, gemm_kernel, gemv_kernel
 from .rows import input_gradient_kernel, rows_kernel
-from .tiles import GEMV_ROWS, Tiles, fast_split, gradient_tiles, linear_tiles, row_tiles
+from .tiles import GEMV_ROWS, Tiles, at_most, fast_split, gradient_tiles, linear_tiles, row_tiles
 
 __all__ = [
     "DTYPES",
@@ -77,9 +77,12 @@ def linear(
 
 
 def _tiles(device: Device, layout: Layout, M: int, N: int, K: int) -> Tiles:
-    """Sizes for the portable form: the tuned ones, or those of the rule."""
-    entry = tuning.find(device.architecture, "portable", layout, M, N, K)
-    return linear_tiles(M, N, K, layout, device.warp) if entry is None else Tiles(**entry.tiles, split=entry.split)
+    """Sizes for the portable form: those of a file, or those of the rule."""
+    entry = tuning.find(device.architecture, "portable", layout, M, N, K, device.multiprocessors)
+    if entry is None:
+        return linear_tiles(M, N, K, layout, device.warp)
+    steps = triton.cdiv(layout.row_lanes(K), entry.tiles["inputs"])
+    return Tiles(**entry.tiles, split=at_most(entry.split, steps))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -89,11 +92,12 @@ def _ruled(M: int, N: int, K: int, layout: Layout, multiprocessors: int) -> tupl
 
 
 def _fast_tiles(device: Device, form: str, layout: Layout, M: int, N: int, K: int) -> tuple[FastTiles, int]:
-    """Sizes for a fast form, and the programs that share a sum: the tuned ones, or those of the rules."""
-    entry = tuning.find(device.architecture, form, layout, M, N, K)
+    """Sizes for a fast form, and the programs that share a sum: those of a file, or those of the rules."""
+    entry = tuning.find(device.architecture, form, layout, M, N, K, device.multiprocessors)
     if entry is None:
         return _ruled(M, N, K, layout, device.multiprocessors)
-    return FastTiles(**entry.tiles), entry.split
+    sizes = FastTiles(**entry.tiles)
+    return sizes, at_most(entry.split, triton.cdiv(K, 64 * sizes.blocks * sizes.spans))
 
 
 def _unpacked(x, weight, companions, bias, format, K) -> torch.Tensor:

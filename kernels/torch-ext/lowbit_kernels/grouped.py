@@ -223,7 +223,7 @@ def grouped_linear(
             BLOCK_N=tiles.outputs,
             BLOCK_L=tiles.inputs,
             num_warps=tiles.warps,
-            **device.registers,
+            **(device.registers if tiles.rows <= GEMV_ROWS else {}),
         )
     return out
 

@@ -74,6 +74,11 @@ def _shares(programs: int, most: int, fill: int) -> int:
     return split
 
 
+def at_most(split: int, steps: int) -> int:
+    """``split``, or the greatest power of two that leaves every program one of so many steps."""
+    return min(split, 1 << (max(1, steps).bit_length() - 1))
+
+
 def gradient_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32) -> Tiles:
     """For a gradient (M, N) and a weight (N, K)."""
     least = 2 if layout.ternary else layout.planes[-1]

@@ -1,17 +1,20 @@
 """Sizes of tiles as data: one JSON file for each family of devices in the folder ``tuning``, read when first needed.
 
 A file has ``family`` (its own name), ``origin`` (how its numbers were found), ``unpack_rows`` (from so many rows of x
-on W is written out and multiplied by torch; null for never) and ``entries``. An entry says for one ``form``, one
-``format`` (:func:`format_class`), one bucket of ``rows`` (:func:`bucket`) and one shape ``N``, ``K`` of the weight
-which ``tiles`` and how many programs to a sum (``split``) are used:
+on W is written out and multiplied by torch; null for never), ``multiprocessors`` (of the device that its splits are
+for, null for any) and ``entries``. An entry says for one ``form``, one ``format`` (:func:`format_class`), one bucket of
+``rows`` (:func:`bucket`) and one shape ``N``, ``K`` of the weight which ``tiles`` and how many programs to a sum
+(``split``) are used:
 
     {"form": "subnormal", "format": "int4_g64", "rows": 1, "N": 4096, "K": 4096,
      "tiles": {"rows": 1, "outputs": 64, "blocks": 8, "columns": 8, "window": 8, "warps": 2, "stages": 3}, "split": 4}
 
 A problem takes the entry of its form, format and bucket whose shape is nearest, by ``|log(N / N')| + |log(K / K')|``;
-the first of those equally near. Where there is none, the rules of :mod:`.tiles` and :mod:`.fast` decide. Nothing is
-ever timed at a call: ``benchmarks/tune.py`` does that, and writes a file of this kind. ``HF_LOWBIT_TUNING`` names such
-a file, or a folder of them named after their families; its entries go before the shipped ones.
+the first of those equally near. A device with half the multiprocessors shares a sum among half the programs. Where
+there is no entry, the rules of :mod:`.tiles` and :mod:`.fast` decide. Nothing is ever timed at a call:
+``benchmarks/tune.py`` does that, and writes a file of this kind; the shipped ones are written, from the rules and from
+counting in compiled code, by ``benchmarks/count_tiles.py``. ``HF_LOWBIT_TUNING`` names such a file, or a folder of them
+named after their families; its entries go before the shipped ones.
 """
 
 import functools
@@ -19,7 +22,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,8 @@ FAMILIES = {
     **{f"gfx110{n}": "amd-gfx1100" for n in range(4)},
 }
 _SIZES = {"portable": Tiles, **dict.fromkeys(FORMS, FastTiles)}
+_COUNT = (int, type(None))
+_FILE = {"family": str, "origin": str, "unpack_rows": _COUNT, "multiprocessors": _COUNT, "entries": list}
 _KEYS = {"form": str, "format": str, "rows": int, "N": int, "K": int, "tiles": dict, "split": int}
 _ANY_COUNT = {"stages"}  # the only size that need not be a power of two
 
@@ -62,6 +67,7 @@ class Settings:
     family: str
     origin: str
     unpack_rows: int | None
+    multiprocessors: int | None
     entries: tuple[Entry, ...]
 
 
@@ -91,11 +97,12 @@ def read(path: Path) -> Settings:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable JSON file ({error})") from None
-    given = _checked(str(path), data, {"family": str, "origin": str, "unpack_rows": (int, type(None)), "entries": list})
-    if given["unpack_rows"] is not None and given["unpack_rows"] < 1:
-        raise ValueError(f"{path}: unpack_rows is {given['unpack_rows']}; give 1 or more, or null")
+    given = _checked(str(path), data, _FILE)
+    for key in ("unpack_rows", "multiprocessors"):
+        if given[key] is not None and given[key] < 1:
+            raise ValueError(f"{path}: {key} is {given[key]}; give 1 or more, or null")
     entries = tuple(_entry(f"{path}, entry {i}", entry) for i, entry in enumerate(given["entries"]))
-    return Settings(given["family"], given["origin"], given["unpack_rows"], entries)
+    return Settings(**{**given, "entries": entries})
 
 
 def _checked(where: str, data: Any, types: dict) -> dict:
@@ -162,17 +169,26 @@ def unpack_rows(architecture: str) -> float:
     return math.inf if rows is None else rows
 
 
-def find(architecture: str, form: str, layout: Layout, M: int, N: int, K: int) -> Entry | None:
-    """The entry for ``x`` (M, K) and a weight (N, K), or None if no file has any for its form, format and rows."""
-    return _find(
-        family(architecture), os.environ.get(ENVIRONMENT_VARIABLE), form, format_class(layout), bucket(M), N, K
-    )
+def find(
+    architecture: str, form: str, layout: Layout, M: int, N: int, K: int, multiprocessors: int = 0
+) -> Entry | None:
+    """The entry for ``x`` (M, K) and a weight (N, K), or None if no file has any for its form, format and rows.
+
+    Its split is that for a device with so many multiprocessors; as it stands for 0.
+    """
+    path = os.environ.get(ENVIRONMENT_VARIABLE)
+    return _find(family(architecture), path, form, format_class(layout), bucket(M), N, K, multiprocessors)
 
 
 @functools.lru_cache(maxsize=4096)
-def _find(family: str, path: str | None, form: str, format: str, rows: int, N: int, K: int) -> Entry | None:
+def _find(
+    family: str, path: str | None, form: str, format: str, rows: int, N: int, K: int, multiprocessors: int
+) -> Entry | None:
     for settings in _all(family):
         fits = [e for e in settings.entries if (e.form, e.format, e.rows) == (form, format, rows)]
         if fits:
-            return min(fits, key=lambda e: abs(math.log(N / e.N)) + abs(math.log(K / e.K)))
+            nearest = min(fits, key=lambda e: abs(math.log(N / e.N)) + abs(math.log(K / e.K)))
+            of = settings.multiprocessors
+            share = multiprocessors / of if of and multiprocessors else 1.0
+            return replace(nearest, split=max(1, 2 ** round(math.log2(nearest.split * share))))
     return None
