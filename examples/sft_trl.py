@@ -24,7 +24,8 @@ parser.add_argument("--length", type=int, default=512)
 args = parser.parse_args()
 source = args.model or str(save_smollm2(f"{tempfile.gettempdir()}/smollm2"))
 
-model = AutoModelForCausalLM.from_pretrained(source, quantization_config=LowBitConfig(bits=args.bits))
+config = LowBitConfig(bits=args.bits, embeddings="float")  # TRL's loss reads the head's weight itself
+model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
 arguments = SFTConfig(
     args.adapter,
     max_steps=args.steps,
