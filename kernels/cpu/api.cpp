@@ -31,6 +31,9 @@ const Isa ALL[] = {
     {&int8_avx512vnni(), &kernels_avx512()},
     {&int8_avx512(), &kernels_avx512()},
     {&int8_avx2(), &kernels_avx2()},
+#elif defined(LOWBIT_ARM64)
+    {&int8_neondot(), &kernels_neon()},
+    {&int8_neon(), &kernels_neon()},
 #endif
     {&int8_portable(), &kernels_portable()}};
 

@@ -51,6 +51,8 @@ struct Int8Kernels {
 const Int8Kernels &int8_avx512vnni();
 const Int8Kernels &int8_avx512();
 const Int8Kernels &int8_avx2();
+const Int8Kernels &int8_neondot();
+const Int8Kernels &int8_neon();
 const Int8Kernels &int8_portable();
 
 }  // namespace lowbit

@@ -203,12 +203,6 @@ static const Kernels KERNELS = {LOWBIT_ISA_NAME, here, linear, dequantize, widen
 
 }  // namespace LOWBIT_ISA
 
-#if defined(LOWBIT_AVX512)
-const Kernels &kernels_avx512() { return LOWBIT_ISA::KERNELS; }
-#elif defined(LOWBIT_AVX2)
-const Kernels &kernels_avx2() { return LOWBIT_ISA::KERNELS; }
-#else
-const Kernels &kernels_portable() { return LOWBIT_ISA::KERNELS; }
-#endif
+const Kernels &LOWBIT_COPY(kernels_)() { return LOWBIT_ISA::KERNELS; }
 
 }  // namespace lowbit

@@ -32,9 +32,15 @@ struct Kernels {
     void (*unpack)(const uint16_t *lanes, uint8_t *codes, int64_t inputs, int bits, int64_t first, int64_t last);
 };
 
+// The table of each copy: kernels_ and the name of its instruction set.
 const Kernels &kernels_avx512();
 const Kernels &kernels_avx2();
+const Kernels &kernels_neon();
 const Kernels &kernels_portable();
+
+#define LOWBIT_JOIN(a, b) a##b
+#define LOWBIT_JOINED(a, b) LOWBIT_JOIN(a, b)
+#define LOWBIT_COPY(name) LOWBIT_JOINED(name, LOWBIT_ISA)
 
 static inline int64_t row_lanes(int64_t inputs, int bits) {
     return bits == 0 ? (inputs + 9) / 10 : (inputs + 63) / 64 * 4 * bits;

@@ -1,7 +1,7 @@
 // Sixteen floats, and sixteen 32-bit numbers, on each instruction set: just what the kernels need.
 //
-// One header for all: LOWBIT_AVX512, LOWBIT_AVX2 or neither (plain loops that any compiler takes and good ones vectorise) is
-// defined by the build for each copy of the kernels. `lookup` reads a table of 16 by the low four bits of an index.
+// One header for all: LOWBIT_AVX512, LOWBIT_AVX2, LOWBIT_NEON or none of them (plain loops that any compiler takes and good ones
+// vectorise) is defined by the build for each copy of kernels.cpp. `lookup` reads a table of 16 by the low four bits of an index.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,8 @@
 
 #if defined(LOWBIT_AVX512) || defined(LOWBIT_AVX2)
 #include <immintrin.h>
+#elif defined(LOWBIT_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace lowbit {
@@ -137,6 +139,8 @@ INLINE U plus(U a, U b) BOTH(U, _mm256_add_epi32(a.v[i], b.v[i]))
 INLINE U choose(U a, U b, uint32_t m) { return either(mask(a, m), mask(b, ~m)); }
 #undef BOTH
 
+#elif defined(LOWBIT_NEON)
+#include "simd_neon.h"
 #else
 
 struct F { float v[16]; };
