@@ -15,7 +15,8 @@ from .methods import BEST, Method, make_method, methods
 from .version import __version__
 
 QUANT_METHOD = "lowbit"
-LOADING_OPTIONS = ("dequantize", "backend")
+LOADING_OPTIONS = ("dequantize", "backend", "activations")
+ACTIVATIONS = ("float", "int8")
 # Options that a rule may change for the layers that it matches.
 LAYER_OPTIONS = (
     "bits",
@@ -67,6 +68,8 @@ class LowBitConfig(MetalConfig):
             heads, tied weights).
         dequantize: Loading option: give back a plain model in float.
         backend: Loading option: "auto", "torch", "triton" or "native".
+        activations: Loading option: "float" (default), or "int8": on CPUs, packed linears round what comes in to 8
+            bits, a scale for every token and group, and multiply integers. Faster and less exact; ``docs/cpu.md`` has both.
 
     Loading options are honoured for a packed repo; everything else then comes from the repo, and a contradiction is
     an error.
@@ -94,6 +97,7 @@ class LowBitConfig(MetalConfig):
         modules_to_not_convert: list[str] | None = None,
         dequantize: bool | None = None,
         backend: str | None = None,
+        activations: str | None = None,
         **kwargs: Any,
     ):
         arguments = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
@@ -125,11 +129,16 @@ class LowBitConfig(MetalConfig):
         self.modules_to_not_convert = modules_to_not_convert
         self.dequantize = bool(dequantize)
         self.backend = check_backend(backend or "auto")
+        self.activations = activations or "float"
         self.post_init()
 
     def post_init(self) -> None:
         """Checks every option and every rule by building what it asks for."""
         self.resolve()
+        if self.activations not in ACTIVATIONS:
+            raise ValueError(f"activations={self.activations!r} is unknown: use 'float' or 'int8'")
+        if self.dequantize and self.activations == "int8":
+            raise ValueError("activations='int8' needs packed weights: drop it, or dequantize=True")
         if self.embeddings != "float":
             if self.embeddings not in range(1, 9) or isinstance(self.embeddings, bool):
                 raise ValueError(f"embeddings={self.embeddings!r} is not possible: use 1 to 8 bits, or 'float'")

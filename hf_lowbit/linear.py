@@ -19,6 +19,7 @@ class LowBitLinear(PackedMixin, nn.Linear):
         dtype: Dtype of the bias, and of the weight that :meth:`to_float` gives.
         transposed: Whether the float weight was (K, N), as in transformers' ``Conv1D``.
         backend: "auto" or the backend to force.
+        activations: "float", or "int8" to round inputs to 8 bits (:mod:`.int8`).
     """
 
     def __init__(
@@ -32,9 +33,11 @@ class LowBitLinear(PackedMixin, nn.Linear):
         device=None,
         transposed: bool = False,
         backend: str = "auto",
+        activations: str = "float",
     ):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
+        self.activations = activations
         # The bias comes first: `PreTrainedModel.dtype` reads the first float parameter.
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
@@ -43,7 +46,9 @@ class LowBitLinear(PackedMixin, nn.Linear):
         self._is_hf_initialized = True  # transformers must not initialise codes that the checkpoint lacks
 
     @classmethod
-    def like(cls, module: nn.Module, format: Format, backend: str = "auto") -> "LowBitLinear":
+    def like(
+        cls, module: nn.Module, format: Format, backend: str = "auto", activations: str = "float"
+    ) -> "LowBitLinear":
         """An uninitialised packed layer in the place of ``module``, an ``nn.Linear`` or ``Conv1D``, on its device."""
         transposed = not isinstance(module, nn.Linear)
         out_features, in_features = reversed(module.weight.shape) if transposed else module.weight.shape
@@ -56,6 +61,7 @@ class LowBitLinear(PackedMixin, nn.Linear):
             device=module.weight.device,
             transposed=transposed,
             backend=backend,
+            activations=activations,
         )
         return packed.train(module.training)
 
@@ -68,7 +74,8 @@ class LowBitLinear(PackedMixin, nn.Linear):
                 f"a packed linear got an input of {x.dtype}: the model casts it to `weight.dtype`, that is that of the "
                 "packed codes; keep this layer in float by a rule {name: None}"
             )
-        y = ops.linear(x, self.weight, self.companions(), self.bias, self.spec, self.in_features, self.backend)
+        run = ops.linear if self.activations == "float" else ops.linear_int8
+        y = run(x, self.weight, self.companions(), self.bias, self.spec, self.in_features, self.backend)
         for factor in self.factors():
             x = nn.functional.linear(x.to(factor.dtype), factor)
         return y if self.low_rank is None else (y + x).to(y.dtype)

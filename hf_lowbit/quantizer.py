@@ -93,7 +93,14 @@ class LowBitHfQuantizer(HfQuantizer):
     # -- before loading ------------------------------------------------------------------------------------------------
 
     def check_backend(self, device_map) -> None:
-        """Refuses a forced backend that cannot run the planned formats, before anything is loaded."""
+        """Refuses a forced backend that cannot run the planned formats, before anything is loaded.
+
+        Raises:
+            RuntimeError: for a backend, with its reasons.
+            ValueError: for 8-bit activations on anything but a CPU.
+        """
+        config = self.quantization_config
+        op = "linear" if config.activations == "float" else "linear_int8"
         places = set(device_map.values()) if isinstance(device_map, dict) else {device_map or "cpu"}
         devices = {
             torch.device(p if isinstance(p, (str, torch.device)) else f"cuda:{p}").type
@@ -102,7 +109,12 @@ class LowBitHfQuantizer(HfQuantizer):
         }
         for spec in dict.fromkeys(p.format.spec for p in self.plan.packed.values()):
             for device in devices:
-                select("linear", spec, device, torch.float32, self.quantization_config.backend)
+                if op == "linear_int8" and device not in ("cpu", "meta"):
+                    raise ValueError(
+                        f"activations='int8' is for CPUs, and this model goes to {device!r}: load it without, or with "
+                        "device_map='cpu'"
+                    )
+                select(op, spec, device, torch.float32, config.backend)
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
         self.plan = make_plan(model, self.quantization_config)
@@ -111,7 +123,7 @@ class LowBitHfQuantizer(HfQuantizer):
                 "hf_lowbit found nothing to pack in %s: there is no nn.Linear or Conv1D", type(model).__name__
             )
         self.check_backend(device_map)
-        replace_modules(model, self.plan, self.quantization_config.backend)
+        replace_modules(model, self.plan, self.quantization_config.backend, self.quantization_config.activations)
         check_checkpoint(model, self.plan, checkpoint_files)
         return model
 
@@ -272,15 +284,17 @@ def quantize_weight(weight: torch.Tensor, planned: Packed, name: str) -> dict[st
         raise ValueError(f"{name}: {error}") from error
 
 
-def replace_modules(model: torch.nn.Module, plan: Plan, backend: str) -> None:
+def replace_modules(model: torch.nn.Module, plan: Plan, backend: str, activations: str = "float") -> None:
     """Puts an empty packed module in the place of every planned one, and extends the model's ties to the companions."""
     from .embedding import LowBitEmbedding
     from .linear import LowBitLinear
 
     for name, planned in plan.packed.items():
         module = model.get_submodule(name)
-        cls = LowBitEmbedding if isinstance(module, torch.nn.Embedding) else LowBitLinear
-        packed = cls.like(module, planned.format, backend)
+        if isinstance(module, torch.nn.Embedding):
+            packed = LowBitEmbedding.like(module, planned.format, backend)
+        else:
+            packed = LowBitLinear.like(module, planned.format, backend, activations)
         packed.method = planned.method
         if planned.low_rank is not None:
             packed.register_factors(planned.low_rank, packed.weight.device)

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from hf_lowbit import LowBitConfig, LowBitEmbedding, LowBitLinear, plan
 from hf_lowbit.packed import PackedMixin
+from hf_lowbit.quantizer import LowBitHfQuantizer
 
 TESTS = str(Path(__file__).parent)
 FORMATS = {
@@ -377,3 +378,32 @@ def test_rule_that_matches_nothing(tiny):
         ValueError, match=r"rule 'lm_haed' matches no module that could be packed. There are: .*lm_head"
     ):
         load("llama", tiny("llama"), quantization_config=LowBitConfig(rules={"lm_haed": None}))
+
+
+# -- activations in 8 bits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_activations_in_8_bits_are_a_loading_option(backend, tiny, tmp_path):
+    config = LowBitConfig(bits=4, activations="int8", backend=backend)
+    model = load("llama", tiny("llama"), quantization_config=config)
+    model.save_pretrained(tmp_path)
+    assert "activations" not in json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    exact, rounded = logits(load("llama", tmp_path), "llama"), logits(model, "llama")
+    again = load("llama", tmp_path, quantization_config=LowBitConfig(activations="int8", backend=backend))
+    assert torch.equal(logits(again, "llama"), rounded)
+    # Each linear's input is off by steps of 1/127 of the largest of 32 values, about 2.5 of their rms: 2.5 / 127 / 12**.5
+    # = 0.6 % of it; nine linears follow one another, the head's among them: 3 * 0.6 %, and twice that as a margin.
+    error = (rounded - exact).norm() / exact.norm()
+    assert 0 < error < 0.036
+
+
+def test_activations_in_8_bits_where_they_cannot_work(tiny):
+    with pytest.raises(ValueError, match="activations='int4' is unknown: use 'float' or 'int8'"):
+        LowBitConfig(activations="int4")
+    with pytest.raises(ValueError, match="activations='int8' needs packed weights"):
+        LowBitConfig(activations="int8", dequantize=True)
+    quantizer = LowBitHfQuantizer(LowBitConfig(activations="int8"), pre_quantized=False)
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    with pytest.raises(ValueError, match="activations='int8' is for CPUs, and this model goes to 'cuda'"):
+        quantizer._process_model_before_weight_loading(model, device_map={"": 0})
