@@ -69,7 +69,7 @@ class LowBitConfig(MetalConfig):
         dequantize: Loading option: give back a plain model in float.
         backend: Loading option: "auto", "torch", "triton" or "native".
         activations: Loading option: "float" (default), or "int8": on CPUs, packed linears round what comes in to 8
-            bits, a scale for every token and group, and multiply integers. Faster and less exact; ``docs/cpu.md`` has both.
+            bits, a scale for every token and group, and multiply integers. Faster and less exact: see ``docs/cpu.md``.
 
     Loading options are honoured for a packed repo; everything else then comes from the repo, and a contradiction is
     an error.

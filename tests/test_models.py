@@ -392,8 +392,8 @@ def test_activations_in_8_bits_are_a_loading_option(backend, tiny, tmp_path):
     exact, rounded = logits(load("llama", tmp_path), "llama"), logits(model, "llama")
     again = load("llama", tmp_path, quantization_config=LowBitConfig(activations="int8", backend=backend))
     assert torch.equal(logits(again, "llama"), rounded)
-    # Each linear's input is off by steps of 1/127 of the largest of 32 values, about 2.5 of their rms: 2.5 / 127 / 12**.5
-    # = 0.6 % of it; nine linears follow one another, the head's among them: 3 * 0.6 %, and twice that as a margin.
+    # Inputs are off by steps of 1/127 of the largest of 32 values, about 2.5 of their rms: 2.5 / 127 / 12**.5 = 0.6 %;
+    # nine linears follow one another, the head's among them: 3 * 0.6 %, and twice that as a margin.
     error = (rounded - exact).norm() / exact.norm()
     assert 0 < error < 0.036
 
