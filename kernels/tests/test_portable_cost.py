@@ -33,6 +33,12 @@ def _parameters():
         cases += [(kernel, INT4, "bf16") for kernel in ("gemv", "gemm64", "dequantize")]
         cases += [(kernel, INT7, "bf16") for kernel in ("gemv", "input_gradient")]
         cases += [("gemm16", INT7.replace("False", "True"), "fp16")]
+        small = [format.replace("128", "32") for format in (INT4, INT7)]
+        cases += [
+            (kernel, format, "fp16")
+            for kernel in ("gemv", "gemm64", "input_gradient", "dequantize")
+            for format in small
+        ]
         cases += [("hadamard", f"block={n}", dtype) for n in HADAMARD for dtype in ("fp16", "bf16")]
         for kernel, format, dtype in cases:
             key = (target, kernel, format, dtype)

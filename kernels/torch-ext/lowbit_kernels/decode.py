@@ -255,6 +255,12 @@ def _over_lanes(value, BLOCK_L: tl.constexpr):
     return value.reshape(value.shape[0], BLOCK_L)
 
 
+@triton.constexpr_function
+def starts_group(field, layout):
+    """Whether a field's scale is another than that of the field before, where groups span fields."""
+    return field == 0 if layout.group == 0 else field * layout.lanes % min(layout.group, 64) == 0
+
+
 @triton.jit
 def load_grid(
     scales,
@@ -263,13 +269,14 @@ def load_grid(
     row,
     start,
     part,
+    field,
     inside,
     K,
     LAYOUT: tl.constexpr,
     BLOCK_L: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Scales and zero points of the lanes of :func:`lane_tile`, where no group ends within a block.
+    """Scales and zero points of a field of the lanes of :func:`lane_tile`, where no group ends within one of a block.
 
     They are loaded once for each block; tiles (BLOCK_N, BLOCK_L // PARTS), or what broadcasts to that.
     """
@@ -279,7 +286,7 @@ def load_grid(
         zero = load_zero(zeros, row, group, inside, K, LAYOUT)
     else:
         BLOCKS: tl.constexpr = BLOCK_L // LAYOUT.lanes // PARTS
-        k = _tile_lanes(start // LAYOUT.lanes, part, BLOCKS, 1, PARTS) * 64
+        k = _tile_lanes(start // LAYOUT.lanes, part, BLOCKS, 1, PARTS) * 64 + field * LAYOUT.lanes
         here = inside & (k < K)
         scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here, K, LAYOUT)
         zero = load_zero(zeros, row, group_of(k, LAYOUT), here, K, LAYOUT)

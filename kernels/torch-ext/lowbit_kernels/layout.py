@@ -88,9 +88,9 @@ class Layout:
         return 1.0 if self.ternary else 0.5 if self.bits == 1 else float(2 ** (self.bits - 1))
 
     @property
-    def group_spans_blocks(self) -> bool:
-        """Whether all fields of a lane share a group."""
-        return self.group == 0 or (not self.ternary and self.group % BLOCK == 0)
+    def group_spans_fields(self) -> bool:
+        """Whether one field of the lanes of a block shares a group."""
+        return self.group == 0 or (not self.ternary and self.group >= self.lanes)
 
     @property
     def sum_parts(self) -> int:

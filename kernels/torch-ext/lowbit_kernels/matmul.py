@@ -25,6 +25,7 @@ from .decode import (
     load_scale,
     load_zero,
     row_lanes,
+    starts_group,
 )
 
 
@@ -71,13 +72,14 @@ def gemv_sum(
             one, two, three = load_lanes(
                 *(weight, row, start, part, inside, K, last[part], EVEN, LAYOUT, BLOCK_L, PARTS)
             )
-            if LAYOUT.group_spans_blocks:
-                scale, zero = load_grid(
-                    *(scales, scale_range, zeros, row, start, part, inside, K, LAYOUT, BLOCK_L, PARTS)
-                )
             for field in tl.static_range(FIELDS):
                 k = input_index(lane, field, K, LAYOUT)
-                if not LAYOUT.group_spans_blocks:
+                if LAYOUT.group_spans_fields:
+                    if starts_group(field, LAYOUT):
+                        scale, zero = load_grid(
+                            *(scales, scale_range, zeros, row, start, part, field, inside, K, LAYOUT, BLOCK_L, PARTS)
+                        )
+                else:
                     scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
                     zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
                 code = decode_field(one, two, three, field, LAYOUT)
@@ -118,13 +120,14 @@ def gemm_sum(
             one, two, three = load_lanes(
                 *(weight, row, start, part, inside, K, last[part], EVEN, LAYOUT, BLOCK_L, PARTS)
             )
-            if LAYOUT.group_spans_blocks:
-                scale, zero = load_grid(
-                    *(scales, scale_range, zeros, row, start, part, inside, K, LAYOUT, BLOCK_L, PARTS)
-                )
             for field in tl.static_range(FIELDS):
                 k = input_index(lane, field, K, LAYOUT)
-                if not LAYOUT.group_spans_blocks:
+                if LAYOUT.group_spans_fields:
+                    if starts_group(field, LAYOUT):
+                        scale, zero = load_grid(
+                            *(scales, scale_range, zeros, row, start, part, field, inside, K, LAYOUT, BLOCK_L, PARTS)
+                        )
+                else:
                     scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
                     zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
                 code = decode_field(one, two, three, field, LAYOUT)
