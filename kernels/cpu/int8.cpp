@@ -17,6 +17,11 @@
 #include "decode.h"
 #include "int8_simd.h"
 
+#if defined(LOWBIT_DOT) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace lowbit {
 namespace LOWBIT_ISA {
 namespace int8 {
@@ -66,35 +71,46 @@ static void quantize(const lowbit_weight *w, const void *x, int dtype, const Tok
 
 // ---------------------------------------------------------------- codes of a chunk of a strip, to a tile
 
-// Sixteen rows of a stored tensor and the end of it, which nothing is read behind.
+// Sixteen rows of a stored tensor, of `bytes` bytes each, and the end of it, which nothing is read behind.
 struct Strip {
-    Rows row;
+    const uint8_t *base;
+    int64_t bytes;
     const uint8_t *end;
 };
 
-// Rows `first` and on of `count` rows of `bytes` bytes; beyond the last one, that one again.
-static void rows_of(Strip &strip, const void *stored, int64_t bytes, int64_t first, int64_t count) {
-    for (int r = 0; r < 16; r++) strip.row[r] = (const uint8_t *)stored + (first + r < count ? first + r : count - 1) * bytes;
-    strip.end = (const uint8_t *)stored + count * bytes;
+static Strip strip_of(const void *stored, int64_t bytes, int64_t first, int64_t count) {
+    const uint8_t *base = (const uint8_t *)stored;
+    return {base + first * bytes, bytes, base + count * bytes};
 }
 
-static __attribute__((noinline)) void copy_quad(uint8_t (&bytes)[16][16], const Strip &strip, int64_t offset) {
+static __attribute__((noinline)) void copy_quad(uint8_t (&copy)[16 * 16], const Strip &strip, int64_t offset) {
+    memset(copy, 0, sizeof copy);
     for (int r = 0; r < 16; r++) {
-        const int64_t left = strip.end - strip.row[r] - offset;
-        memset(bytes[r], 0, 16);
-        if (left > 0) memcpy(bytes[r], strip.row[r] + offset, (size_t)(left < 16 ? left : 16));
+        const int64_t left = strip.end - strip.base - r * strip.bytes - offset;
+        if (left > 0) memcpy(copy + 16 * r, strip.base + r * strip.bytes + offset, (size_t)(left < 16 ? left : 16));
     }
 }
 
 // The 16 bytes from `offset` on of each row; some may lie behind the row's end, and are zero behind the tensor's.
 template <bool SEPARATE> INLINE void quad_of(U (&out)[4], const Strip &strip, int64_t offset) {
-    if (strip.row[15] + offset + 16 <= strip.end) return quad<SEPARATE>(out, strip.row, offset);
-    uint8_t bytes[16][16];
-    copy_quad(bytes, strip, offset);
-    Rows copies;
-    for (int r = 0; r < 16; r++) copies[r] = bytes[r];
-    quad<SEPARATE>(out, copies, 0);
+    if (__builtin_expect(strip.base + 15 * strip.bytes + offset + 16 <= strip.end, 1)) {
+        quad<SEPARATE>(out, strip.base + offset, strip.bytes);
+    } else {
+        uint8_t copy[16 * 16];
+        copy_quad(copy, strip, offset);
+        quad<SEPARATE>(out, copy, 16);
+    }
 }
+
+// What is read next lies in one piece. It is fetched bit by bit, since a processor does not see 16 rows as one stream.
+struct Ahead {
+    const uint8_t *from, *end;
+    Ahead(const Strip &strip, int strips) : from(strip.base + 16 * strips * strip.bytes), end(strip.end) {}
+    __attribute__((always_inline)) void fetch(int64_t bytes, int64_t turn) const {
+        const uint8_t *p = from + turn * bytes;
+        for (int64_t i = 0; i < bytes && p + i < end; i += 64) __builtin_prefetch(p + i, 0, 3);
+    }
+};
 
 template <int N, int I = 0, class Body> INLINE void each(Body body) {  // with numbers 0 .. N - 1 that are constants
     if constexpr (I < N) {
@@ -133,8 +149,9 @@ template <int P, int LOW, bool FIRST> INLINE void plane(const Strip &strip, int6
     }
 }
 
-template <int BITS> static void planes(const Strip &strip, int64_t blocks, int64_t from, int64_t count, uint8_t *tile) {
+template <int BITS> static void planes(const Strip &strip, int64_t blocks, int64_t from, int64_t count, const Ahead &ahead, uint8_t *tile) {
     constexpr int HIGH = Width<BITS>::high, REST = Width<BITS>::rest;
+    ahead.fetch(16 * 8 * BITS * INT8_CHUNK, from / INT8_CHUNK);
     plane<HIGH, REST, true>(strip, 0, from, count, tile);
     if constexpr (REST >= 2) plane<2, REST - 2, false>(strip, 8 * HIGH * blocks, from, count, tile);
     if constexpr (REST % 2) plane<1, 0, false>(strip, 8 * (BITS - 1) * blocks, from, count, tile);
@@ -163,7 +180,7 @@ static void ternary_bytes(const uint16_t *from, int64_t inputs, int64_t stride, 
 static void from_bytes(const Strip &strip, int64_t from, int64_t count, uint8_t *tile) {
     for (int64_t k = 0; k < 64 * count; k += 16, tile += 4 * STEP) {
         U word[4];
-        quad<false>(word, strip.row, 64 * from + k);
+        quad<false>(word, strip.base + 64 * from + k, strip.bytes);
         for (int d = 0; d < 4; d++) store_bytes(tile + STEP * d, word[d]);
     }
 }
@@ -208,41 +225,45 @@ static Factors factors_of(const float *table) {
 }
 
 // Numbers `from` .. `from` + `count` - 1 of each row, stored in SIZE bytes each: turn(word, number of the byte of it) makes floats.
-template <int SIZE, class Turn> INLINE void read_across(const void *stored, int64_t first, int64_t rows, int64_t per_row, int64_t from,
-                                                        int64_t count, float (*out)[16], Turn turn) {
-    Strip strip;
-    rows_of(strip, stored, SIZE * per_row, first, rows);
-    for (int64_t g = 0; g < count; g += 16 / SIZE) {  // `out` has room for whole fours of words
+template <int SIZE, class Turn> INLINE void read_across(const Strip &strip, int64_t from, int64_t count, float (*out)[16], Turn turn) {
+    for (int64_t g = 0; g < count; g += 16 / SIZE) {
         U word[4];
         quad_of<false>(word, strip, SIZE * (from + g));
-        each<16 / SIZE>([&](auto i) __attribute__((always_inline)) {
-            constexpr int I = decltype(i)::value;
-            store(out[g + I], turn(word[I * SIZE / 4], Number<I * SIZE % 4>()));
+        each<4>([&](auto d) __attribute__((always_inline)) {
+            constexpr int D = decltype(d)::value;
+            if (g + 4 / SIZE * D >= count) return;
+            each<4 / SIZE>([&](auto i) __attribute__((always_inline)) {  // `out` has room for whole words
+                constexpr int I = decltype(i)::value;
+                store(out[g + 4 / SIZE * D + I], turn(word[D], Number<SIZE * I>()));
+            });
         });
     }
 }
 
-template <int BITS> static void read_stream(const lowbit_weight *w, int64_t first, int64_t per_row, int64_t from, int64_t count, float (*out)[16]) {
-    constexpr int FIELDS = 8;  // whole bytes; at most 64 bits and up to 7 before them
-    Strip strip;
-    rows_of(strip, w->zeros, (per_row * BITS + 7) / 8, first, w->rows);
+// Fields of BITS bits of a stream, as read_across.
+template <int BITS> static void read_stream(const Strip &strip, int64_t from, int64_t count, float (*out)[16]) {
     const int64_t start = from * BITS / 8;
-    const int before = (int)(from * BITS % 8);
-    for (int64_t g = 0; g < count; g += FIELDS) {
+    const int before = (int)(from * BITS % 8);  // at most 119 of 128 bits are used, but 128 with 8 bits, where none are before
+    for (int64_t g = 0; g < count; g += 16) {
         U word[4];
         quad_of<false>(word, strip, start + g * BITS / 8);
-        if (before)
+        if (before) {
             for (int d = 0; d < 3; d++) word[d] = either(down_by(word[d], before), up_by(word[d + 1], 32 - before));
-        each<FIELDS>([&](auto i) __attribute__((always_inline)) {
-            constexpr int AT = decltype(i)::value * BITS, D = AT / 32, DOWN = AT % 32;
-            U number = shift<DOWN>(word[D]);
-            if constexpr (DOWN + BITS > 32) number = either(number, shift_up<DOWN ? 32 - DOWN : 0>(word[D + 1]));
-            store(out[g + decltype(i)::value], to_float(mask(number, (1u << BITS) - 1)));
+            word[3] = down_by(word[3], before);
+        }
+        each<4>([&](auto four) __attribute__((always_inline)) {
+            if (g + 4 * decltype(four)::value >= count) return;
+            each<4>([&](auto i) __attribute__((always_inline)) {
+                constexpr int I = 4 * decltype(four)::value + decltype(i)::value, AT = I * BITS, D = AT / 32, DOWN = AT % 32;
+                U number = shift<DOWN>(word[D]);
+                if constexpr (DOWN + BITS > 32) number = either(number, shift_up<DOWN ? 32 - DOWN : 0>(word[D + 1]));
+                store(out[g + I], to_float(mask(number, (1u << BITS) - 1)));
+            });
         });
     }
 }
 
-typedef void (*ReadStream)(const lowbit_weight *, int64_t, int64_t, int64_t, int64_t, float (*)[16]);
+typedef void (*ReadStream)(const Strip &, int64_t, int64_t, float (*)[16]);
 static const ReadStream READ_STREAM[9] = {nullptr, read_stream<1>, read_stream<2>, read_stream<3>, read_stream<4>,
                                           read_stream<5>, read_stream<6>, read_stream<7>, read_stream<8>};
 
@@ -250,40 +271,52 @@ struct Half {  // of a word, by the number of its first byte, as float
     template <int BYTE> F operator()(U word, Number<BYTE>) const { return half_to_float(mask(shift<8 * BYTE>(word), 0xFFFF)); }
 };
 
-static void read_grid(const lowbit_weight *w, const Int8Table &table, const Factors &factors, int64_t first, int64_t from, int64_t count,
-                      Grid &grid) {
-    const int64_t per_row = groups_of(w), rows = w->rows;
+// Where the parts of 16 rows of the weight lie.
+struct Parts {
+    Strip codes, scales, zeros;
+    float steps[16];  // of tables
+};
+
+static Parts parts_of(const lowbit_weight *w, const Int8Table &table, int64_t first) {
+    static const int64_t size[] = {0, 4, 2, 2, 1};
+    const int64_t rows = w->rows, groups = groups_of(w);
+    Parts parts;
+    parts.codes = strip_of(w->codes, 2 * row_lanes(w->inputs, w->bits), first, rows);
+    parts.scales = strip_of(w->scales, groups * size[w->scale], first, rows);
+    parts.zeros = strip_of(w->zeros, w->zero == LOWBIT_ZERO_F16 ? 2 * groups : (groups * w->bits + 7) / 8, first, rows);
+    for (int r = 0; r < 16 && w->table; r++)
+        parts.steps[r] = table.steps[w->table != LOWBIT_TABLE_ROW ? 0 : first + r < rows ? first + r : rows - 1];
+    return parts;
+}
+
+static void read_grid(const lowbit_weight *w, const Factors &factors, const Parts &parts, int64_t from, int64_t count, Grid &grid) {
     if (w->scale == LOWBIT_SCALE_BYTE && factors.right) {
         const F high = load(factors.high), low = load(factors.low);
-        read_across<1>(w->scales, first, rows, per_row, from, count, grid.scales, [&](U word, auto byte) __attribute__((always_inline)) {
+        read_across<1>(parts.scales, from, count, grid.scales, [&](U word, auto byte) __attribute__((always_inline)) {
             constexpr int DOWN = 8 * decltype(byte)::value;
             return unless_zero(mul(lookup(high, shift<DOWN + 4>(word)), lookup(low, shift<DOWN>(word))), mask(shift<DOWN>(word), 255));
         });
     } else if (w->scale == LOWBIT_SCALE_BYTE) {
-        read_across<1>(w->scales, first, rows, per_row, from, count, grid.scales, [&](U word, auto byte) __attribute__((always_inline)) {
+        read_across<1>(parts.scales, from, count, grid.scales, [&](U word, auto byte) __attribute__((always_inline)) {
             return gather(w->scale_table, mask(shift<8 * decltype(byte)::value>(word), 255));
         });
     } else if (w->scale == LOWBIT_SCALE_F16) {
-        read_across<2>(w->scales, first, rows, per_row, from, count, grid.scales, Half());
+        read_across<2>(parts.scales, from, count, grid.scales, Half());
     } else if (w->scale == LOWBIT_SCALE_BF16) {
-        read_across<2>(w->scales, first, rows, per_row, from, count, grid.scales, [](U word, auto byte) __attribute__((always_inline)) {
+        read_across<2>(parts.scales, from, count, grid.scales, [](U word, auto byte) __attribute__((always_inline)) {
             return as_floats(decltype(byte)::value ? mask(word, 0xFFFF0000) : shift_up<16>(word));
         });
     } else if (w->scale == LOWBIT_SCALE_F32) {
-        read_across<4>(w->scales, first, rows, per_row, from, count, grid.scales,
+        read_across<4>(parts.scales, from, count, grid.scales,
                        [](U word, auto) __attribute__((always_inline)) { return as_floats(word); });
     } else {
         for (int64_t g = 0; g < count; g++) store(grid.scales[g], set1(1.0f));
     }
-    if (w->table) {
-        float steps[16];
-        for (int r = 0; r < 16; r++) steps[r] = table.steps[w->table != LOWBIT_TABLE_ROW ? 0 : first + r < rows ? first + r : rows - 1];
-        for (int64_t g = 0; g < count; g++) store(grid.scales[g], mul(load(grid.scales[g]), load(steps)));
-    }
+    for (int64_t g = 0; w->table && g < count; g++) store(grid.scales[g], mul(load(grid.scales[g]), load(parts.steps)));
     if (w->zero == LOWBIT_ZERO_STREAM)
-        READ_STREAM[w->bits](w, first, per_row, from, count, grid.shifts);
+        READ_STREAM[w->bits](parts.zeros, from, count, grid.shifts);
     else if (w->zero == LOWBIT_ZERO_F16)
-        read_across<2>(w->zeros, first, rows, per_row, from, count, grid.shifts, Half());
+        read_across<2>(parts.zeros, from, count, grid.shifts, Half());
     else
         for (int64_t g = 0; g < count; g++) store(grid.shifts[g], set1(w->table ? 128.0f : w->bits ? w->fixed_zero : 1.0f));
     for (int64_t g = 0; g < count; g++) store(grid.shifts[g], mul(load(grid.shifts[g]), load(grid.scales[g])));
@@ -303,7 +336,7 @@ template <int P, int LOW> INLINE void plane_products(const Strip &strip, int64_t
             const int place = 2 * part + (d & 1), half = place / P * 2 + (d >> 1);
             each<8 / P>([&](auto f) __attribute__((always_inline)) {
                 constexpr int F = decltype(f)::value;
-                sums[half] = dot<(P < 8)>(sums[half], field<P, 0, F>(word[d]), four_bytes(x + 32 * half + 4 * (P * F + place % P)));
+                sums[half] = dot_four<(P < 8)>(sums[half], field<P, 0, F>(word[d]), x + 32 * half + 4 * (P * F + place % P));
             });
         }
     }
@@ -311,35 +344,34 @@ template <int P, int LOW> INLINE void plane_products(const Strip &strip, int64_t
 }
 
 // sums += the products of one row of x, whose codes from this chunk on are x, and what a unit's codes are worth, `scales` and `totals`.
-template <int BITS>
+template <int BITS, int UNIT>
 static void direct(const Strip &strip, int64_t blocks, int64_t from, int64_t count, const int8_t *x, const float *scales, const float *totals,
-                   int64_t units, int64_t unit, int units_per_group, const Grid &grid, float *sums) {
-    constexpr int HIGH = Width<BITS>::high, REST = Width<BITS>::rest;
-    F result[2] = {load(sums), zero()}, offset = zero();
-    for (int64_t b = 0; b < count; b += 2, x += 128) {
+                   int64_t units, int units_per_group, const Grid &grid, const Ahead &ahead, float *sums) {
+    constexpr int HIGH = Width<BITS>::high, REST = Width<BITS>::rest, UNITS = 128 / UNIT;
+    F result[2] = {load(sums), zero()}, offset[2] = {zero(), zero()};
+    for (int64_t b = 0, u = 0; b < count; b += 2, u += UNITS, x += 128) {
+        ahead.fetch(16 * BITS * 16, (from + b) / 2);
         U exact[4] = {no_sums(), no_sums(), no_sums(), no_sums()};
         plane_products<HIGH, REST>(strip, 8 * HIGH * (from + b), x, exact);
         if constexpr (REST >= 2) plane_products<2, REST - 2>(strip, 8 * HIGH * blocks + 16 * (from + b), x, exact);
         if constexpr (REST % 2) plane_products<1, 0>(strip, 8 * (BITS - 1) * blocks + 8 * (from + b), x, exact);
-        const auto finish = [&](U total, int64_t u, int chain) __attribute__((always_inline)) {
-            const int64_t g = u >> units_per_group;
-            result[chain] = fma(to_float(total), mul(load(grid.scales[g]), set1(scales[u])), result[chain]);
-            offset = fma(load(grid.shifts[g]), set1(totals[u]), offset);
-        };
-        if (unit == 128) {
-            finish(plus(plus(exact[0], exact[1]), plus(exact[2], exact[3])), b / 2, 0);
-        } else {
-            const int halves = unit == 32 ? 4 : 2;
-            if (halves == 2) exact[0] = plus(exact[0], exact[1]), exact[1] = plus(exact[2], exact[3]);
-            for (int i = 0; i < halves; i++)
-                if (b / 2 * halves + i < units) finish(exact[i], b / 2 * halves + i, i & 1);
+        if constexpr (UNIT >= 64) exact[0] = plus(exact[0], exact[1]), exact[1] = plus(exact[2], exact[3]);
+        if constexpr (UNIT == 128) exact[0] = plus(exact[0], exact[1]);
+#pragma GCC unroll 4
+        for (int i = 0; i < UNITS; i++) {
+            if (i && u + i >= units) break;
+            const int64_t g = (u + i) >> units_per_group;
+            result[i & 1] = fma(to_float(exact[i]), mul(load(grid.scales[g]), set1(scales[u + i])), result[i & 1]);
+            offset[i & 1] = fma(load(grid.shifts[g]), set1(totals[u + i]), offset[i & 1]);
         }
     }
-    store(sums, sub(add(result[0], result[1]), offset));
+    store(sums, sub(add(result[0], result[1]), add(offset[0], offset[1])));
 }
 
-typedef void (*Direct)(const Strip &, int64_t, int64_t, int64_t, const int8_t *, const float *, const float *, int64_t, int64_t, int, const Grid &, float *);
-static const Direct DIRECT[9] = {nullptr, direct<1>, direct<2>, direct<3>, direct<4>, direct<5>, direct<6>, direct<7>, direct<8>};
+typedef void (*Direct)(const Strip &, int64_t, int64_t, int64_t, const int8_t *, const float *, const float *, int64_t, int, const Grid &, const Ahead &, float *);
+#define UNITS(BITS) {direct<BITS, 32>, direct<BITS, 64>, direct<BITS, 128>}
+static const Direct DIRECT[9][3] = {{}, UNITS(1), UNITS(2), UNITS(3), UNITS(4), UNITS(5), UNITS(6), UNITS(7), UNITS(8)};
+#undef UNITS
 
 // ---------------------------------------------------------------- a tile times rows of x
 
@@ -434,7 +466,7 @@ static void write_strip(const lowbit_weight *w, const float *sums, int64_t token
     }
 }
 
-typedef void (*Decode)(const Strip &, int64_t, int64_t, int64_t, uint8_t *);
+typedef void (*Decode)(const Strip &, int64_t, int64_t, int64_t, const Ahead &, uint8_t *);
 static const Decode DECODE[9] = {nullptr, planes<1>, planes<2>, planes<3>, planes<4>, planes<5>, planes<6>, planes<7>, planes<8>};
 
 // `row` .. and some more rows, R strips, times tokens first .. last - 1.
@@ -446,18 +478,18 @@ static void strips(const lowbit_weight *w, const Int8Table &table, const Factors
     Grid *const grid = (Grid *)(tile + INT8_STRIPS * TILE);
     float *const sums = (float *)(grid + INT8_STRIPS);
     uint8_t *const bytes = (uint8_t *)(sums + 16 * INT8_STRIPS * (tokens.count < INT8_TOKENS ? tokens.count : INT8_TOKENS));
-    Strip from[R];
+    Parts parts[R];
     for (int r = 0; r < R; r++) {
-        rows_of(from[r], w->codes, width, row + 16 * r, w->rows);
-        for (int i = 0; !w->bits && i < 16; i++) {
-            uint8_t *const to = bytes + (16 * r + i) * 64 * blocks;
-            ternary_bytes((const uint16_t *)from[r].row[i], w->inputs, 64 * blocks, to);
-            from[r].row[i] = to;
+        parts[r] = parts_of(w, table, row + 16 * r);
+        if (w->bits) continue;
+        uint8_t *const to = bytes + 16 * r * 64 * blocks;
+        for (int64_t i = 0; i < 16; i++) {
+            const int64_t at = row + 16 * r + i < w->rows ? i : 0;
+            ternary_bytes((const uint16_t *)(parts[r].codes.base + at * width), w->inputs, 64 * blocks, to + i * 64 * blocks);
         }
+        parts[r].codes = {to, 64 * blocks, to + 16 * 64 * blocks};
     }
     memset(sums, 0, sizeof(float) * 16 * STRIPS * (size_t)(last - first));
-    const char *ahead = (const char *)w->codes + (row + 16 * R) * width;  // what comes next, for as long as it is this call's
-    const int64_t share = row + 32 * R <= end ? (16 * R * width * INT8_CHUNK + blocks - 1) / blocks : 0;
     const bool one = last - first == 1 && w->bits && !w->table && unit > 16;
     Chunk chunk{tile, grid, 0, unit / 4, 0, w->group == 0 || w->group > 256 ? 2 : w->group > 128 ? 1 : 0};
     for (int64_t block = 0; block < blocks; block += INT8_CHUNK) {
@@ -465,16 +497,16 @@ static void strips(const lowbit_weight *w, const Int8Table &table, const Factors
         const int64_t group = w->group ? 64 * block / w->group : 0;
         const int64_t ends = w->group ? (64 * (block + count) + w->group - 1) / w->group : 1;
         const int64_t groups = (ends < groups_of(w) ? ends : groups_of(w)) - group;
-        for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(ahead + i, 0, 2);
-        ahead += share;
         for (int r = 0; r < R; r++) {
             uint8_t *const to = tile + r * TILE;
-            read_grid(w, table, factors, row + 16 * r, group, groups, grid[r]);
+            Ahead(parts[r].scales, R).fetch(16 * INT8_CHUNK * parts[r].scales.bytes / blocks + 1, block / INT8_CHUNK);
+            Ahead(parts[r].zeros, R).fetch(16 * INT8_CHUNK * parts[r].zeros.bytes / blocks + 1, block / INT8_CHUNK);
+            read_grid(w, factors, parts[r], group, groups, grid[r]);
             if (one) continue;
             if (w->bits)
-                DECODE[w->bits](from[r], blocks, block, count, to);
+                DECODE[w->bits](parts[r].codes, blocks, block, count, Ahead(parts[r].codes, R), to);
             else
-                from_bytes(from[r], block, count, to);
+                from_bytes(parts[r].codes, block, count, to);
             if (w->table) apply_table(w, table, row + 16 * r, 16 * count, to);
         }
         chunk.steps = 16 * count;
@@ -485,8 +517,8 @@ static void strips(const lowbit_weight *w, const Int8Table &table, const Factors
         }
         const int64_t at = first * tokens.units + chunk.unit;
         for (int r = 0; one && r < R; r++)
-            DIRECT[w->bits](from[r], blocks, block, count, tokens.codes + first * tokens.stride + 64 * block, tokens.scales + at,
-                            tokens.sums + at, (chunk.steps + chunk.per_unit - 1) / chunk.per_unit, unit, chunk.units_per_group, grid[r], sums + 16 * r);
+            DIRECT[w->bits][unit / 64](parts[r].codes, blocks, block, count, tokens.codes + first * tokens.stride + 64 * block, tokens.scales + at,
+                            tokens.sums + at, (chunk.steps + chunk.per_unit - 1) / chunk.per_unit, chunk.units_per_group, grid[r], Ahead(parts[r].codes, R), sums + 16 * r);
         if (one) continue;
         multiply_all<R, SMALL>(chunk, tokens, first, last, sums);
     }
@@ -500,7 +532,7 @@ static void all_strips(const lowbit_weight *w, const Int8Table &table, const Tok
     for (int64_t token = 0; token < tokens.count; token += INT8_TOKENS) {
         const int64_t ends = token + INT8_TOKENS < tokens.count ? token + INT8_TOKENS : tokens.count;
         int64_t row = first;
-        for (; row + 16 * (STRIPS - 1) < last; row += 16 * STRIPS)
+        for (; ends - token > 1 && row + 16 * (STRIPS - 1) < last; row += 16 * STRIPS)
             strips<STRIPS, SMALL>(w, table, factors, tokens, bias, out, dtype, row, last, token, ends, scratch);
         for (; row < last; row += 16) strips<1, SMALL>(w, table, factors, tokens, bias, out, dtype, row, last, token, ends, scratch);
     }
@@ -521,8 +553,10 @@ static bool here() {
            __builtin_cpu_supports("avx512dq");
 #elif defined(LOWBIT_AVX2)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#elif defined(LOWBIT_DOT) && defined(__linux__)
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
 #else
-    return true;
+    return true;  // of Apple's processors all have dot products
 #endif
 }
 
@@ -531,14 +565,6 @@ static const Int8Kernels INT8 = {LOWBIT_ISA_NAME, here, quantize, linear};
 }  // namespace int8
 }  // namespace LOWBIT_ISA
 
-#if defined(LOWBIT_VNNI)
-const Int8Kernels &int8_avx512vnni() { return LOWBIT_ISA::int8::INT8; }
-#elif defined(LOWBIT_AVX512)
-const Int8Kernels &int8_avx512() { return LOWBIT_ISA::int8::INT8; }
-#elif defined(LOWBIT_AVX2)
-const Int8Kernels &int8_avx2() { return LOWBIT_ISA::int8::INT8; }
-#else
-const Int8Kernels &int8_portable() { return LOWBIT_ISA::int8::INT8; }
-#endif
+const Int8Kernels &LOWBIT_COPY(int8_)() { return LOWBIT_ISA::int8::INT8; }
 
 }  // namespace lowbit

@@ -1,16 +1,14 @@
 // What products in 8 bits need beyond simd.h: bytes in vectors of sixteen 32-bit numbers, one for each of 16 rows of the weight.
 //
 // `dot` adds to each of 16 sums four products of unsigned codes and signed x; SMALL: codes below 128, so that the sum of two
-// products fits into 16 bits. `quad` loads 16 bytes from each of 16 rows and gives four vectors, one for every four bytes;
-// SEPARATE puts the even ones of the 16 bytes first.
+// products fits into 16 bits. `quad` loads 16 bytes from each of 16 rows, `bytes` apart, and gives four vectors, one for every four
+// bytes; SEPARATE puts the even ones of the 16 bytes first.
 #pragma once
 
 #include "simd.h"
 
 namespace lowbit {
 namespace LOWBIT_ISA {
-
-typedef const uint8_t *Rows[16];
 
 #if defined(LOWBIT_AVX512)
 
@@ -25,12 +23,21 @@ INLINE U four_bytes(const int8_t *p) {
 }
 template <bool SMALL> INLINE U dot(U sums, U codes, U x) {
 #if defined(LOWBIT_VNNI)
-    return _mm512_dpbusd_epi32(sums, codes, x);
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(x));  // compilers copy sums about
+    return sums;
 #else
     if (SMALL) return _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, x), _mm512_set1_epi16(1)));
     const U even = _mm512_madd_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(255)), _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
     const U odd = _mm512_madd_epi16(_mm512_srli_epi16(codes, 8), _mm512_srai_epi16(x, 8));
     return _mm512_add_epi32(sums, _mm512_add_epi32(even, odd));
+#endif
+}
+template <bool SMALL> INLINE U dot_four(U sums, U codes, const int8_t *x) {  // x: four bytes for all
+#if defined(LOWBIT_VNNI)
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(codes), "m"(*(const int8_t(*)[4])x));  // compilers load x by itself
+    return sums;
+#else
+    return dot<SMALL>(sums, codes, four_bytes(x));
 #endif
 }
 INLINE U down_by(U a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
@@ -43,18 +50,18 @@ INLINE U larger(U a, U b) { return _mm512_max_epu32(a, b); }
 INLINE uint32_t largest(U a) { return _mm512_reduce_max_epu32(a); }
 INLINE U rounded(F a) { return _mm512_cvtps_epi32(a); }
 INLINE void store_narrow(void *p, U a) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(a)); }
-INLINE __m512i four_rows(const Rows &row, int64_t offset, int r) {
-    const auto part = [&](int i) { return _mm_loadu_si128((const __m128i *)(row[r + 4 * i] + offset)); };
+INLINE __m512i four_rows(const uint8_t *p, int64_t bytes) {
+    const auto part = [&](int i) { return _mm_loadu_si128((const __m128i *)(p + 4 * i * bytes)); };
     __m512i a = _mm512_castsi128_si512(part(0));
     a = _mm512_mask_broadcast_i32x4(a, 0x00F0, part(1));
     a = _mm512_mask_broadcast_i32x4(a, 0x0F00, part(2));
     return _mm512_mask_broadcast_i32x4(a, 0xF000, part(3));
 }
-template <bool SEPARATE> INLINE void quad(U (&out)[4], const Rows &row, int64_t offset) {
+template <bool SEPARATE> INLINE void quad(U (&out)[4], const uint8_t *p, int64_t bytes) {
     __m512i a[4];
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {
-        a[r] = four_rows(row, offset, r);
+        a[r] = four_rows(p + r * bytes, bytes);
         if (SEPARATE)
             a[r] = _mm512_shuffle_epi8(a[r], _mm512_broadcast_i32x4(_mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0)));
     }
@@ -95,6 +102,7 @@ INLINE __m256i dot_big(__m256i codes, __m256i x) {
 template <bool SMALL> INLINE U dot(U sums, U codes, U x)
     BOTH(U, _mm256_add_epi32(sums.v[i], SMALL ? _mm256_madd_epi16(_mm256_maddubs_epi16(codes.v[i], x.v[i]), _mm256_set1_epi16(1))
                                               : dot_big(codes.v[i], x.v[i])))
+template <bool SMALL> INLINE U dot_four(U sums, U codes, const int8_t *x) { return dot<SMALL>(sums, codes, four_bytes(x)); }
 INLINE U down_by(U a, int n) BOTH(U, _mm256_srl_epi32(a.v[i], _mm_cvtsi32_si128(n)))
 INLINE U up_by(U a, int n) BOTH(U, _mm256_sll_epi32(a.v[i], _mm_cvtsi32_si128(n)))
 INLINE F unless_zero(F a, U b)
@@ -115,12 +123,12 @@ INLINE void store_narrow(void *p, U a) {  // the low bytes
     const __m256i low = _mm256_set1_epi32(255);
     _mm_storeu_si128((__m128i *)p, _mm_packus_epi16(halves_of(_mm256_and_si256(a.v[0], low)), halves_of(_mm256_and_si256(a.v[1], low))));
 }
-template <bool SEPARATE> INLINE void quad(U (&out)[4], const Rows &row, int64_t offset) {
+template <bool SEPARATE> INLINE void quad(U (&out)[4], const uint8_t *p, int64_t bytes) {
     const __m128i order = _mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
     for (int half = 0; half < 2; half++) {
         __m256i a[4];
         for (int r = 0; r < 4; r++) {
-            const __m128i *low = (const __m128i *)(row[8 * half + r] + offset), *high = (const __m128i *)(row[8 * half + r + 4] + offset);
+            const __m128i *low = (const __m128i *)(p + (8 * half + r) * bytes), *high = (const __m128i *)(p + (8 * half + r + 4) * bytes);
             a[r] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(low)), _mm_loadu_si128(high), 1);
             if (SEPARATE) a[r] = _mm256_shuffle_epi8(a[r], _mm256_broadcastsi128_si256(order));
         }
@@ -146,6 +154,8 @@ INLINE U levels_of(U codes, const uint8_t *table, int parts) {
 }
 #undef BOTH
 
+#elif defined(LOWBIT_NEON)
+#include "int8_neon.h"
 #else
 
 constexpr int STRIPS = 1, TOKENS = 1;
@@ -162,6 +172,7 @@ INLINE int32_t product(uint32_t codes, uint32_t x, int shift) { return (int32_t)
 template <bool SMALL> INLINE U dot(U sums, U codes, U x)
     EACH(U, (uint32_t)((int32_t)sums.v[i] + product(codes.v[i], x.v[i], 0) + product(codes.v[i], x.v[i], 8) +
                        product(codes.v[i], x.v[i], 16) + product(codes.v[i], x.v[i], 24)))
+template <bool SMALL> INLINE U dot_four(U sums, U codes, const int8_t *x) { return dot<SMALL>(sums, codes, four_bytes(x)); }
 INLINE U down_by(U a, int n) EACH(U, n < 32 ? a.v[i] >> n : 0)
 INLINE U up_by(U a, int n) EACH(U, n < 32 ? a.v[i] << n : 0)
 INLINE F unless_zero(F a, U b) EACH(F, b.v[i] ? a.v[i] : 0)
@@ -175,12 +186,12 @@ INLINE uint32_t largest(U a) {
 }
 INLINE U rounded(F a) EACH(U, as_bits(a.v[i] + 12582912.0f) - 0x4B400000)  // 3 * 2^22: whole numbers, to nearest even
 INLINE void store_narrow(void *p, U a) { for (int i = 0; i < 16; i++) ((uint8_t *)p)[i] = (uint8_t)a.v[i]; }
-template <bool SEPARATE> INLINE void quad(U (&out)[4], const Rows &row, int64_t offset) {
+template <bool SEPARATE> INLINE void quad(U (&out)[4], const uint8_t *p, int64_t bytes) {
     for (int i = 0; i < 16; i++) {
-        const uint8_t *p = row[i] + offset;
+        const uint8_t *row = p + i * bytes;
         for (int d = 0; d < 4; d++) {
             uint32_t four = 0;
-            for (int b = 0; b < 4; b++) four |= (uint32_t)p[SEPARATE ? 8 * (d & 1) + 2 * b + (d >> 1) : 4 * d + b] << (8 * b);
+            for (int b = 0; b < 4; b++) four |= (uint32_t)row[SEPARATE ? 8 * (d & 1) + 2 * b + (d >> 1) : 4 * d + b] << (8 * b);
             out[d].v[i] = four;
         }
     }
