@@ -62,8 +62,9 @@ class LowBitConfig(MetalConfig):
             positions and the like, and heads of classifiers, kept by default, are packed where a rule asks for it.
             Pairs in a list mean the same.
         embeddings: Bits of the input embedding and the output head, packed as integers: 8 (default) to 1; or "float" to
-            keep them, for instance to add tokens or to train them. A rule that names one of them comes first, and
-            tied ones share one packed tensor.
+            keep them, for instance to add tokens, to train them, or for trainers that read the head's weight (TRL). A
+            rule that names one of them comes first, and tied ones share one packed tensor. "float" works for a packed
+            repo too: they are dequantized after loading.
         modules_to_not_convert: Names to keep in float, as in other quantization configs; replaces the default (output
             heads, tied weights).
         dequantize: Loading option: give back a plain model in float.
@@ -239,6 +240,11 @@ class LowBitConfig(MetalConfig):
         options = {k: getattr(self, k) for k in LOADING_OPTIONS if k in self.given}
         return {**options, "requested": {k: v for k, v in self.given.items() if k not in LOADING_OPTIONS}}
 
+    @property
+    def unpacks_embeddings(self) -> bool:
+        """Whether the embedding and the head of a packed repo are to be dequantized after loading."""
+        return (self.requested or {}).get("embeddings") == "float" != self.embeddings
+
     def check_requested(self) -> None:
         """Compares a packed repo's settings with what the user asked for when loading it.
 
@@ -248,7 +254,8 @@ class LowBitConfig(MetalConfig):
         differences = [
             f"{key}={wanted!r} (the repo has {getattr(self, key)!r})"
             for key, wanted in (self.requested or {}).items()
-            if getattr(self, key) != wanted or (key == "rules" and list(self.rules) != list(wanted))
+            if (getattr(self, key) != wanted or (key == "rules" and list(self.rules) != list(wanted)))
+            and not (key == "embeddings" and self.unpacks_embeddings)
         ]
         if differences:
             raise ValueError(

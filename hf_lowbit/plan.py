@@ -117,7 +117,7 @@ def make_plan(model: nn.Module, config: LowBitConfig) -> Plan:
         return _replay_plan(model, config)
     plan, used = Plan(), set()
     prefix = getattr(model, "base_model_prefix", "")
-    skipped, ends = _default_skips(model, config), _ends(model)
+    skipped, ends = _default_skips(model, config), ends_of(model)
     choices: dict[str, _Choice] = {}
     for name, module in model.named_modules():
         kind = _kind(module)
@@ -294,7 +294,7 @@ def _default_skips(model, config: LowBitConfig) -> dict[str, str]:
     else:
         heads = set(get_keys_to_not_convert(model)) if hasattr(model, "get_output_embeddings") else set()
         wanted, reason = (
-            [re.escape(head) for head in heads - _ends(model)],
+            [re.escape(head) for head in heads - ends_of(model)],
             "output head or tied weight; pack it by a rule",
         )
     for name, _ in model.named_modules():
@@ -303,7 +303,7 @@ def _default_skips(model, config: LowBitConfig) -> dict[str, str]:
     return skipped
 
 
-def _ends(model) -> set[str]:
+def ends_of(model) -> set[str]:
     """Names of the input embedding, of the output head, and of what shares its weight with one of them."""
     ends = set()
     for getter in ("get_input_embeddings", "get_output_embeddings"):

@@ -28,7 +28,7 @@ from .distributed import keep_codes_from_ddp
 from .low_rank import NAMES
 from .memory import FreedMemory
 from .packed import PackedMixin
-from .plan import Kept, Packed, Plan, make_plan
+from .plan import Kept, Packed, Plan, ends_of, make_plan
 from .storage.headers import check_checkpoint
 from .version import __version__
 
@@ -152,6 +152,8 @@ class LowBitHfQuantizer(HfQuantizer):
         if new:
             restore_modules(model, model.dtype, new)
             model.initialize_weights()  # of what is not initialised yet
+        if self.quantization_config.unpacks_embeddings:
+            self._unpack_embeddings(model)
         if not self.pre_quantized:
             self.quantization_config.layers = self.plan.layers()
         self.freed.give_back()
@@ -165,6 +167,20 @@ class LowBitHfQuantizer(HfQuantizer):
             restore_modules(model, model.config.dtype)
             self.remove_quantization_config(model)
         return model
+
+    def _unpack_embeddings(self, model) -> None:
+        """Dequantizes the input embedding and the output head of a packed repo."""
+        ends = ends_of(model)
+        names = [name for name in self.plan.packed if name in ends]
+        restore_modules(model, model.dtype, names)
+        for name in names:
+            rows, columns = self.plan.packed.pop(name).shape
+            if self.plan.tied.pop(name, None) is None:
+                nbytes = rows * columns * model.dtype.itemsize
+                self.plan.kept.append(Kept(name, nbytes, "embeddings='float', dequantized"))
+        self.quantization_config.embeddings = "float"
+        self.quantization_config.layers = self.plan.layers()
+        self.quantization_config.low_rank = self.plan.low_rank()
 
     def is_loaded(self, model, name: str) -> bool:
         """Whether the module ``name`` came whole from the checkpoint; False for one that the checkpoint lacks.

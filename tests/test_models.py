@@ -308,6 +308,22 @@ def test_repos_from_before_embeddings_were_packed_load_as_they_are(tiny, tmp_pat
         load("llama", tmp_path, quantization_config=LowBitConfig(embeddings=8))
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_a_packed_repo_gives_its_embedding_and_head_back_as_floats(name, tiny, tmp_path):
+    model = load(name, tiny(name), quantization_config=LowBitConfig(bits=3))
+    model.save_pretrained(tmp_path / "packed")
+    floats = load(name, tmp_path / "packed", quantization_config=LowBitConfig(embeddings="float"))
+    assert packed_names(floats) == packed_names(model) - {"model.embed_tokens", "lm_head"}
+    assert torch.equal(floats.lm_head.weight, model.lm_head.dequantize(floats.dtype))
+    assert torch.equal(floats.model.embed_tokens.weight, model.model.embed_tokens.dequantize(floats.dtype))
+    assert (floats.lm_head.weight is floats.model.embed_tokens.weight) == name.endswith("tied")
+    floats.resize_token_embeddings(floats.config.vocab_size + 3)
+    floats.save_pretrained(tmp_path / "floats")
+    again = load(name, tmp_path / "floats")
+    assert packed_names(again) == packed_names(floats)
+    assert torch.equal(again.lm_head.weight, floats.lm_head.weight)
+
+
 @pytest.mark.parametrize("kept", [{"lm_head": None}, {".*embed_tokens": None}])
 def test_a_tied_default_follows_what_was_asked_for(kept, tiny):
     model = load("llama-tied", tiny("llama-tied"), quantization_config=LowBitConfig(bits=4, rules=kept))
