@@ -1,4 +1,4 @@
-"""Packing by the CPU kernels: the lanes that a format's own ``pack_codes`` makes, bit by bit, ten times as fast and more.
+"""Packing by the CPU kernels: the lanes of a format's own ``pack_codes``, bit by bit, ten times as fast and more.
 
 The formats stay the specification, and serve wherever this cannot: other devices, ``meta`` and other kinds of tensors,
 a missing library, or a user who asks for another backend by the environment variable. Nothing is remembered and no

@@ -257,7 +257,7 @@ def test_bad_arguments_are_refused_and_nothing_is_touched():
     assert library.lowbit_linear(None, X, None, OUT, 2, 0, 1) == bad_weight
 
     for given, m, dtype, count in [
-        *((dict(x=None), 2, 0, 1), (dict(out=None), 2, 0, 1), ({}, -1, 0, 1), ({}, 2, 3, 1), ({}, 2, -1, 1)),
+        *(({"x": None}, 2, 0, 1), ({"out": None}, 2, 0, 1), ({}, -1, 0, 1), ({}, 2, 3, 1), ({}, 2, -1, 1)),
         *(({}, 2, 0, 0), ({}, 2, 0, -1), ({}, far, 0, 1)),
     ]:
         pointers = {"x": X, "out": OUT, **given}
