@@ -417,6 +417,12 @@ def _key(case: Case) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
+def is_counted(case: Case) -> bool:
+    """Whether :func:`cached_count` would compile nothing."""
+    sys.path.insert(0, str(KERNELS))
+    return (CACHE / f"{_key(case)}.json").exists()
+
+
 def cached_count(case: Case) -> Cost | str:
     """:func:`count`, remembered while its :func:`_key` stays; the error as text where it does not compile."""
     sys.path.insert(0, str(KERNELS))

@@ -18,6 +18,8 @@ import triton
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import count_tiles  # noqa: E402
+import sass_report  # noqa: E402
+import sass_tables  # noqa: E402
 from sass_report import AMD, KEYS, NVIDIA, Case, find_loops, formats, per_weight  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.__version__ != "3.9.0", reason="counts are those of Triton 3.9.0")
@@ -148,6 +150,26 @@ def test_shipped_sizes_do_not_spill(case):
     assert isinstance(found, dict), found
     assert found["spills"] == 0 and found["load_bits"] == 128
     assert found["shared_bytes"] <= SHARED_BYTES[case.target]
+
+
+def test_tables_show_what_was_counted_and_leave_the_rest_empty():
+    cost = sass_report.Cost(4, 1.494, 153, 2, 64, 0, 2, 0)
+    dearer = sass_report.Cost(7, 20.26, 90, 1, 128, 0, 2, 0)
+    text, seven = (f"int:bits={bits},group_size=128,symmetric=False" for bits in (4, 7))
+    counts = {
+        Case("sm_90", "gemv", text, "fp16", "subnormal"): cost,
+        Case("gfx942", "gemv", text, "fp16", "portable"): cost,
+        Case("gfx942", "gemv", seven, "fp16", "portable"): dearer,
+        Case("sm_80", "hadamard", "block=64", "bf16", "portable"): cost,
+    }
+    table = sass_tables.fast(counts, "gemv", [text], True)
+    assert table[2:] == [
+        "| 4 bits, zero points | fp16 | 2.0 |  |  | 1.49 (153) |  |  |",
+        "| 4 bits, zero points | bf16 | 3.0 |  |  |  |  |  |",
+    ]
+    assert sass_tables.portable(counts, 128)[2:] == ["| gemv |  |  |  |  |  | 1.5 to 20.3; 153; 3; 64; 2 |  |"]
+    assert sass_tables.portable(counts, 32)[2:] == []
+    assert sass_tables.hadamard(counts)[3] == "| 64 | bf16 | 1.5 (153), 2, 64 |  |  |  |  |  |  |"
 
 
 def _instructions(*lines: str) -> str:

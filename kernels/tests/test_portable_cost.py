@@ -33,7 +33,7 @@ def _parameters():
         cases += [(kernel, INT4, "bf16") for kernel in ("gemv", "gemm64", "dequantize")]
         cases += [(kernel, INT7, "bf16") for kernel in ("gemv", "input_gradient")]
         cases += [("gemm16", INT7.replace("False", "True"), "fp16")]
-        small = [format.replace("128", "32") for format in (INT4, INT7)]
+        small = [f"int:bits={bits},group_size=32" for bits in (4, 7)]
         cases += [
             (kernel, format, "fp16")
             for kernel in ("gemv", "gemm64", "input_gradient", "dequantize")
