@@ -112,20 +112,13 @@ int lowbit_linear(const lowbit_weight *w, const void *x, const void *bias, void 
     if (!within(m, 0) || !known(dtype) || !within(threads, 1, MOST_THREADS) || (m && w->rows && (!x || !out))) return LOWBIT_BAD_ARGUMENT;
     if (m == 0 || w->rows == 0) return LOWBIT_OK;
     const Kernels *k = kernels();
-    const int64_t K = w->inputs, stride = (K + 63) / 64 * 64, element = dtype == LOWBIT_F32 ? 4 : 2;
-    const bool copy = dtype != LOWBIT_F32 || stride != K;
-    const Split split(w->rows, K * (m < 8 ? m : 8), threads);
-    const int64_t own = scratch_floats(w, m);
-    Floats copied = copy ? floats(m * stride) : nullptr, scratch = floats(split.parts * own);
-    if ((copy && !copied) || !scratch) return LOWBIT_NO_MEMORY;
-    for (int64_t i = 0; copy && i < m; i++) {
-        float *row = copied.get() + i * stride;
-        k->widen((const char *)x + i * K * element, row, K, dtype);
-        for (int64_t j = K; j < stride; j++) row[j] = 0;
-    }
-    const float *rows = copy ? copied.get() : (const float *)x;
+    const int64_t stride = arranged_inputs(w), own = scratch_floats(w, m);
+    const Split split(w->rows, w->inputs * (m < 8 ? m : 8), threads);
+    Floats arranged = floats(m * stride), scratch = floats(split.parts * own);
+    if (!arranged || !scratch) return LOWBIT_NO_MEMORY;
+    k->arrange(w, x, arranged.get(), dtype, 0, m);
     auto body = [&](int part) {
-        k->linear(w, rows, stride, m, bias, out, dtype, split.first(part), split.last(part), scratch.get() + part * own);
+        k->linear(w, arranged.get(), m, bias, out, dtype, split.first(part), split.last(part), scratch.get() + part * own);
     };
     run(split, threads, body);
     return LOWBIT_OK;

@@ -36,6 +36,11 @@ static inline void widen(const void *from, float *to, int64_t count, int dtype) 
     for (; i < count; i++) to[i] = read(from, i, dtype);
 }
 
+INLINE F load_as(const void *p, int64_t i, int dtype) {
+    if (dtype == LOWBIT_F32) return load((const float *)p + i);
+    return dtype == LOWBIT_F16 ? from_halves((const uint16_t *)p + i) : from_bhalves((const uint16_t *)p + i);
+}
+
 // The scales of a row, as floats.
 static inline void read_scales(const lowbit_weight *w, int64_t row, int64_t groups, float *scales) {
     const int64_t first = row * groups;
@@ -58,12 +63,17 @@ template <int BITS> static inline void read_zeros(const lowbit_weight *w, int64_
     } else if (w->zero == LOWBIT_ZERO_F16) {
         widen((const uint16_t *)w->zeros + row * groups, zeros, groups, LOWBIT_F16);
     } else {
-        const uint8_t *stream = (const uint8_t *)w->zeros + row * ((groups * BITS + 7) / 8);
-        for (int64_t g = 0; g < groups; g++) {
-            const int64_t bit = g * BITS;
-            uint32_t word = stream[bit / 8];
-            if (8 % BITS && bit % 8 + BITS > 8) word |= (uint32_t)stream[bit / 8 + 1] << 8;  // never past the row
-            zeros[g] = (float)(word >> (bit % 8) & ((1 << BITS) - 1));
+        const int64_t size = (groups * BITS + 7) / 8;
+        const uint8_t *stream = (const uint8_t *)w->zeros + row * size, *const end = (const uint8_t *)w->zeros + w->rows * size;
+        for (int64_t g = 0; g < groups; g += 16, stream += 2 * BITS) {
+            uint8_t copy[16] = {0};
+            const uint8_t *from = stream;
+            if (end - stream < 16) from = (const uint8_t *)memcpy(copy, stream, (size_t)(end - stream));
+            const F sixteen = to_float(stream16<BITS>(from));
+            if (g + 16 <= groups)
+                store(zeros + g, sixteen);
+            else
+                store_first(zeros + g, sixteen, (int)(groups - g));
         }
     }
 }
@@ -75,9 +85,12 @@ struct Grid {
     const float *levels;
 };
 
+// Levels, or codes themselves without any, over and over.
 template <int BITS> INLINE F first_levels(const float *levels) {
+    alignas(64) static const float codes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    if (BITS == 4) return load(levels ? levels : codes);
     float repeated[16];
-    for (int i = 0; i < 16; i++) repeated[i] = levels ? levels[i & ((1 << BITS) - 1)] : (float)(i & ((1 << BITS) - 1));
+    for (int i = 0; i < 16; i++) repeated[i] = (levels ? levels : codes)[i & ((1 << BITS) - 1)];
     return load(repeated);
 }
 
@@ -115,11 +128,12 @@ template <int BITS> INLINE void load_words(U (&word)[2], const uint16_t *row, in
 template <int BITS, int V> INLINE U code(const U (&word)[2]) {
     if constexpr (BITS <= 4) {
         return shift<4 * V>(word[0]);
-    } else if constexpr (BITS == 8) {
-        return V < 2 ? mask(word[V & 1], 255) : shift<8>(word[V & 1]);
+    } else if constexpr (BITS < 8) {
+        constexpr int LOW = BITS - 4, DOWN = 4 * V - LOW;
+        const U high = DOWN > 0 ? shift<(DOWN > 0 ? DOWN : 0)>(word[0]) : shift_up<(DOWN > 0 ? 0 : -DOWN)>(word[0]);
+        return mask(choose(high, shift<4 * V>(word[1]), 15u << LOW), (1u << BITS) - 1);
     } else {
-        U high = shift_up<BITS - 4>(mask(shift<4 * V>(word[0]), 15));
-        return either(high, mask(shift<4 * V>(word[1]), (1u << (BITS - 4)) - 1));
+        return V < 2 ? mask(word[V & 1], 255) : shift<8>(word[V & 1]);
     }
 }
 
@@ -128,21 +142,40 @@ template <int BITS, Kind KIND, int V> INLINE F value(const U (&word)[2], const G
     if constexpr (BITS <= 4)
         return lookup(grid.table, c);
     else if constexpr (KIND == TABLE)
-        return mul(gather(grid.levels, c), grid.scale);
+        return mul(lookup_wide<BITS>(grid.levels, c), grid.scale);
     else
         return mul(sub(to_float(c), grid.table), grid.scale);
 }
 
 template <int V> struct Number { static constexpr int value = V; };  // a number that a lambda can take as a constant
 
-// Calls use(k, values, V) for the 16 values from k on, vector V of a block, for blocks `from` to `to` - 1 of a row. `FINE`: groups
-// smaller than a block. `scratch`: 2 * groups floats.
-template <int BITS, Kind KIND, bool FINE, class Use>
-INLINE void walk(const lowbit_weight *w, int64_t row, int64_t from, int64_t to, float *scratch, Use use) {
+// Words in the order of evens_odds take fewer instructions, but for planes of 4 and 8 bits alone.
+template <int BITS> constexpr bool arranged() { return BITS != 4 && BITS != 8; }
+
+// The same words in that order, if so.
+template <int BITS> INLINE void load_arranged(U (&word)[2], const uint16_t *row, int64_t blocks, int64_t b) {
+    if constexpr (BITS == 1) word[0] = nibbles4(row + 4 * b);
+    if constexpr (BITS == 2) word[0] = nibbles8<0>(row + 8 * b);
+    if constexpr (BITS == 3) word[0] = choose(nibbles8<1>(row + 8 * b), nibbles4(row + 8 * blocks + 4 * b), 0x6666);
+    if constexpr (!arranged<BITS>()) load_words<BITS>(word, row, blocks, b);
+    if constexpr (BITS > 4 && BITS < 8) word[0] = nibbles16(row + 16 * b);
+    if constexpr (BITS == 5) word[1] = nibbles4(row + 16 * blocks + 4 * b);
+    if constexpr (BITS == 6) word[1] = nibbles8<0>(row + 16 * blocks + 8 * b);
+    if constexpr (BITS == 7) word[1] = choose(nibbles8<1>(row + 16 * blocks + 8 * b), nibbles4(row + 24 * blocks + 4 * b), 0x6666);
+}
+
+// The scales and zero points of a row, 2 * groups floats.
+template <int BITS, Kind KIND> static inline void read_grids(const lowbit_weight *w, int64_t row, float *grids) {
+    const int64_t groups = groups_of(w);
+    read_scales(w, row, groups, grids);
+    if (KIND == INTEGER) read_zeros<BITS>(w, row, groups, grids + groups);
+}
+
+// Calls use(k, values) for the 16 values from k on, for blocks `from` to `to` - 1 of a row, in the order of load_arranged if ARRANGED.
+// `FINE`: groups smaller than a block. `scales`, `zeros`: of the row.
+template <int BITS, Kind KIND, bool FINE, bool ARRANGED, class Use>
+INLINE void walk(const lowbit_weight *w, int64_t row, int64_t from, int64_t to, const float *scales, const float *zeros, Use use) {
     const int64_t blocks = (w->inputs + 63) / 64, groups = groups_of(w);
-    float *const scales = scratch, *const zeros = scratch + groups;
-    read_scales(w, row, groups, scales);
-    if constexpr (KIND == INTEGER) read_zeros<BITS>(w, row, groups, zeros);
     const uint16_t *lanes = w->codes + row * (4 * BITS * blocks);
     const int64_t per_group = w->group ? w->group / 64 : blocks;  // blocks; 0 if FINE
     Grid grid;
@@ -156,7 +189,10 @@ INLINE void walk(const lowbit_weight *w, int64_t row, int64_t from, int64_t to, 
     }
     for (int64_t b = from; b < to; b++) {
         U word[2];
-        load_words<BITS>(word, lanes, blocks, b);
+        if constexpr (ARRANGED)
+            load_arranged<BITS>(word, lanes, blocks, b);
+        else
+            load_words<BITS>(word, lanes, blocks, b);
         if (!FINE && left-- == 0) {
             enter_group<BITS, KIND>(grid, levels, scales + group, zeros + group);
             group++;
@@ -168,7 +204,7 @@ INLINE void walk(const lowbit_weight *w, int64_t row, int64_t from, int64_t to, 
             enter_group<BITS, KIND>(grid, levels, scales + g, zeros + g);                   \
             group++;                                                                        \
         }                                                                                   \
-        use(64 * b + 16 * V, value<BITS, KIND, V>(word, grid), Number<V>());
+        use(64 * b + 16 * V, value<BITS, KIND, V>(word, grid));
         VECTOR(0) VECTOR(1) VECTOR(2) VECTOR(3)
 #undef VECTOR
     }
@@ -201,6 +237,43 @@ static inline void ternary_row(const lowbit_weight *w, int64_t row, float *out, 
         const F scale = set1(scales[g]);
         const int64_t end = w->group && (g + 1) * w->group < w->inputs ? (g + 1) * w->group : w->inputs;
         for (int64_t k = g * w->group; k < end; k += 16) store(out + k, mul(load(out + k), scale));
+    }
+}
+
+// Calls use(k, values, 0 .. 3) for places k on of a row that was arranged (pieces of 32 lanes, all ten digits of these, lanes at
+// even places first), pieces `from` to `to` - 1. `scales`: one a group; without, values are -1, 0 and 1.
+template <class Use>
+INLINE void walk_ternary(const lowbit_weight *w, int64_t row, int64_t from, int64_t to, const float *scales, Use use) {
+    const int64_t lanes = (w->inputs + 9) / 10, groups = groups_of(w);
+    const int shift_to_group = w->group ? __builtin_ctzll((uint64_t)w->group) : 62;
+    alignas(64) static const float digit_values[16] = {-1, 0, 1, 0, -1, 0, 1, 0, -1, 0, 1, 0, -1, 0, 1, 0};
+    const F values = load(digit_values);
+    for (int64_t piece = from; piece < to; piece++) {
+        const int64_t first = piece * TERNARY_LANES;
+        const uint16_t *here = w->codes + row * lanes + first;
+        uint16_t copy[TERNARY_LANES] = {0};
+        if (lanes - first < TERNARY_LANES) here = (const uint16_t *)memcpy(copy, here, 2 * (size_t)(lanes - first));
+        U rest = words16(here);
+        const int64_t place = piece * TERNARY_PIECE;
+        for (int j = 0; j < 10; j++) {
+            const U digits = next_digits(rest);
+            F evens = lookup8(values, digits), odds = lookup8(values, shift<16>(digits));
+            if (scales) {
+                const int64_t k = j * lanes + first;
+                int64_t g = k >> shift_to_group;
+                if (g >= groups) g = groups - 1;  // behind the row's end
+                F even_scales = set1(scales[g]), odd_scales = even_scales;
+                for (int64_t left = ((g + 1) << shift_to_group) - k; w->group && left < TERNARY_LANES && g + 1 < groups; left += w->group) {
+                    const F next = set1(scales[++g]);
+                    even_scales = splice(even_scales, next, (int)(left + 1) / 2);
+                    odd_scales = splice(odd_scales, next, (int)left / 2);
+                }
+                evens = mul(evens, even_scales);
+                odds = mul(odds, odd_scales);
+            }
+            use(place + TERNARY_LANES * j, evens, j % 2 * 2);
+            use(place + TERNARY_LANES * j + 16, odds, j % 2 * 2 + 1);
+        }
     }
 }
 

@@ -1,6 +1,9 @@
 // Products, decoded rows and the entries to them, compiled once for each instruction set (LOWBIT_ISA names the copy).
 //
-// Products multiply what decode.h reads; a sum differs from another only in its order.
+// Products take x in the order in which weights are decoded with the fewest instructions, into which `arrange` brings it once. One
+// row of x is multiplied while the weight is decoded, and a group's scale multiplies the group's sum; its zero point goes into
+// the table of values, so nothing is subtracted afterwards that could cancel. For more rows of x a small panel of the weight is
+// decoded. A sum differs from another only in its order, which depends on neither the number of threads nor the other rows.
 //
 // No function of the standard library is used here that could be shared, compiled for the wrong processor, with other files.
 
@@ -9,102 +12,247 @@
 namespace lowbit {
 namespace LOWBIT_ISA {
 
+// ---------------------------------------------------------------- x, in the order in which weights are decoded
+
+static void arrange_ternary(const lowbit_weight *w, const void *x, float *to, int dtype, int64_t row) {
+    const int64_t K = w->inputs, lanes = (K + 9) / 10;
+    for (int64_t l = 0; l < lanes; l += TERNARY_LANES)
+        for (int64_t j = 0; j < 10; j++, to += TERNARY_LANES)
+            for (int64_t i = 0; i < TERNARY_LANES; i++) {
+                const int64_t k = j * lanes + l + i;
+                to[i / 2 + i % 2 * 16] = l + i < lanes && k < K ? read(x, row * K + k, dtype) : 0.0f;
+            }
+}
+
+static void arrange(const lowbit_weight *w, const void *x, float *to, int dtype, int64_t first, int64_t last) {
+    const int64_t K = w->inputs, stride = arranged_inputs(w);
+    const bool natural = w->bits == 4 || w->bits == 8;
+    for (int64_t i = first; i < last; i++) {
+        float *row = to + i * stride;
+        if (w->bits == 0) {
+            arrange_ternary(w, x, row, dtype, i);
+            continue;
+        }
+        int64_t k = 0;
+        for (; k + 16 <= K; k += 16) {
+            const F values = load_as(x, i * K + k, dtype);
+            store(row + k, natural ? values : evens_odds(values));
+        }
+        for (; k < stride; k += 16) {
+            float values[16];
+            for (int64_t j = 0; j < 16; j++) values[j] = k + j < K ? read(x, i * K + k + j, dtype) : 0.0f;
+            store(row + k, natural ? load(values) : evens_odds(load(values)));
+        }
+    }
+}
+
 // ---------------------------------------------------------------- one row of x: multiply while decoding
 
-template <int BITS, Kind KIND, bool FINE>
+#if defined(LOWBIT_AVX512)
+constexpr int AT_ONCE = MOST_AT_ONCE;
+#else
+constexpr int AT_ONCE = 1;  // fewer registers, or none that the compiler is sure to use
+#endif
+
+// Rows of the weight that are multiplied at once.
+struct Rows {
+    const uint16_t *lanes[AT_ONCE];
+    const uint8_t *bytes[AT_ONCE];  // scales in 8 bits
+    const float *scales[AT_ONCE], *zeros[AT_ONCE], *levels[AT_ONCE];
+    F first[AT_ONCE], grid[AT_ONCE], part[AT_ONCE], total[AT_ONCE];  // first: levels for up to 4 bits
+};
+
+// Vector V of a block, the values at x; g: the first group of the block. The scale of a group multiplies its sum, or that of each
+// block in it.
+template <int BITS, Kind KIND, int UNIT, bool BYTE, int V>
+INLINE void step(Rows &rows, const U (&word)[AT_ONCE][2], const float *x, const float *table, int64_t g) {
+    constexpr bool first = 16 * V % UNIT == 0, last = 16 * (V + 1) % UNIT == 0;
+    g += 16 * V / UNIT;
+    const F a = load_held(x + 16 * V);
+    UNROLL
+    for (int r = 0; r < AT_ONCE; r++) {
+        if (first && KIND == INTEGER) {
+            rows.grid[r] = set1(rows.zeros[r][g]);
+            if (BITS <= 4) rows.grid[r] = sub(rows.first[r], rows.grid[r]);
+        }
+        const U c = code<BITS, V>(word[r]);
+        F v;
+        if constexpr (BITS <= 3)
+            v = lookup8(rows.grid[r], c);
+        else if constexpr (BITS == 4)
+            v = lookup(rows.grid[r], c);
+        else if constexpr (KIND == TABLE)
+            v = lookup_wide<BITS>(rows.levels[r], c);
+        else
+            v = sub(to_float(c), rows.grid[r]);
+        rows.part[r] = first ? mul(v, a) : fma(v, a, rows.part[r]);
+        if (last) rows.total[r] = fma(set1(BYTE ? table[rows.bytes[r][g]] : rows.scales[r][g]), rows.part[r], rows.total[r]);
+    }
+}
+
+template <int BITS, Kind KIND, int UNIT, bool BYTE>
 static void product(const lowbit_weight *w, const float *x, const void *bias, void *out, int dtype, int64_t first, int64_t last,
                     float *scratch) {
-    for (int64_t row = first; row < last; row++) {
-        F total[2] = {zero(), zero()};  // two sums hide the latency of an addition
-        walk<BITS, KIND, FINE>(w, row, 0, (w->inputs + 63) / 64, scratch, [&](int64_t k, F v, auto vector) __attribute__((always_inline)) {
-            constexpr int half = decltype(vector)::value & 1;
-            total[half] = fma(v, load(x + k), total[half]);
-        });
-        write(out, row, dtype, sum(add(total[0], total[1])) + (bias ? read(bias, row, dtype) : 0.0f));
+    constexpr int64_t UNITS = 64 / UNIT;
+    const int64_t blocks = (w->inputs + 63) / 64, groups = groups_of(w), tail = groups / UNITS * UNITS;
+    const int shift = UNITS > 1 ? 0 : w->group ? __builtin_ctzll((uint64_t)w->group / 64) : 62;  // from a block to its group
+    const bool fixed = w->zero == LOWBIT_ZERO_FIXED;  // zero points and levels are the same for all rows
+    for (int r = 0; fixed && KIND == INTEGER && r < AT_ONCE; r++) read_zeros<BITS>(w, first, groups, scratch + (2 * r + 1) * (groups + 4));
+    const F shared = first_levels<BITS <= 4 ? BITS : 4>(w->table ? w->levels : nullptr);
+    for (int64_t row = first; row < last; row += AT_ONCE) {
+        Rows rows;
+        uint8_t ends[AT_ONCE][4];
+        UNROLL
+        for (int r = 0; r < AT_ONCE; r++) {
+            const int64_t here = row + r < last ? row + r : last - 1;  // a last row may be computed twice
+            float *const scales = scratch + 2 * r * (groups + 4), *const zeros = scales + groups + 4;
+            rows.lanes[r] = w->codes + here * (4 * BITS * blocks);
+            rows.levels[r] = w->table == LOWBIT_TABLE_ROW ? w->levels + (here << BITS) : w->levels;
+            if (BITS <= 4) rows.first[r] = w->table == LOWBIT_TABLE_ROW ? first_levels<BITS>(rows.levels[r]) : shared;
+            rows.total[r] = zero();
+            rows.bytes[r] = (const uint8_t *)w->scales + here * groups;
+            if (!BYTE) read_scales(w, here, groups, scales);
+            if (KIND == INTEGER && !fixed) read_zeros<BITS>(w, here, groups, zeros);
+            for (int64_t g = groups; UNITS > 1 && g < groups + 4; g++) {  // behind the row's end, where x is 0
+                scales[g] = zeros[g] = 0.0f;
+                if (BYTE) ends[r][g % UNITS] = 0;
+            }
+            for (int64_t g = tail; BYTE && g < groups; g++) ends[r][g % UNITS] = rows.bytes[r][g];
+            rows.scales[r] = scales;
+            rows.zeros[r] = zeros;
+        }
+        for (int64_t b = 0; b < blocks; b++) {
+            const int64_t g = UNITS > 1 ? UNITS * b : b >> shift;
+            if (UNITS > 1 && BYTE && g == tail)
+                UNROLL
+                for (int r = 0; r < AT_ONCE; r++) rows.bytes[r] = ends[r] - tail;
+            U word[AT_ONCE][2];
+            UNROLL
+            for (int r = 0; r < AT_ONCE; r++) load_arranged<BITS>(word[r], rows.lanes[r], blocks, b);
+            step<BITS, KIND, UNIT, BYTE, 0>(rows, word, x + 64 * b, w->scale_table, g);
+            step<BITS, KIND, UNIT, BYTE, 1>(rows, word, x + 64 * b, w->scale_table, g);
+            step<BITS, KIND, UNIT, BYTE, 2>(rows, word, x + 64 * b, w->scale_table, g);
+            step<BITS, KIND, UNIT, BYTE, 3>(rows, word, x + 64 * b, w->scale_table, g);
+        }
+        float totals[AT_ONCE];
+        UNROLL
+        for (int r = 0; r < AT_ONCE; r++) totals[r] = sum(rows.total[r]);
+        for (int r = 0; r < AT_ONCE && row + r < last; r++)
+            write(out, row + r, dtype, totals[r] + (bias ? read(bias, row + r, dtype) : 0.0f));
     }
 }
 
 static void ternary_product(const lowbit_weight *w, const float *x, const void *bias, void *out, int dtype, int64_t first,
                             int64_t last, float *scratch) {
-    const int64_t whole = (w->inputs + 15) / 16 * 16;
-    float *const values = scratch + 2 * groups_of(w);
+    const int64_t pieces = arranged_inputs(w) / TERNARY_PIECE;
     for (int64_t row = first; row < last; row++) {
-        ternary_row(w, row, values, scratch);
-        for (int64_t k = w->inputs; k < whole; k++) values[k] = 0;
-        F total = zero();
-        for (int64_t k = 0; k < whole; k += 16) total = fma(load(values + k), load(x + k), total);
-        write(out, row, dtype, sum(total) + (bias ? read(bias, row, dtype) : 0.0f));
+        F total[4] = {zero(), zero(), zero(), zero()};
+        read_scales(w, row, groups_of(w), scratch);
+        walk_ternary(w, row, 0, pieces, w->group ? scratch : nullptr, [&](int64_t k, F v, int sum) __attribute__((always_inline)) {
+            total[sum] = fma(v, load(x + k), total[sum]);
+        });
+        const float all = sum(add(add(total[0], total[1]), add(total[2], total[3])));
+        write(out, row, dtype, all * (w->group ? 1.0f : scratch[0]) + (bias ? read(bias, row, dtype) : 0.0f));
     }
 }
 
 // ---------------------------------------------------------------- more rows of x: decode a panel, then multiply
 
-template <int BITS, Kind KIND, bool FINE>
-static void decode(const lowbit_weight *w, int64_t first, int rows, int64_t from, int64_t to, float *panel, float *scratch) {
-    for (int r = 0; r < rows; r++) {
-        float *p = panel + r * 64 * (to - from) - 64 * from;
-        walk<BITS, KIND, FINE>(w, first + r, from, to, scratch, [&](int64_t k, F v, auto) __attribute__((always_inline)) { store(p + k, v); });
-    }
-}
+#if defined(LOWBIT_AVX512)
+constexpr int TILE_ROWS = 4, TILE = 6;  // rows of the weight and of x whose sums are held in registers
+#else
+constexpr int TILE_ROWS = 2, TILE = 3;
+#endif
 
 // sums (M, PANEL_ROWS) += x (M, stride) times panel (R, count) transposed.
 template <int R, int M>
 static void multiply(const float *panel, int64_t count, const float *x, int64_t stride, float *sums) {
     F total[R][M];
+    UNROLL
     for (int r = 0; r < R; r++)
+        UNROLL
         for (int m = 0; m < M; m++) total[r][m] = zero();
     for (int64_t k = 0; k < count; k += 16) {
         F v[R];
+        UNROLL
         for (int r = 0; r < R; r++) v[r] = load(panel + r * count + k);
+        UNROLL
         for (int m = 0; m < M; m++) {
             const F a = load(x + m * stride + k);
+            UNROLL
             for (int r = 0; r < R; r++) total[r][m] = fma(v[r], a, total[r][m]);
         }
     }
+    UNROLL
     for (int m = 0; m < M; m++)
+        UNROLL
         for (int r = 0; r < R; r++) sums[m * PANEL_ROWS + r] += sum(total[r][m]);
 }
 
+template <int R, int M> static void multiply_rest(const float *panel, int64_t count, const float *x, int64_t stride, int64_t m, float *sums) {
+    if (m == M) return multiply<R, M>(panel, count, x, stride, sums);
+    if constexpr (M > 1) multiply_rest<R, M - 1>(panel, count, x, stride, m, sums);
+}
+
 template <int R> static void multiply_rows(const float *panel, int64_t count, const float *x, int64_t stride, int64_t m, float *sums) {
-    for (; m >= 6; m -= 6, x += 6 * stride, sums += 6 * PANEL_ROWS) multiply<R, 6>(panel, count, x, stride, sums);
-    switch (m) {
-        case 5: return multiply<R, 5>(panel, count, x, stride, sums);
-        case 4: return multiply<R, 4>(panel, count, x, stride, sums);
-        case 3: return multiply<R, 3>(panel, count, x, stride, sums);
-        case 2: return multiply<R, 2>(panel, count, x, stride, sums);
-        case 1: return multiply<R, 1>(panel, count, x, stride, sums);
-    }
+    for (; m > TILE; m -= TILE, x += TILE * stride, sums += TILE * PANEL_ROWS) multiply<R, TILE>(panel, count, x, stride, sums);
+    multiply_rest<R, TILE>(panel, count, x, stride, m, sums);
 }
 
-typedef void (*Decode)(const lowbit_weight *, int64_t, int, int64_t, int64_t, float *, float *);
-
-static void ternary_decode(const lowbit_weight *w, int64_t first, int rows, int64_t, int64_t to, float *panel, float *scratch) {
-    for (int r = 0; r < rows; r++) {  // whole rows: digits of a lane lie far apart
-        float *row = panel + r * 64 * to;
-        ternary_row(w, first + r, row, scratch);
-        for (int64_t k = w->inputs; k < 64 * to; k++) row[k] = 0;
+// How `products` reads a weight: pieces of a row, whose grids were read before.
+template <int BITS, Kind KIND, bool FINE> struct Codes {
+    static constexpr int64_t PIECE = 64;
+    static void grids(const lowbit_weight *w, int64_t row, float *to) { read_grids<BITS, KIND>(w, row, to); }
+    static void decode(const lowbit_weight *w, int64_t row, int64_t from, int64_t to, const float *grids, float *panel) {
+        panel -= PIECE * from;
+        walk<BITS, KIND, FINE, true>(w, row, from, to, grids, grids + groups_of(w),
+                                     [&](int64_t k, F v) __attribute__((always_inline)) { store(panel + k, v); });
     }
-}
+};
 
-static void products(const lowbit_weight *w, Decode decode, const float *x, int64_t stride, int64_t m, const void *bias, void *out,
-                     int dtype, int64_t first, int64_t last, float *scratch) {
-    const int64_t blocks = (w->inputs + 63) / 64, step = w->bits ? PANEL_BLOCKS : blocks;
-    float *const panel = scratch + 2 * groups_of(w), *const sums = panel + PANEL_ROWS * 64 * (step < blocks ? step : blocks);
+struct TernaryCodes {
+    static constexpr int64_t PIECE = TERNARY_PIECE;
+    static void grids(const lowbit_weight *w, int64_t row, float *to) { read_scales(w, row, groups_of(w), to); }
+    static void decode(const lowbit_weight *w, int64_t row, int64_t from, int64_t to, const float *grids, float *panel) {
+        panel -= PIECE * from;
+        walk_ternary(w, row, from, to, grids, [&](int64_t k, F v, int) __attribute__((always_inline)) { store(panel + k, v); });
+    }
+};
+
+template <class Codes>
+static void products(const lowbit_weight *w, const float *x, int64_t m, const void *bias, void *out, int dtype, int64_t first,
+                     int64_t last, float *scratch) {
+    constexpr int64_t step = PANEL_INPUTS / Codes::PIECE;
+    const int64_t stride = arranged_inputs(w), pieces = stride / Codes::PIECE, own = 2 * groups_of(w);
+    float *const panel = scratch + PANEL_ROWS * own, *const sums = panel + TILE_ROWS * PANEL_INPUTS;
     for (int64_t row = first; row < last; row += PANEL_ROWS) {
         const int rows = (int)(last - row < PANEL_ROWS ? last - row : PANEL_ROWS);
+        for (int r = 0; r < rows; r++) Codes::grids(w, row + r, scratch + r * own);
         for (int64_t i = 0; i < m * PANEL_ROWS; i++) sums[i] = 0;
-        for (int64_t from = 0; from < blocks; from += step) {
-            const int64_t to = from + step < blocks ? from + step : blocks, count = 64 * (to - from);
-            decode(w, row, rows, from, to, panel, scratch);
-            int r = 0;
-            for (; r + 4 <= rows; r += 4) multiply_rows<4>(panel + r * count, count, x + 64 * from, stride, m, sums + r);
-            for (; r < rows; r++) multiply_rows<1>(panel + r * count, count, x + 64 * from, stride, m, sums + r);
+        for (int64_t from = 0; from < pieces; from += step) {
+            const int64_t to = from + step < pieces ? from + step : pieces, count = Codes::PIECE * (to - from);
+            for (int tile = 0; tile < rows; tile += TILE_ROWS) {
+                const int here = rows - tile < TILE_ROWS ? rows - tile : TILE_ROWS;
+                for (int r = 0; r < here; r++)
+                    Codes::decode(w, row + tile + r, from, to, scratch + (tile + r) * own, panel + r * count);
+                const float *const inputs = x + Codes::PIECE * from;
+                if (here == TILE_ROWS)
+                    multiply_rows<TILE_ROWS>(panel, count, inputs, stride, m, sums + tile);
+                else
+                    for (int r = 0; r < here; r++) multiply_rows<1>(panel + r * count, count, inputs, stride, m, sums + tile + r);
+            }
         }
         for (int64_t i = 0; i < m; i++)
             for (int r = 0; r < rows; r++)
                 write(out, i * w->rows + row + r, dtype,
                       sums[i * PANEL_ROWS + r] + (bias ? read(bias, row + r, dtype) : 0.0f));
     }
+}
+
+template <int BITS, Kind KIND, bool FINE>
+static void coded_products(const lowbit_weight *w, const float *x, int64_t m, const void *bias, void *out, int dtype,
+                           int64_t first, int64_t last, float *scratch) {
+    products<Codes<BITS, KIND, FINE>>(w, x, m, bias, out, dtype, first, last, scratch);
 }
 
 // ---------------------------------------------------------------- rows of the weight
@@ -114,8 +262,10 @@ static void dequantize_rows(const lowbit_weight *w, const int64_t *index, int64_
                             int64_t last, float *scratch) {
     const int64_t K = w->inputs;
     for (int64_t i = first; i < last; i++) {
-        walk<BITS, KIND, FINE>(w, index ? index[i] : start + i, 0, (K + 63) / 64, scratch,
-                               [&](int64_t k, F v, auto) __attribute__((always_inline)) {
+        const int64_t row = index ? index[i] : start + i;
+        read_grids<BITS, KIND>(w, row, scratch);
+        walk<BITS, KIND, FINE, false>(w, row, 0, (K + 63) / 64, scratch, scratch + groups_of(w),
+                                      [&](int64_t k, F v) __attribute__((always_inline)) {
             if (k + 16 <= K && dtype == LOWBIT_F32) {
                 store((float *)out + i * K + k, v);
             } else if (k + 16 <= K) {
@@ -131,43 +281,64 @@ static void dequantize_rows(const lowbit_weight *w, const int64_t *index, int64_
 
 // ---------------------------------------------------------------- the entries: from numbers to template arguments
 
-#define FOR_GROUP(CALL, BITS, KIND) return fine ? CALL<BITS, KIND, true> ARGUMENTS : CALL<BITS, KIND, false> ARGUMENTS;
-#define FOR_KIND(CALL, BITS)                       \
-    if (w->table) FOR_GROUP(CALL, BITS, TABLE)     \
-    FOR_GROUP(CALL, BITS, INTEGER)
-#define FOR_BITS(CALL)                             \
-    switch (w->bits) {                             \
-        case 1: FOR_GROUP(CALL, 1, INTEGER)        \
-        case 2: FOR_GROUP(CALL, 2, INTEGER)        \
-        case 3: FOR_GROUP(CALL, 3, INTEGER)        \
-        case 4: FOR_GROUP(CALL, 4, INTEGER)        \
-        case 5: FOR_KIND(CALL, 5)                  \
-        case 6: FOR_KIND(CALL, 6)                  \
-        case 7: FOR_KIND(CALL, 7)                  \
-        default: FOR_KIND(CALL, 8)                 \
+#define FOR_KIND(BITS)                      \
+    if (w->table) {                         \
+        CALL(BITS, TABLE)                   \
+    } else {                                \
+        CALL(BITS, INTEGER)                 \
+    }
+#define FOR_BITS                            \
+    switch (w->bits) {                      \
+        case 1: CALL(1, INTEGER)            \
+        case 2: CALL(2, INTEGER)            \
+        case 3: CALL(3, INTEGER)            \
+        case 4: CALL(4, INTEGER)            \
+        case 5: FOR_KIND(5)                 \
+        case 6: FOR_KIND(6)                 \
+        case 7: FOR_KIND(7)                 \
+        default: FOR_KIND(8)                \
     }
 
-static void linear_one(const lowbit_weight *w, const float *x, const void *bias, void *out, int dtype, int64_t first, int64_t last,
-                       float *scratch) {
-    if (w->bits == 0) return ternary_product(w, x, bias, out, dtype, first, last, scratch);
-    const bool fine = w->group && w->group < 64;
-#define ARGUMENTS (w, x, bias, out, dtype, first, last, scratch)
-    FOR_BITS(product)
-#undef ARGUMENTS
+static bool fine(const lowbit_weight *w) { return w->group && w->group < 64; }
+
+// Scales of 8 bits are looked up where they are needed, or, where that is no great loss, before.
+#if defined(LOWBIT_AVX512)
+template <int BITS, Kind KIND, int UNIT> constexpr bool by_byte() { return UNIT > 16 && (BITS <= 4 || KIND == INTEGER); }
+#else
+template <int BITS, Kind KIND, int UNIT> constexpr bool by_byte() { return false; }
+#endif
+
+template <int BITS, Kind KIND, int UNIT>
+static void product_of_units(const lowbit_weight *w, const float *x, const void *bias, void *out, int dtype, int64_t first,
+                             int64_t last, float *scratch) {
+    if (by_byte<BITS, KIND, UNIT>() && w->scale == LOWBIT_SCALE_BYTE)
+        return product<BITS, KIND, UNIT, by_byte<BITS, KIND, UNIT>()>(w, x, bias, out, dtype, first, last, scratch);
+    product<BITS, KIND, UNIT, false>(w, x, bias, out, dtype, first, last, scratch);
 }
 
-static Decode decoder(const lowbit_weight *w) {
-    if (w->bits == 0) return ternary_decode;
-    const bool fine = w->group && w->group < 64;
-#define ARGUMENTS
-    FOR_BITS(decode)
-#undef ARGUMENTS
+template <int BITS, Kind KIND>
+static void product_of_groups(const lowbit_weight *w, const float *x, const void *bias, void *out, int dtype, int64_t first,
+                              int64_t last, float *scratch) {
+    if (w->group == 16) return product_of_units<BITS, KIND, 16>(w, x, bias, out, dtype, first, last, scratch);
+    if (w->group == 32) return product_of_units<BITS, KIND, 32>(w, x, bias, out, dtype, first, last, scratch);
+    product_of_units<BITS, KIND, 64>(w, x, bias, out, dtype, first, last, scratch);
 }
 
-static void linear(const lowbit_weight *w, const float *x, int64_t stride, int64_t m, const void *bias, void *out, int dtype,
-                   int64_t first, int64_t last, float *scratch) {
-    if (m == 1) return linear_one(w, x, bias, out, dtype, first, last, scratch);
-    products(w, decoder(w), x, stride, m, bias, out, dtype, first, last, scratch);
+static void linear(const lowbit_weight *w, const float *x, int64_t m, const void *bias, void *out, int dtype, int64_t first,
+                   int64_t last, float *scratch) {
+    if (w->bits == 0) {
+        if (m == 1) return ternary_product(w, x, bias, out, dtype, first, last, scratch);
+        return products<TernaryCodes>(w, x, m, bias, out, dtype, first, last, scratch);
+    }
+    if (m == 1) {
+#define CALL(BITS, KIND) return product_of_groups<BITS, KIND>(w, x, bias, out, dtype, first, last, scratch);
+        FOR_BITS
+#undef CALL
+    }
+#define CALL(BITS, KIND) \
+    return (fine(w) ? coded_products<BITS, KIND, true> : coded_products<BITS, KIND, false>)(w, x, m, bias, out, dtype, first, last, scratch);
+    FOR_BITS
+#undef CALL
 }
 
 static void dequantize(const lowbit_weight *w, const int64_t *index, int64_t start, void *out, int dtype, int64_t first,
@@ -180,10 +351,10 @@ static void dequantize(const lowbit_weight *w, const int64_t *index, int64_t sta
         }
         return;
     }
-    const bool fine = w->group && w->group < 64;
-#define ARGUMENTS (w, index, start, out, dtype, first, last, scratch)
-    FOR_BITS(dequantize_rows)
-#undef ARGUMENTS
+#define CALL(BITS, KIND) \
+    return (fine(w) ? dequantize_rows<BITS, KIND, true> : dequantize_rows<BITS, KIND, false>)(w, index, start, out, dtype, first, last, scratch);
+    FOR_BITS
+#undef CALL
 }
 
 // ---------------------------------------------------------------- this copy
@@ -199,7 +370,7 @@ static bool here() {
 #endif
 }
 
-static const Kernels KERNELS = {LOWBIT_ISA_NAME, here, linear, dequantize, widen, pack, unpack};
+static const Kernels KERNELS = {LOWBIT_ISA_NAME, here, linear, dequantize, arrange, pack, unpack};
 
 }  // namespace LOWBIT_ISA
 

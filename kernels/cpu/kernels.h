@@ -7,27 +7,36 @@
 
 namespace lowbit {
 
-// A panel: rows of the weight and blocks of 64 inputs that are decoded at once, 64 KB; what a core's second cache holds beside x.
-constexpr int PANEL_ROWS = 16, PANEL_BLOCKS = 16;
+// Rows of the weight whose scales are held at once, and floats of a row that are decoded at once, for several rows of x.
+constexpr int PANEL_ROWS = 16, PANEL_INPUTS = 1024;
+constexpr int MOST_AT_ONCE = 4;  // rows of the weight that are multiplied by one row of x
+constexpr int TERNARY_LANES = 32, TERNARY_PIECE = 10 * TERNARY_LANES;  // that are decoded at once
+
+// Floats of a row of x as the kernels want it, which is zero where the row ends.
+static inline int64_t arranged_inputs(const lowbit_weight *w) {
+    if (w->bits) return (w->inputs + 63) / 64 * 64;
+    return ((w->inputs + 9) / 10 + TERNARY_LANES - 1) / TERNARY_LANES * TERNARY_PIECE;
+}
 
 // Floats of scratch memory that `linear` needs for m rows of x, and `dequantize` for m = 0.
 static inline int64_t scratch_floats(const lowbit_weight *w, int64_t m) {
-    const int64_t blocks = (w->inputs + 63) / 64, step = w->bits && blocks > PANEL_BLOCKS ? PANEL_BLOCKS : blocks;
     const int64_t groups = w->group ? (w->inputs + w->group - 1) / w->group : 1;
-    const int64_t row = w->bits ? 0 : 64 * blocks;
-    return (2 * groups + (m <= 1 ? row : PANEL_ROWS * (64 * step + m)) + 63) / 64 * 64;
+    const int64_t own = m == 0 ? 2 * groups + w->inputs + 16 : m == 1 ? 2 * MOST_AT_ONCE * (groups + 4)
+                                                                      : PANEL_ROWS * (2 * groups + PANEL_INPUTS + m);
+    return (own + 63) / 64 * 64;
 }
 
 struct Kernels {
     const char *name;
     bool (*here)();  // whether this processor has it
-    // x (m, stride), zero from `inputs` on; out (m, rows); scratch as many floats as scratch_floats says.
-    void (*linear)(const lowbit_weight *, const float *x, int64_t stride, int64_t m, const void *bias, void *out, int dtype,
-                   int64_t first, int64_t last, float *scratch);
+    // x (m, arranged_inputs), from `arrange`; out (m, rows); scratch as many floats as scratch_floats says.
+    void (*linear)(const lowbit_weight *, const float *x, int64_t m, const void *bias, void *out, int dtype, int64_t first,
+                   int64_t last, float *scratch);
     // out (.., inputs); scratch as for m = 0.
     void (*dequantize)(const lowbit_weight *, const int64_t *index, int64_t start, void *out, int dtype, int64_t first,
                        int64_t last, float *scratch);
-    void (*widen)(const void *from, float *to, int64_t count, int dtype);
+    // Rows first .. last - 1 of x (.., inputs) to floats in the order in which the weight is decoded.
+    void (*arrange)(const lowbit_weight *, const void *x, float *to, int dtype, int64_t first, int64_t last);
     void (*pack)(const uint8_t *codes, uint16_t *lanes, int64_t inputs, int bits, int64_t first, int64_t last);
     void (*unpack)(const uint16_t *lanes, uint8_t *codes, int64_t inputs, int bits, int64_t first, int64_t last);
 };
