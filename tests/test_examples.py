@@ -95,7 +95,16 @@ def test_train_distributed(chat, text, tmp_path):
     assert (tmp_path / "out/adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_compiled_decoding(processes, chat, tmp_path):
+    """A second process finds what the first one compiled, and says the same."""
+    few = ("--model", chat, "--cache", tmp_path, "--length", 64, "--tokens", 8)
+    outputs = [run("compiled_decoding.py", "the cat", *few).splitlines() for _ in range(processes)]
+    assert all(output[0].startswith("first answer: ") and output[2].startswith("the cat") for output in outputs)
+    assert len({tuple(output[2:]) for output in outputs}) == 1 and any(tmp_path.iterdir())
+
+
 def test_every_example_is_run():
     tested = {"load_in_3_bits.py", "mixed_bits.py", "publish.py", "qlora_trainer.py", "apiq_2bit.py", "sft_trl.py"}
-    tested |= {"publish_adapter.py", "train_distributed.py"}
+    tested |= {"publish_adapter.py", "train_distributed.py", "compiled_decoding.py"}
     assert tested == {path.name for path in EXAMPLES}

@@ -1,0 +1,51 @@
+"""Generate with compiled decoding: a static cache and one graph for a token, compiled once and kept on disk.
+
+python examples/compiled_decoding.py "Why is the sky blue?" [--model MODEL] [--cache FOLDER]
+
+The first run compiles (minutes on a CPU); later ones, in any process, read what it left in FOLDER.
+"""
+
+import argparse
+import functools
+import os
+import tempfile
+import time
+
+parser = argparse.ArgumentParser()
+parser.add_argument("prompt")
+parser.add_argument("--model", help="float, or packed in 4 bits")
+parser.add_argument("--cache", default=os.path.expanduser("~/.cache/hf_lowbit_compiled"))
+parser.add_argument("--length", type=int, default=512, help="of the static cache: prompt and answer")
+parser.add_argument("--tokens", type=int, default=64)
+args = parser.parse_args()
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = args.cache  # before torch is imported; the default is under /tmp
+
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache  # noqa: E402
+
+from hf_lowbit import LowBitConfig  # noqa: E402
+from hf_lowbit.smollm import save_smollm2  # noqa: E402
+
+source = args.model or str(save_smollm2(f"{tempfile.gettempdir()}/smollm2"))
+model = AutoModelForCausalLM.from_pretrained(source, quantization_config=LowBitConfig(bits=4))
+tokenizer = AutoTokenizer.from_pretrained(source)
+
+eager, compiled = model.forward, torch.compile(model.forward, fullgraph=True, dynamic=False)
+
+
+@functools.wraps(eager)
+def forward(input_ids=None, **kwargs):
+    """A prompt has any length and is read once: only single tokens are worth a graph."""
+    return (compiled if input_ids.shape[1] == 1 else eager)(input_ids=input_ids, **kwargs)
+
+
+model.forward = forward
+cache = StaticCache(config=model.config, max_cache_len=args.length)  # of one length: another one compiles again
+ids = tokenizer(args.prompt, return_tensors="pt")
+for what in ("first", "second"):  # the first includes compiling, or reading what was compiled
+    cache.reset()
+    start = time.perf_counter()
+    output = model.generate(**ids, past_key_values=cache, max_new_tokens=args.tokens, do_sample=False)
+    new = output.shape[1] - ids["input_ids"].shape[1]
+    print(f"{what} answer: {new} tokens in {time.perf_counter() - start:.1f} s")
+print(tokenizer.decode(output[0], skip_special_tokens=True))
