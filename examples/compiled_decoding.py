@@ -41,11 +41,12 @@ def forward(input_ids=None, **kwargs):
 
 model.forward = forward
 cache = StaticCache(config=model.config, max_cache_len=args.length)  # of one length: another one compiles again
-ids = tokenizer(args.prompt, return_tensors="pt")
+chat = [{"role": "user", "content": args.prompt}]
+ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 for what in ("first", "second"):  # the first includes compiling, or reading what was compiled
     cache.reset()
     start = time.perf_counter()
     output = model.generate(**ids, past_key_values=cache, max_new_tokens=args.tokens, do_sample=False)
-    new = output.shape[1] - ids["input_ids"].shape[1]
-    print(f"{what} answer: {new} tokens in {time.perf_counter() - start:.1f} s")
-print(tokenizer.decode(output[0], skip_special_tokens=True))
+    answer = output[0, ids["input_ids"].shape[1] :]
+    print(f"{what} answer: {len(answer)} tokens in {time.perf_counter() - start:.1f} s")
+print(tokenizer.decode(answer, skip_special_tokens=True))

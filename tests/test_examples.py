@@ -100,8 +100,9 @@ def test_compiled_decoding(processes, chat, tmp_path):
     """A second process finds what the first one compiled, and says the same."""
     few = ("--model", chat, "--cache", tmp_path, "--length", 64, "--tokens", 8)
     outputs = [run("compiled_decoding.py", "the cat", *few).splitlines() for _ in range(processes)]
-    assert all(output[0].startswith("first answer: ") and output[2].startswith("the cat") for output in outputs)
-    assert len({tuple(output[2:]) for output in outputs}) == 1 and any(tmp_path.iterdir())
+    assert all(output[0].startswith("first answer: 8 tokens") for output in outputs)
+    assert len({tuple(output[2:]) for output in outputs}) == 1
+    assert any(tmp_path.iterdir())
 
 
 def test_every_example_is_run():
