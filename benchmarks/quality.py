@@ -81,7 +81,7 @@ def main():
             continue
         start = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, quantization_config=LowBitConfig(**options)
+            folder, dtype=torch.float32, quantization_config=LowBitConfig(embeddings="float", **options)
         )
         seconds, bits = time.perf_counter() - start, model.hf_quantizer.coverage["bits_per_packed_weight"]
         measure(name, model.dequantize(), bits)

@@ -47,7 +47,7 @@ def main():
     floats = [m.weight.data for m in linears]
     rows = []
     for name, options in GRIDS.items():
-        config = LowBitConfig(bits=args.bits, group_size=64, scale_dtype="float16", **options)
+        config = LowBitConfig(bits=args.bits, embeddings="float", group_size=64, scale_dtype="float16", **options)
         format, method = config.resolve()
         quantized = [format.decode(method.quantize(w, format)) for w in floats]
         error = sum(((q - w).square().mean() / w.var()).item() for q, w in zip(quantized, floats, strict=True))
