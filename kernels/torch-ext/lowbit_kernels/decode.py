@@ -305,6 +305,14 @@ def _over_fields(word, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def _over_runs(value, FIELDS: tl.constexpr):
+    """A value of every group (BLOCK_N, BLOCKS, groups, 1) of a block, for all fields: (BLOCK_N, BLOCKS, FIELDS, 1)."""
+    TIMES: tl.constexpr = FIELDS // value.shape[2]
+    value = value.broadcast_to(value.shape[0], value.shape[1], value.shape[2], TIMES)
+    return value.reshape(value.shape[0], value.shape[1], FIELDS, 1)
+
+
+@triton.jit
 def values_of(
     one,
     two,
@@ -332,13 +340,20 @@ def values_of(
     # The first input of every run that shares a group, as few as the group allows.
     if LAYOUT.group == 0 or LAYOUT.group >= 64:
         start = block
-    elif LAYOUT.group >= LANES:
+    elif LAYOUT.group > LANES:
+        start = block + LAYOUT.group * tl.arange(0, 64 // LAYOUT.group)[None, None, :, None]
+    elif LAYOUT.group == LANES:
         start = block + field * LANES
     else:
         start = k
     group = group_of(start, LAYOUT)
     scale = load_scale(scales, scale_range, row, group, inside & (start < K), K, LAYOUT)
     zero = load_zero(zeros, row, group, inside & (start < K), K, LAYOUT)
+    if LAYOUT.group > LANES and LAYOUT.group < 64:
+        if LAYOUT.scale != "none":
+            scale = _over_runs(scale, 16 // LAYOUT.planes[0])
+        if LAYOUT.zeros != "fixed":
+            zero = _over_runs(zero, 16 // LAYOUT.planes[0])
     if len(LAYOUT.planes) > 1:
         two = _over_fields(two, BLOCKS, LAYOUT)
         three = _over_fields(three, BLOCKS, LAYOUT)

@@ -10,7 +10,7 @@ The forms, in order of preference:
   4 bytes of traffic a weight and is first only from so many rows of x on as the device's file in ``tuning`` says.
 
 Why that order, for any number of rows below that: in compiled code a fast form takes about 2 instructions a weight for
-16 rows of x, the portable one 10 to 15 for 64, so per row the fast form is cheaper however many rows there are. This
+16 rows of x, the portable one 9 to 20 for 64, so per row the fast form is cheaper however many rows there are. This
 is counting. Nothing here was timed; ``benchmarks/gpu_check.py`` times it.
 
 A user narrows the choice with ``HF_LOWBIT_FORM``: names of forms, separated by commas, tried in that order. If none of
