@@ -21,6 +21,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -244,9 +245,9 @@ class Process:
     def __init__(self, arguments, threads: int):
         command = [sys.executable, __file__, "--child", json.dumps(arguments)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        pipe = subprocess.PIPE
+        pipe, self.errors = subprocess.PIPE, tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
         self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.PIPE, text=True, env=environment
+            command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True, env=environment
         )
         self.first = self.read()
 
@@ -254,7 +255,8 @@ class Process:
         for line in self.process.stdout:
             if line.startswith(("{", *"0123456789")):
                 return json.loads(line)
-        raise RuntimeError((self.process.stderr.read().strip().splitlines() or ["it ended"])[-1][:200])
+        self.errors.seek(0)
+        raise RuntimeError((self.errors.read().strip().splitlines() or ["it ended"])[-1][:200])
 
     def measure(self, what: str) -> float:
         self.process.stdin.write(what + "\n")
