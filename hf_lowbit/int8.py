@@ -10,7 +10,7 @@ largest level is 64 to 127, whichever fits best. That is exact for ``fp4``; the 
 largest one (root mean square), much less than ``x`` does.
 
 Gradients are those of float activations (straight through). What all this costs in quality is measured in
-``benchmarks/quality.py``.
+``benchmarks/quality_int8.py``.
 """
 
 import torch

@@ -20,7 +20,7 @@ from hf_lowbit.formats.lookup import LookupFormat
 from hf_lowbit.int8 import activation_group, dequantize_activations, int8_levels, quantize_activations
 
 needs_library = pytest.mark.skipif(native.unavailable() is not None, reason=f"the CPU kernels: {native.unavailable()}")
-TOKENS = (1, 2, 5, 13)  # alone, and more than are multiplied at once
+TOKENS = (2, 3, 4, 5, 7, 13)  # some that are multiplied at once, and more
 
 
 @pytest.fixture(params=isas())
@@ -123,18 +123,21 @@ def test_the_plain_kernel_multiplies_what_was_rounded(spec):
 
 @needs_library
 @pytest.mark.parametrize("spec", FORMATS)
-def test_products_are_those_of_plain_pytorch(isa, spec):
+def test_products_are_those_of_plain_pytorch(spec):
     for number, (N, K) in enumerate([*SHAPES, (40, 1100)]):
         weight, companions, text = packed(spec, N, K, number)
-        dtype = DTYPES[number % 3]
-        for M in TOKENS:
-            x, bias = torch.randn(M, K).to(dtype), torch.randn(N).to(dtype)
-            found = native.linear_int8(x, weight, companions, bias if M > 1 else None, text, K)
-            offset = bias if M > 1 else torch.zeros(N)
-            expected = reference.linear_int8(x, weight, companions, offset.to(dtype), text, K).double()
-            assert found.dtype == dtype and found.shape == (M, N)
-            error = (found.double() - expected).abs()
-            assert (error <= bound(x, weight, companions, offset, text, K, expected, dtype)).all(), (N, K, M)
+        dtype, many = DTYPES[number % 3], TOKENS[number % len(TOKENS)]
+        for M, given in ((1, None), (many, torch.randn(N).to(dtype))):
+            x = torch.randn(M, K).to(dtype)
+            bias = torch.zeros(N) if given is None else given
+            expected = reference.linear_int8(x, weight, companions, given, text, K).double()
+            allowed = bound(x, weight, companions, bias, text, K, expected, dtype)
+            for isa in isas():
+                assert native.library().lowbit_force_isa(isa.encode()) == 0
+                found = native.linear_int8(x, weight, companions, given, text, K)
+                assert found.dtype == dtype and found.shape == (M, N)
+                assert ((found.double() - expected).abs() <= allowed).all(), (isa, N, K, M)
+    native.library().lowbit_force_isa(isas()[0].encode())
 
 
 @needs_library

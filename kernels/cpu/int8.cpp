@@ -17,6 +17,10 @@
 #include "decode.h"
 #include "int8_simd.h"
 
+#if !defined(LOWBIT_AVX512) && !defined(LOWBIT_AVX2) && !defined(LOWBIT_NEON)
+#define LOWBIT_PLAIN
+#endif
+
 #if defined(LOWBIT_DOT) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -157,21 +161,25 @@ template <int BITS> static void planes(const Strip &strip, int64_t blocks, int64
     if constexpr (REST % 2) plane<1, 0, false>(strip, 8 * (BITS - 1) * blocks, from, count, tile);
 }
 
-// Ten digits to a lane lie far apart, so rows are decoded whole, to bytes.
+// Ten digits to a lane lie far apart, so rows are decoded whole, to bytes. (Compilers make vectors of the inner loop.)
 static void ternary_bytes(const uint16_t *from, int64_t inputs, int64_t stride, uint8_t *to) {
+    constexpr int WIDTH = 32;
     const int64_t lanes = (inputs + 9) / 10;
-    for (int64_t l = 0; l < lanes; l += 16) {
-        const int64_t here = lanes - l < 16 ? lanes - l : 16;
-        uint16_t copy[16] = {0};
-        memcpy(copy, from + l, 2 * (size_t)here);
-        U rest = lanes16(copy);
+    for (int64_t l = 0; l < lanes; l += WIDTH) {
+        const int64_t here = lanes - l < WIDTH ? lanes - l : WIDTH;
+        uint16_t rest[WIDTH] = {0};
+        memcpy(rest, from + l, 2 * (size_t)here);
         for (int64_t k = l; k < inputs; k += lanes) {
-            const U tripled = plus(rest, shift_up<1>(rest));
-            uint8_t digits[16];
+            uint8_t digits[WIDTH];
+            for (int i = 0; i < WIDTH; i++) {
+                digits[i] = (uint8_t)(rest[i] * 3u >> 16);
+                rest[i] = (uint16_t)(rest[i] * 3u);
+            }
             const int64_t inside = inputs - k < here ? inputs - k : here;
-            store_narrow(inside == 16 ? to + k : digits, shift<16>(tripled));
-            if (inside < 16) memcpy(to + k, digits, (size_t)inside);
-            rest = mask(tripled, 0xFFFF);
+            if (inside == WIDTH)
+                memcpy(to + k, digits, WIDTH);
+            else
+                memcpy(to + k, digits, (size_t)inside);
         }
     }
     memset(to + inputs, 0, (size_t)(stride - inputs));
@@ -203,7 +211,7 @@ static void apply_table(const lowbit_weight *w, const Int8Table &table, int64_t 
 // ---------------------------------------------------------------- scales and zero points of a chunk of a strip
 
 struct Grid {
-    float scales[INT8_UNITS][16], shifts[INT8_UNITS][16];  // by group; a shift is scale * zero point
+    float scales[INT8_UNITS][16], shifts[INT8_UNITS][16];  // by group; a shift is -scale * zero point
 };
 
 // A table of 256 scales as products, high[q / 16] * low[q % 16] and 0 for q = 0, where that is right to a relative 2^-20: so it is
@@ -319,13 +327,15 @@ static void read_grid(const lowbit_weight *w, const Factors &factors, const Part
         read_across<2>(parts.zeros, from, count, grid.shifts, Half());
     else
         for (int64_t g = 0; g < count; g++) store(grid.shifts[g], set1(w->table ? 128.0f : w->bits ? w->fixed_zero : 1.0f));
-    for (int64_t g = 0; g < count; g++) store(grid.shifts[g], mul(load(grid.shifts[g]), load(grid.scales[g])));
+    for (int64_t g = 0; g < count; g++) store(grid.shifts[g], mul(load(grid.shifts[g]), sub(zero(), load(grid.scales[g]))));
 }
 
 // ---------------------------------------------------------------- one row of x: multiply while decoding
 
-// exact[h] += products of 32 inputs, half h of two blocks, with the plane of P bits whose first byte is at `offset`.
-template <int P, int LOW> INLINE void plane_products(const Strip &strip, int64_t offset, const int8_t *x, U (&exact)[4]) {
+// exact[h] += products of 32 inputs, half h of two blocks, with the plane of P bits whose first byte is at `offset`. `levels`: of a
+// table of 16, or null.
+template <int P, int LOW, bool TABLE> INLINE void plane_products(const Strip &strip, int64_t offset, const int8_t *x, const uint8_t *levels,
+                                                                 U (&exact)[4]) {
     U sums[4] = {no_sums(), no_sums(), no_sums(), no_sums()};
 #pragma GCC unroll 8
     for (int part = 0; part < P; part++) {
@@ -336,7 +346,8 @@ template <int P, int LOW> INLINE void plane_products(const Strip &strip, int64_t
             const int place = 2 * part + (d & 1), half = place / P * 2 + (d >> 1);
             each<8 / P>([&](auto f) __attribute__((always_inline)) {
                 constexpr int F = decltype(f)::value;
-                sums[half] = dot_four<(P < 8)>(sums[half], field<P, 0, F>(word[d]), x + 32 * half + 4 * (P * F + place % P));
+                const U code = field<P, 0, F>(word[d]);
+                sums[half] = dot_four<(P < 8 && !TABLE)>(sums[half], TABLE ? levels_of(code, levels, 1) : code, x + 32 * half + 4 * (P * F + place % P));
             });
         }
     }
@@ -344,17 +355,17 @@ template <int P, int LOW> INLINE void plane_products(const Strip &strip, int64_t
 }
 
 // sums += the products of one row of x, whose codes from this chunk on are x, and what a unit's codes are worth, `scales` and `totals`.
-template <int BITS, int UNIT>
+template <int BITS, int UNIT, bool TABLE>
 static void direct(const Strip &strip, int64_t blocks, int64_t from, int64_t count, const int8_t *x, const float *scales, const float *totals,
-                   int64_t units, int units_per_group, const Grid &grid, const Ahead &ahead, float *sums) {
+                   int64_t units, int units_per_group, const Grid &grid, const Ahead &ahead, const uint8_t *levels, float *sums) {
     constexpr int HIGH = Width<BITS>::high, REST = Width<BITS>::rest, UNITS = 128 / UNIT;
     F result[2] = {load(sums), zero()}, offset[2] = {zero(), zero()};
     for (int64_t b = 0, u = 0; b < count; b += 2, u += UNITS, x += 128) {
         ahead.fetch(16 * BITS * 16, (from + b) / 2);
         U exact[4] = {no_sums(), no_sums(), no_sums(), no_sums()};
-        plane_products<HIGH, REST>(strip, 8 * HIGH * (from + b), x, exact);
-        if constexpr (REST >= 2) plane_products<2, REST - 2>(strip, 8 * HIGH * blocks + 16 * (from + b), x, exact);
-        if constexpr (REST % 2) plane_products<1, 0>(strip, 8 * (BITS - 1) * blocks + 8 * (from + b), x, exact);
+        plane_products<HIGH, REST, TABLE>(strip, 8 * HIGH * (from + b), x, levels, exact);
+        if constexpr (REST >= 2) plane_products<2, REST - 2, false>(strip, 8 * HIGH * blocks + 16 * (from + b), x, levels, exact);
+        if constexpr (REST % 2) plane_products<1, 0, false>(strip, 8 * (BITS - 1) * blocks + 8 * (from + b), x, levels, exact);
         if constexpr (UNIT >= 64) exact[0] = plus(exact[0], exact[1]), exact[1] = plus(exact[2], exact[3]);
         if constexpr (UNIT == 128) exact[0] = plus(exact[0], exact[1]);
 #pragma GCC unroll 4
@@ -365,12 +376,18 @@ static void direct(const Strip &strip, int64_t blocks, int64_t from, int64_t cou
             offset[i & 1] = fma(load(grid.shifts[g]), set1(totals[u + i]), offset[i & 1]);
         }
     }
-    store(sums, sub(add(result[0], result[1]), add(offset[0], offset[1])));
+    store(sums, add(add(result[0], result[1]), add(offset[0], offset[1])));
 }
 
-typedef void (*Direct)(const Strip &, int64_t, int64_t, int64_t, const int8_t *, const float *, const float *, int64_t, int, const Grid &, const Ahead &, float *);
-#define UNITS(BITS) {direct<BITS, 32>, direct<BITS, 64>, direct<BITS, 128>}
-static const Direct DIRECT[9][3] = {{}, UNITS(1), UNITS(2), UNITS(3), UNITS(4), UNITS(5), UNITS(6), UNITS(7), UNITS(8)};
+typedef void (*Direct)(const Strip &, int64_t, int64_t, int64_t, const int8_t *, const float *, const float *, int64_t, int, const Grid &, const Ahead &,
+                       const uint8_t *, float *);
+#define UNITS(BITS, TABLE) {direct<BITS, 32, TABLE>, direct<BITS, 64, TABLE>, direct<BITS, 128, TABLE>}
+#if defined(LOWBIT_PLAIN)  // code for vectors gains nothing, and takes minutes to compile
+static const Direct DIRECT[9][3] = {};
+#else
+static const Direct DIRECT[9][3] = {UNITS(4, true), UNITS(1, false), UNITS(2, false), UNITS(3, false), UNITS(4, false),
+                                     UNITS(5, false), UNITS(6, false), UNITS(7, false), UNITS(8, false)};
+#endif
 #undef UNITS
 
 // ---------------------------------------------------------------- a tile times rows of x
@@ -423,7 +440,7 @@ template <int R, int M, bool SMALL> static void multiply(const Chunk &chunk, con
             for (int m = 0; m < M; m++) {
                 const F worth = mul(scale, set1(scales[m * tokens.units + u]));
                 result[m][r] = fma(to_float(exact[m][r]), worth, result[m][r]);
-                result[m][r] = sub(result[m][r], mul(offset, set1(totals[m * tokens.units + u])));
+                result[m][r] = fma(offset, set1(totals[m * tokens.units + u]), result[m][r]);
             }
         }
     }
@@ -490,7 +507,9 @@ static void strips(const lowbit_weight *w, const Int8Table &table, const Factors
         parts[r].codes = {to, 64 * blocks, to + 16 * 64 * blocks};
     }
     memset(sums, 0, sizeof(float) * 16 * STRIPS * (size_t)(last - first));
-    const bool one = last - first == 1 && w->bits && !w->table && unit > 16;
+    // A row of x alone is multiplied without a tile, where codes are numbers or levels are few.
+    const bool small_table = w->table == LOWBIT_TABLE_SHARED && w->bits == 4;
+    const bool one = DIRECT[w->bits][0] && last - first == 1 && w->bits && (!w->table || small_table) && unit > 16;
     Chunk chunk{tile, grid, 0, unit / 4, 0, w->group == 0 || w->group > 256 ? 2 : w->group > 128 ? 1 : 0};
     for (int64_t block = 0; block < blocks; block += INT8_CHUNK) {
         const int64_t count = blocks - block < INT8_CHUNK ? blocks - block : INT8_CHUNK;
@@ -517,8 +536,8 @@ static void strips(const lowbit_weight *w, const Int8Table &table, const Factors
         }
         const int64_t at = first * tokens.units + chunk.unit;
         for (int r = 0; one && r < R; r++)
-            DIRECT[w->bits][unit / 64](parts[r].codes, blocks, block, count, tokens.codes + first * tokens.stride + 64 * block, tokens.scales + at,
-                            tokens.sums + at, (chunk.steps + chunk.per_unit - 1) / chunk.per_unit, chunk.units_per_group, grid[r], Ahead(parts[r].codes, R), sums + 16 * r);
+            DIRECT[w->table ? 0 : w->bits][unit / 64](parts[r].codes, blocks, block, count, tokens.codes + first * tokens.stride + 64 * block, tokens.scales + at,
+                            tokens.sums + at, (chunk.steps + chunk.per_unit - 1) / chunk.per_unit, chunk.units_per_group, grid[r], Ahead(parts[r].codes, R), table.levels, sums + 16 * r);
         if (one) continue;
         multiply_all<R, SMALL>(chunk, tokens, first, last, sums);
     }
