@@ -144,13 +144,7 @@ def test_moments_are_those_of_all_tokens_at_once():
     for found, exact in ((moments.square, x.T @ x), (moments.cross, r.T @ x)):
         torch.testing.assert_close(found, (exact / 35).float())
     W, V = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1)).unbind()
-    errors = [(x @ U.double().T - r @ W.double().T).square().sum() / 35 for U in (V, W)]
-    # Moments are float32: the error is relative to the powers whose difference the result is.
-    assert moments.output_error(W, V) == pytest.approx(float(errors[0] - errors[1]), abs=1e-5 * float(errors[0]))
-    assert moments.output_error(W, V, moments.drift(W)) == moments.output_error(W, V)
-    alone = Moments(16)
-    alone.add(x)
-    assert alone.output_error(W, V) == pytest.approx(float((x @ (V - W).double().T).square().sum() / 35), rel=1e-5)
+    assert moments.output_error(W, V) == pytest.approx(float((x @ (V - W).double().T).square().sum() / 35), rel=1e-5)
 
 
 def test_no_tokens_count_as_white_inputs():

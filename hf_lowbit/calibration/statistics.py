@@ -5,9 +5,8 @@ For a layer ``y = x W^T`` the squared error of the output over all tokens is a q
 the tokens themselves need not be kept. Layers that share an input (query, key and value) share one S.
 
 Where the layers before are quantized already, x is what the quantized model computes, and a method that corrects for
-their error too needs ``C = mean r^T x`` with r the float model's input at the same token: the output of V = W + D is
-then off by ``x D^T + (x - r) W^T``, in the mean square by ``tr(D S D^T) + 2 tr(D (S - C)^T W^T)`` and a constant, which
-is the error of W.
+their error too needs ``C = mean r^T x`` with r the float model's input at the same token: ``W' S = W C`` gives the
+weight whose output is nearest to the float model's.
 """
 
 import torch
@@ -50,22 +49,7 @@ class Moments:
             return identity
         return self.square + damping * level * identity
 
-    def drift(self, weight: torch.Tensor) -> torch.Tensor | float:
-        """``W (S - C)`` (N, K) for ``weight`` W, half the slope of :meth:`output_error` there; 0 where r = x."""
-        return 0.0 if self.cross is None else weight @ (self.square - self.cross)
-
-    def output_error(
-        self, weight: torch.Tensor, other: torch.Tensor, drift: torch.Tensor | float | None = None
-    ) -> float:
-        """Mean over tokens of ``|x V^T - r W^T|^2 - |x W^T - r W^T|^2`` for ``weight`` W and ``other`` V (N, K): the
-        error of V beyond that of W, which is below 0 where V makes up for what was quantized before. Without cross
-        moments r = x, and the second term is 0.
-
-        Args:
-            weight: W.
-            other: V.
-            drift: What :meth:`drift` gives for W, if it is at hand.
-        """
-        D = other - weight
-        slope = D @ self.square + 2 * (self.drift(weight) if drift is None else drift)
-        return float((slope * D).sum(dtype=torch.float64))
+    def output_error(self, weight: torch.Tensor, other: torch.Tensor) -> float:
+        """Mean over tokens of ``|x V^T - x W^T|^2`` for ``weight`` W and ``other`` V (N, K)."""
+        E = other - weight
+        return float(((E @ self.square) * E).sum(dtype=torch.float64))
