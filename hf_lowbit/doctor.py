@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from . import ops, triton_backend
+from . import native_backend, ops, triton_backend
 from .backends import BACKENDS, ENVIRONMENT_VARIABLE, Problem, explain, select
 from .formats import FORMATS, Format
 from .methods import BEST, make_method
 from .version import __version__
 
-OPS = ("linear", "input_gradient", "dequantize", "embedding")
+OPS = ("linear", "linear_int8", "input_gradient", "dequantize", "embedding")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITS = {"int": 4, "nf": 4, "fp4": 4, "codebook": 4, "ternary": 1.58}
 PACKAGES = (
@@ -87,6 +87,8 @@ def _versions() -> dict[str, str | None]:
 
 def _devices() -> list[dict]:
     cpu = {"type": "cpu", "name": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+    if native_backend.unavailable() is None:
+        cpu["kernels for"] = native_backend.library().lowbit_isa().decode()
     devices = [cpu]
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
@@ -171,9 +173,11 @@ def _run(op: str, format: Format, packed: dict, shape: torch.Size, device: str, 
     """Runs ``op`` on a packed weight of ``shape`` (N, K); an asynchronous failure is waited for."""
     weight, companions = packed[""], [packed[suffix] for suffix in format.suffixes()]
     rows, columns = shape
-    if op in ("linear", "input_gradient"):
+    if op in ("linear", "linear_int8", "input_gradient"):
         x = torch.ones(2, columns, device=device, dtype=dtype, requires_grad=op == "input_gradient")
-        result = ops.linear(x, weight, companions, None, format.spec, columns)
+        result = (ops.linear_int8 if op == "linear_int8" else ops.linear)(
+            x, weight, companions, None, format.spec, columns
+        )
         if op == "input_gradient":
             (result,) = torch.autograd.grad(result.sum(), x)
     elif op == "dequantize":
