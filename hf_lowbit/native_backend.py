@@ -30,7 +30,8 @@ from .int8 import int8_levels
 
 LIBRARY = "liblowbit_cpu.so"
 VERSION = 1
-FEW_ROWS = 24
+FEW_ROWS = 64
+FEW_BFLOAT16_ROWS = 32  # where the processor multiplies bfloat16
 BUFFER_BYTES = 2**21  # what a core's second cache holds, more or less
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SCALES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}
@@ -218,7 +219,7 @@ def linear(x, weight, companions, bias, format, in_features):
     rows = x.numel() // in_features
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
-    if rows < FEW_ROWS:
+    if rows < (FEW_BFLOAT16_ROWS if _product_dtype(x.dtype) == torch.bfloat16 else FEW_ROWS):
         pointer = None if bias is None else bias.data_ptr()
         dtype, run = DTYPES[x.dtype], library().lowbit_linear
         _check(run(described.pointer, x.data_ptr(), pointer, out.data_ptr(), rows, dtype, _threads()))

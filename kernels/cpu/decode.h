@@ -199,7 +199,7 @@ INLINE void walk(const lowbit_weight *w, int64_t row, int64_t from, int64_t to, 
             left = per_group - 1;
         }
 #define VECTOR(V)                                                                           \
-        if (FINE && (V == 0 || (16 * V) % w->group == 0)) {                                 \
+        if (FINE && (V % 2 == 0 || w->group == 16)) {                                       \
             const int64_t g = group < groups ? group : groups - 1; /* behind the row's end */ \
             enter_group<BITS, KIND>(grid, levels, scales + g, zeros + g);                   \
             group++;                                                                        \

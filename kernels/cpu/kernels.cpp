@@ -159,44 +159,41 @@ static void ternary_product(const lowbit_weight *w, const float *x, const void *
 // ---------------------------------------------------------------- more rows of x: decode a panel, then multiply
 
 #if defined(LOWBIT_AVX512)
-constexpr int TILE_ROWS = 4, TILE = 6;  // rows of the weight and of x whose sums are held in registers
+constexpr int TILE = 6;  // rows of x whose sums with TILE_ROWS of the weight are held in registers
 #else
-constexpr int TILE_ROWS = 2, TILE = 3;
+constexpr int TILE = 3;
 #endif
 
-// sums (M, PANEL_ROWS) += x (M, stride) times panel (R, count) transposed.
-template <int R, int M>
-static void multiply(const float *panel, int64_t count, const float *x, int64_t stride, float *sums) {
-    F total[R][M];
+// sums (M, PANEL_ROWS) += x (M, stride) times panel (TILE_ROWS, count) transposed.
+template <int M> static void multiply(const float *panel, int64_t count, const float *x, int64_t stride, float *sums) {
+    F total[M][TILE_ROWS];
     UNROLL
-    for (int r = 0; r < R; r++)
+    for (int m = 0; m < M; m++)
         UNROLL
-        for (int m = 0; m < M; m++) total[r][m] = zero();
+        for (int r = 0; r < TILE_ROWS; r++) total[m][r] = zero();
     for (int64_t k = 0; k < count; k += 16) {
-        F v[R];
+        F v[TILE_ROWS];
         UNROLL
-        for (int r = 0; r < R; r++) v[r] = load(panel + r * count + k);
+        for (int r = 0; r < TILE_ROWS; r++) v[r] = load(panel + r * count + k);
         UNROLL
         for (int m = 0; m < M; m++) {
             const F a = load(x + m * stride + k);
             UNROLL
-            for (int r = 0; r < R; r++) total[r][m] = fma(v[r], a, total[r][m]);
+            for (int r = 0; r < TILE_ROWS; r++) total[m][r] = fma(v[r], a, total[m][r]);
         }
     }
     UNROLL
-    for (int m = 0; m < M; m++)
-        UNROLL
-        for (int r = 0; r < R; r++) sums[m * PANEL_ROWS + r] += sum(total[r][m]);
+    for (int m = 0; m < M; m++) add_sums(sums + m * PANEL_ROWS, total[m]);
 }
 
-template <int R, int M> static void multiply_rest(const float *panel, int64_t count, const float *x, int64_t stride, int64_t m, float *sums) {
-    if (m == M) return multiply<R, M>(panel, count, x, stride, sums);
-    if constexpr (M > 1) multiply_rest<R, M - 1>(panel, count, x, stride, m, sums);
+template <int M> static void multiply_rest(const float *panel, int64_t count, const float *x, int64_t stride, int64_t m, float *sums) {
+    if (m == M) return multiply<M>(panel, count, x, stride, sums);
+    if constexpr (M > 1) multiply_rest<M - 1>(panel, count, x, stride, m, sums);
 }
 
-template <int R> static void multiply_rows(const float *panel, int64_t count, const float *x, int64_t stride, int64_t m, float *sums) {
-    for (; m > TILE; m -= TILE, x += TILE * stride, sums += TILE * PANEL_ROWS) multiply<R, TILE>(panel, count, x, stride, sums);
-    multiply_rest<R, TILE>(panel, count, x, stride, m, sums);
+static void multiply_rows(const float *panel, int64_t count, const float *x, int64_t stride, int64_t m, float *sums) {
+    for (; m > TILE; m -= TILE, x += TILE * stride, sums += TILE * PANEL_ROWS) multiply<TILE>(panel, count, x, stride, sums);
+    multiply_rest<TILE>(panel, count, x, stride, m, sums);
 }
 
 // How `products` reads a weight: pieces of a row, whose grids were read before.
@@ -220,8 +217,8 @@ struct TernaryCodes {
 };
 
 template <class Codes>
-static void products(const lowbit_weight *w, const float *x, int64_t m, const void *bias, void *out, int dtype, int64_t first,
-                     int64_t last, float *scratch) {
+static void some_products(const lowbit_weight *w, const float *x, int64_t m, const void *bias, void *out, int dtype, int64_t first,
+                          int64_t last, float *scratch) {
     constexpr int64_t step = PANEL_INPUTS / Codes::PIECE;
     const int64_t stride = arranged_inputs(w), pieces = stride / Codes::PIECE, own = 2 * groups_of(w);
     float *const panel = scratch + PANEL_ROWS * own, *const sums = panel + TILE_ROWS * PANEL_INPUTS;
@@ -232,14 +229,11 @@ static void products(const lowbit_weight *w, const float *x, int64_t m, const vo
         for (int64_t from = 0; from < pieces; from += step) {
             const int64_t to = from + step < pieces ? from + step : pieces, count = Codes::PIECE * (to - from);
             for (int tile = 0; tile < rows; tile += TILE_ROWS) {
-                const int here = rows - tile < TILE_ROWS ? rows - tile : TILE_ROWS;
-                for (int r = 0; r < here; r++)
-                    Codes::decode(w, row + tile + r, from, to, scratch + (tile + r) * own, panel + r * count);
-                const float *const inputs = x + Codes::PIECE * from;
-                if (here == TILE_ROWS)
-                    multiply_rows<TILE_ROWS>(panel, count, inputs, stride, m, sums + tile);
-                else
-                    for (int r = 0; r < here; r++) multiply_rows<1>(panel + r * count, count, inputs, stride, m, sums + tile + r);
+                for (int r = 0; r < TILE_ROWS; r++) {  // the last row again where a tile is not full
+                    const int one = tile + r < rows ? tile + r : rows - 1;
+                    Codes::decode(w, row + one, from, to, scratch + one * own, panel + r * count);
+                }
+                multiply_rows(panel, count, x + Codes::PIECE * from, stride, m, sums + tile);
             }
         }
         for (int64_t i = 0; i < m; i++)
@@ -247,6 +241,16 @@ static void products(const lowbit_weight *w, const float *x, int64_t m, const vo
                 write(out, i * w->rows + row + r, dtype,
                       sums[i * PANEL_ROWS + r] + (bias ? read(bias, row + r, dtype) : 0.0f));
     }
+}
+
+// For each MOST_ROWS rows of x, which a core's second cache holds, the weight is decoded again: less work than reading x again.
+template <class Codes>
+static void products(const lowbit_weight *w, const float *x, int64_t m, const void *bias, void *out, int dtype, int64_t first,
+                     int64_t last, float *scratch) {
+    const int64_t element = dtype == LOWBIT_F32 ? 4 : 2;
+    for (int64_t i = 0; i < m; i += MOST_ROWS)
+        some_products<Codes>(w, x + i * arranged_inputs(w), m - i < MOST_ROWS ? m - i : MOST_ROWS, bias,
+                             (char *)out + i * w->rows * element, dtype, first, last, scratch);
 }
 
 template <int BITS, Kind KIND, bool FINE>
@@ -257,6 +261,19 @@ static void coded_products(const lowbit_weight *w, const float *x, int64_t m, co
 
 // ---------------------------------------------------------------- rows of the weight
 
+// Places k to k + 15 of a row of K, which begins at `row`, those within it.
+INLINE void put(void *out, int64_t row, int64_t k, int64_t K, int dtype, F v) {
+    if (k + 16 <= K && dtype == LOWBIT_F32) {
+        store((float *)out + row + k, v);
+    } else if (k + 16 <= K) {
+        (dtype == LOWBIT_F16 ? to_halves : to_bhalves)((uint16_t *)out + row + k, v);
+    } else {
+        float values[16];
+        store(values, v);
+        for (int64_t j = 0; j < 16 && k + j < K; j++) write(out, row + k + j, dtype, values[j]);
+    }
+}
+
 template <int BITS, Kind KIND, bool FINE>
 static void dequantize_rows(const lowbit_weight *w, const int64_t *index, int64_t start, void *out, int dtype, int64_t first,
                             int64_t last, float *scratch) {
@@ -266,15 +283,7 @@ static void dequantize_rows(const lowbit_weight *w, const int64_t *index, int64_
         read_grids<BITS, KIND>(w, row, scratch);
         walk<BITS, KIND, FINE, false>(w, row, 0, (K + 63) / 64, scratch, scratch + groups_of(w),
                                       [&](int64_t k, F v) __attribute__((always_inline)) {
-            if (k + 16 <= K && dtype == LOWBIT_F32) {
-                store((float *)out + i * K + k, v);
-            } else if (k + 16 <= K) {
-                (dtype == LOWBIT_F16 ? to_halves : to_bhalves)((uint16_t *)out + i * K + k, v);
-            } else {
-                float values[16];
-                store(values, v);
-                for (int64_t j = 0; j < 16 && k + j < K; j++) write(out, i * K + k + j, dtype, values[j]);
-            }
+            put(out, i * K, k, K, dtype, v);
         });
     }
 }
@@ -344,10 +353,10 @@ static void linear(const lowbit_weight *w, const float *x, int64_t m, const void
 static void dequantize(const lowbit_weight *w, const int64_t *index, int64_t start, void *out, int dtype, int64_t first,
                        int64_t last, float *scratch) {
     if (w->bits == 0) {
+        float *const values = scratch + 2 * groups_of(w);
         for (int64_t i = first; i < last; i++) {
-            float *const values = scratch + 2 * groups_of(w);
             ternary_row(w, index ? index[i] : start + i, values, scratch);
-            for (int64_t k = 0; k < w->inputs; k++) write(out, i * w->inputs + k, dtype, values[k]);
+            for (int64_t k = 0; k < w->inputs; k += 16) put(out, i * w->inputs, k, w->inputs, dtype, load(values + k));
         }
         return;
     }

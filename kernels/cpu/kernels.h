@@ -9,6 +9,7 @@ namespace lowbit {
 
 // Rows of the weight whose scales are held at once, and floats of a row that are decoded at once, for several rows of x.
 constexpr int PANEL_ROWS = 16, PANEL_INPUTS = 1024;
+constexpr int64_t MOST_ROWS = 48;  // of x, that a panel is multiplied by
 constexpr int MOST_AT_ONCE = 4;  // rows of the weight that are multiplied by one row of x
 constexpr int TERNARY_LANES = 32, TERNARY_PIECE = 10 * TERNARY_LANES;  // that are decoded at once
 
@@ -22,7 +23,7 @@ static inline int64_t arranged_inputs(const lowbit_weight *w) {
 static inline int64_t scratch_floats(const lowbit_weight *w, int64_t m) {
     const int64_t groups = w->group ? (w->inputs + w->group - 1) / w->group : 1;
     const int64_t own = m == 0 ? 2 * groups + w->inputs + 16 : m == 1 ? 2 * MOST_AT_ONCE * (groups + 4)
-                                                                      : PANEL_ROWS * (2 * groups + PANEL_INPUTS + m);
+                                                                      : PANEL_ROWS * (2 * groups + PANEL_INPUTS + (m < MOST_ROWS ? m : MOST_ROWS));
     return (own + 63) / 64 * 64;
 }
 

@@ -8,7 +8,8 @@
 // word i are those of the code at place i, in that order, of vector v; other bits are anything. stream16: 16 numbers of BITS
 // bits, one after the other, from 16 bytes that must be readable. lookup8 reads a table by the low three bits, lookup_wide one of
 // 2^BITS, from 5 bits. words16: 32 lanes, two to a word. next_digits: their next digits in base 3, of which they are fractions.
-// splice: n of a, then b.
+// splice: n of a, then b. add_sums: sums of TILE_ROWS vectors, added to numbers; so many rows of the weight fit the registers when
+// they are multiplied by several rows of x.
 #pragma once
 
 #include <cstdint>
@@ -64,6 +65,15 @@ INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE float sum(F a) { return _mm512_reduce_add_ps(a); }
+constexpr int TILE_ROWS = 4;
+INLINE void add_sums(float *to, const F (&a)[TILE_ROWS]) {  // a transposition: half the instructions of four sums
+    const F first = add(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+    const F second = add(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+    const F all = add(_mm512_shuffle_ps(first, second, 0x44), _mm512_shuffle_ps(first, second, 0xEE));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), four));
+}
 INLINE F lookup(F table, U index) { return _mm512_permutexvar_ps(index, table); }
 INLINE F lookup8(F table, U index) { return lookup(table, index); }
 INLINE U next_digits(U &rest) {
@@ -340,6 +350,11 @@ template <int BITS> INLINE U stream16(const uint8_t *p)
     EACH(U, (p[i * BITS / 8] | (uint32_t)(i * BITS % 8 + BITS > 8 ? p[i * BITS / 8 + 1] : 0) << 8) >> (i * BITS % 8) & ((1u << BITS) - 1))
 #undef EACH
 
+#endif
+
+#if !defined(LOWBIT_AVX512)
+constexpr int TILE_ROWS = 2;
+INLINE void add_sums(float *to, const F (&a)[TILE_ROWS]) { for (int r = 0; r < TILE_ROWS; r++) to[r] += sum(a[r]); }
 #endif
 
 }  // namespace LOWBIT_ISA
