@@ -291,7 +291,8 @@ static Parts parts_of(const lowbit_weight *w, const Int8Table &table, int64_t fi
     Parts parts;
     parts.codes = strip_of(w->codes, 2 * row_lanes(w->inputs, w->bits), first, rows);
     parts.scales = strip_of(w->scales, groups * size[w->scale], first, rows);
-    parts.zeros = strip_of(w->zeros, w->zero == LOWBIT_ZERO_F16 ? 2 * groups : (groups * w->bits + 7) / 8, first, rows);
+    const int64_t zeros[] = {0, (groups * w->bits + 7) / 8, 2 * groups};  // bytes of a row, by how they are stored
+    parts.zeros = strip_of(w->zeros, zeros[w->zero], first, rows);
     for (int r = 0; r < 16 && w->table; r++)
         parts.steps[r] = table.steps[w->table != LOWBIT_TABLE_ROW ? 0 : first + r < rows ? first + r : rows - 1];
     return parts;
