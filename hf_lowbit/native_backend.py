@@ -219,15 +219,16 @@ def linear(x, weight, companions, bias, format, in_features):
     rows = x.numel() // in_features
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
-    if rows < (FEW_BFLOAT16_ROWS if _product_dtype(x.dtype) == torch.bfloat16 else FEW_ROWS):
+    product = _product_dtype(x.dtype)
+    ternary = described.record.bits == 0  # decoded in its own order, panels cost far less than whole rows
+    if rows < (FEW_BFLOAT16_ROWS if product == torch.bfloat16 else FEW_ROWS) or (ternary and product == torch.float32):
         pointer = None if bias is None else bias.data_ptr()
         dtype, run = DTYPES[x.dtype], library().lowbit_linear
         _check(run(described.pointer, x.data_ptr(), pointer, out.data_ptr(), rows, dtype, _threads()))
         return out
-    dtype = _product_dtype(x.dtype)
-    inputs, outputs = x.view(rows, in_features).to(dtype), out.view(rows, N)
-    bias = None if bias is None else bias.to(dtype)
-    for first, last, part in _decoded(described, N, in_features, dtype):
+    inputs, outputs = x.view(rows, in_features).to(product), out.view(rows, N)
+    bias = None if bias is None else bias.to(product)
+    for first, last, part in _decoded(described, N, in_features, product):
         outputs[:, first:last] = F.linear(inputs, part, None if bias is None else bias[first:last])
     return out
 
