@@ -165,9 +165,9 @@ def doctor(console: Console, result: dict, arguments: dict) -> None:
     reasons: dict[tuple, dict] = {}
     for k in result["kernels"]:
         for backend, reason in k["passed_over"].items():
-            reasons.setdefault((backend, re.sub(r"'(linear|linear_int8|input_gradient|dequantize|embedding)'", "it", reason)), {})[
-                f"{k['device']} {k['op']}"
-            ] = None
+            reasons.setdefault(
+                (backend, re.sub(r"'(linear(_int8)?|input_gradient|dequantize|embedding)'", "it", reason)), {}
+            )[f"{k['device']} {k['op']}"] = None
     for (backend, reason), problems in reasons.items():
         _row(passed_over, backend, reason, ", ".join(problems))
     if reasons:
