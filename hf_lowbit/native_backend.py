@@ -2,9 +2,10 @@
 
 ``kernels/cpu`` builds one shared library that knows nothing of torch; this module finds it beside the Triton kernels,
 describes a packed weight to it by plain pointers, and registers what it can run. One row of activations is multiplied
-while the weight is decoded, a few rows with small decoded panels, and many rows (:data:`FEW_ROWS` up) by decoding rows
-of the weight into a buffer of :data:`BUFFER_BYTES` and handing each to torch's own matrix product. That product is
-float32 whatever the dtype, since half precision is slow on most CPUs, but bfloat16 where the processor multiplies it.
+while the weight is decoded, a few rows (any number by a ternary weight) with small decoded panels, and many rows
+(:data:`FEW_ROWS` up) by decoding rows of the weight into a buffer of :data:`BUFFER_BYTES` and handing each to torch's
+own matrix product. That product is float32 whatever the dtype, since half precision is slow on most CPUs, but bfloat16
+where the processor multiplies it.
 
 Threads are those of torch's OpenMP where its library has libgomp's interface, else a pool of the library's own.
 
