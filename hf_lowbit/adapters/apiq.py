@@ -13,9 +13,9 @@ the layer's own method has chosen. Four things differ from the paper:
 - Training begins at the best low-rank correction, not at B = 0: at EoRA's layer by layer, towards the float model's
   output (with a high damping) block by block.
 - Layer by layer, each layer is trained to compute what its float weight would on the same inputs, ``|X_q W^T - X_q (Q +
-  B A)^T|^2``, as EoRA is. Trained towards its output in the float model, as in the paper, the first six blocks came 18 %
-  closer to it than with EoRA, and the model as a whole hardly (docs/methods.md has the figures). Least squares on inputs
-  with errors shrink what they fit, which may be why.
+  B A)^T|^2``, as EoRA is. Trained towards its output in the float model, as in the paper, the first six blocks came
+  18 % closer to it than with EoRA, and the model as a whole hardly (figures in docs/methods.md). Least squares on
+  inputs with errors shrink what they fit, which may be why.
 - The layer-wise objective is a quadratic form in second moments (:class:`~hf_lowbit.calibration.Moments`), so that
   every step sees all tokens at the price of one product of the weight's size.
 
