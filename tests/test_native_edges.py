@@ -269,10 +269,10 @@ def test_bad_arguments_are_refused_and_nothing_is_touched():
         code = library.lowbit_linear(good.pointer, pointers["x"], None, pointers["out"], m, dtype, count)
         assert code == bad_argument, (given, m, dtype, count)
 
-    index = torch.tensor([0, 6])
+    index, negative = torch.tensor([0, 6]), torch.tensor([-1])
     for rows, first, count, dtype in [
         *((None, -1, 2, 0), (None, 5, 2, 0), (None, 2**63 - 1, 2, 0), (None, 0, -1, 0), (None, 0, 2, 9)),
-        *((index.data_ptr(), 0, 2, 0), (torch.tensor([-1]).data_ptr(), 0, 1, 0)),
+        *((index.data_ptr(), 0, 2, 0), (negative.data_ptr(), 0, 1, 0)),
     ]:
         assert library.lowbit_dequantize(good.pointer, rows, first, count, OUT, dtype, 1) == bad_argument
     assert library.lowbit_dequantize(good.pointer, None, 0, 6, None, 0, 1) == bad_argument
