@@ -2,10 +2,10 @@
 
 ``kernels/cpu`` builds one shared library that knows nothing of torch; this module finds it beside the Triton kernels,
 describes a packed weight to it by plain pointers, and registers what it can run. One row of activations is multiplied
-while the weight is decoded, a few rows (any number by a ternary weight) with small decoded panels, and many rows
-(:data:`FEW_ROWS` up) by decoding rows of the weight into a buffer of :data:`BUFFER_BYTES` and handing each to torch's
-own matrix product. That product is float32 whatever the dtype, since half precision is slow on most CPUs, but bfloat16
-where the processor multiplies it.
+while the weight is decoded, more rows with small decoded panels. Where that is slower than torch's own matrix product
+(:data:`FEW_ROWS` says from how many rows on), rows of the weight are decoded into a buffer of :data:`BUFFER_BYTES` and
+handed to it: float32 whatever the dtype, since half precision is slow on most CPUs, but bfloat16 where the processor
+multiplies it.
 
 Threads are those of torch's OpenMP where its library has libgomp's interface, else a pool of the library's own.
 
@@ -15,6 +15,7 @@ says so and plain PyTorch serves.
 
 import ctypes
 import functools
+import sys
 import threading
 import weakref
 from pathlib import Path
@@ -31,8 +32,14 @@ from .int8 import int8_levels
 
 LIBRARY = "liblowbit_cpu.so"
 VERSION = 1
-FEW_ROWS = 64
+FEW_ROWS = {"avx512vnni": sys.maxsize, "avx512": sys.maxsize, "portable": 3}
+"""Rows of activations from which torch's float32 product is faster than panels, by instruction set; others: 64.
+
+Measured on Zen 5 with two threads (``benchmarks/cpu_layers.py``), where panels of AVX-512 are 1.9 to 2.7 times as fast as
+torch at 64 to 512 rows and those of AVX2 1.25 times at 64 and 0.9 times at 256; not measured on others.
+"""
 FEW_BFLOAT16_ROWS = 32  # where the processor multiplies bfloat16
+CALL_ROWS = 256  # of one call, so that float32 activations stay in the last cache while panel after panel meets them
 BUFFER_BYTES = 2**21  # what a core's second cache holds, more or less
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SCALES = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3, torch.uint8: 4}
@@ -212,6 +219,13 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 and _multiplies_bfloat16() else torch.float32
 
 
+def _few_rows(product: torch.dtype) -> int:
+    """From how many rows on torch multiplies, in the dtype ``product``."""
+    if product == torch.bfloat16:
+        return FEW_BFLOAT16_ROWS
+    return FEW_ROWS.get(library().lowbit_isa().decode(), 64)
+
+
 def linear(x, weight, companions, bias, format, in_features):
     """``x @ W.T + bias``; shapes as in :func:`hf_lowbit.ops.linear`."""
     described, N = describe(weight, companions, format, in_features), weight.shape[0]
@@ -222,10 +236,13 @@ def linear(x, weight, companions, bias, format, in_features):
         bias = bias.to(x.dtype).contiguous()
     product = _product_dtype(x.dtype)
     ternary = described.record.bits == 0  # decoded in its own order, panels cost far less than whole rows
-    if rows < (FEW_BFLOAT16_ROWS if product == torch.bfloat16 else FEW_ROWS) or (ternary and product == torch.float32):
+    if rows < _few_rows(product) or (ternary and product == torch.float32):
         pointer = None if bias is None else bias.data_ptr()
-        dtype, run = DTYPES[x.dtype], library().lowbit_linear
-        _check(run(described.pointer, x.data_ptr(), pointer, out.data_ptr(), rows, dtype, _threads()))
+        dtype, run, size = DTYPES[x.dtype], library().lowbit_linear, x.element_size()
+        for first in range(0, rows, CALL_ROWS):
+            some = min(CALL_ROWS, rows - first)
+            start, end = x.data_ptr() + first * in_features * size, out.data_ptr() + first * N * size
+            _check(run(described.pointer, start, pointer, end, some, dtype, _threads()))
         return out
     inputs, outputs = x.view(rows, in_features).to(product), out.view(rows, N)
     bias = None if bias is None else bias.to(product)
