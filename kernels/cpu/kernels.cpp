@@ -121,7 +121,12 @@ static void product(const lowbit_weight *w, const float *x, const void *bias, vo
             rows.scales[r] = scales;
             rows.zeros[r] = zeros;
         }
+        // The codes of the next rows lie in one piece, and are fetched bit by bit: a processor does not see several rows as one stream.
+        const uint8_t *const next = (const uint8_t *)rows.lanes[row + 2 * AT_ONCE <= last ? AT_ONCE - 1 : 0] + 8 * BITS * blocks;
+        constexpr int64_t STRIDE = AT_ONCE * 8 * BITS;
         for (int64_t b = 0; b < blocks; b++) {
+            if (STRIDE >= 64 || b % (STRIDE < 64 ? 64 / STRIDE : 1) == 0)
+                for (int64_t i = 0; i < STRIDE; i += 64) __builtin_prefetch(next + b * STRIDE + i, 0, 3);
             const int64_t g = UNITS > 1 ? UNITS * b : b >> shift;
             if (UNITS > 1 && BYTE && g == tail)
                 UNROLL
