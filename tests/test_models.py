@@ -156,7 +156,8 @@ def test_options_dequantize_on_the_fly_and_from_a_packed_repo(tiny, packed):
         assert not any(isinstance(m, PackedMixin) for m in model.modules())
         assert not hasattr(model.config, "quantization_config")
         assert not getattr(model, "is_quantized", False)
-        assert torch.equal(logits(model, "llama"), packed["llama-4"][1])
+        found, expected = logits(model, "llama"), packed["llama-4"][1]  # sums may be in another order
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 def test_dequantize_to_another_dtype_casts_the_whole_model(packed):

@@ -14,7 +14,7 @@ import threading
 import pytest
 import torch
 from guarded import Guarded
-from test_native import DTYPES, INT4, bound, isa, isas, packed  # noqa: F401
+from test_native import DTYPES, INT4, bound, isa, isas, packed, panels  # noqa: F401
 
 import hf_lowbit
 from hf_lowbit import native_backend as native
@@ -125,7 +125,7 @@ def test_formats_pack_by_the_kernels_what_they_pack_themselves(isa, spec, monkey
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_tensors_one_element_off_give_the_same_bits(isa, spec):  # noqa: F811
+def test_tensors_one_element_off_give_the_same_bits(isa, spec, panels):  # noqa: F811
     def moved(tensor):
         return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
 
@@ -167,7 +167,7 @@ def test_what_is_not_finite_spreads_as_in_plain_pytorch(isa, spec, value):  # no
 
 
 @pytest.mark.parametrize("spec", ["int:bits=3,group_size=32", "nf:bits=4", "ternary:bits=1.58"])
-def test_one_two_and_four_threads_give_the_same_bits(isa, spec):  # noqa: F811
+def test_one_two_and_four_threads_give_the_same_bits(isa, spec, panels):  # noqa: F811
     weight, companions, text = packed(spec, 2100, 320)
     arguments, results = (weight, companions, text, 320), []
     x, index = torch.randn(5, 320), torch.randint(0, 2100, (700,))

@@ -102,7 +102,8 @@ def test_trains_as_on_the_float_model(tuner, options, packed):
     assert gradients and gradients.keys() == others.keys()
     for name, gradient in gradients.items():
         assert gradient.abs().sum() > 0
-        torch.testing.assert_close(gradient, others[name], rtol=1e-4, atol=1e-5)
+        # A small gradient is a sum of terms as large as the largest ones.
+        torch.testing.assert_close(gradient, others[name], rtol=0, atol=1e-4 * others[name].abs().max().item())
 
 
 @pytest.mark.parametrize(("tuner", "options"), MERGES.items(), ids=MERGES)

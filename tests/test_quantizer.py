@@ -215,8 +215,9 @@ def test_gradients_reach_the_input_and_equal_the_float_ones(repo):
         embeds = rows.clone().requires_grad_()
         model(inputs_embeds=embeds).logits.square().sum().backward()
         gradients.append(embeds.grad)
-    torch.testing.assert_close(*gradients)
-    assert gradients[0].abs().max() > 0
+    largest = gradients[1].abs().max().item()  # a small one is a sum of terms as large as that, in another order
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-5 * largest)
+    assert largest > 0
 
 
 def test_gradient_checkpointing_changes_no_gradient(repo):

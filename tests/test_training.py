@@ -145,12 +145,12 @@ def test_resuming_continues_bit_for_bit(tiny, tmp_path, options):
 def test_evaluation_and_the_best_model_at_the_end(tiny, tmp_path):
     model = adapted(packed(tiny))
     steps = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
-    trainer, _ = run(
-        model, tmp_path, evaluation=data(8, seed=1), load_best_model_at_end=True, learning_rate=0.3, **steps
-    )
+    # The highest loss counts as the best here: that of the first evaluation, since training lowers it.
+    best = {"load_best_model_at_end": True, "greater_is_better": True}
+    trainer, _ = run(model, tmp_path, evaluation=data(8), learning_rate=0.01, **best, **steps)
     history = [(entry["eval_loss"], entry["step"]) for entry in trainer.state.log_history if "eval_loss" in entry]
-    best = min(history)
-    assert len(history) == 3 and trainer.state.best_metric == best[0] and best[1] < 6  # a rate that overshoots
+    best = max(history)
+    assert len(history) == 3 and trainer.state.best_metric == best[0] and best[1] < 6
     assert trainer.evaluate()["eval_loss"] == best[0]
     saved = Path(trainer.state.best_model_checkpoint)
     assert saved.name == f"checkpoint-{best[1]}" and json.loads((saved / "adapter_config.json").read_text())["r"] == 4
