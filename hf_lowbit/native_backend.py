@@ -35,9 +35,9 @@ VERSION = 1
 FEW_ROWS = {"avx512vnni": sys.maxsize, "avx512": sys.maxsize, "portable": 3}
 """Rows of activations from which torch's float32 product is faster than panels, by instruction set; others: 64.
 
-Measured on Zen 5 with two threads, 4096 x 4096 at 4 bits: panels of AVX-512 are twice as fast as torch at 64 to 512 rows
-(``benchmarks/cpu_layers.py``); those of AVX2, forced by ``lowbit_force_isa``, 1.25 times at 64 and 0.9 times at 256, and
-plain loops far slower at 8. Not measured on other processors.
+Measured on Zen 5 with two threads, 4096 x 4096 at 4 bits: panels of AVX-512 are twice as fast as torch at 64 to 512
+rows (``benchmarks/cpu_layers.py``); those of AVX2, forced by ``lowbit_force_isa``, 1.25 times at 64 and 0.9 times at
+256, and plain loops far slower at 8. Not measured on other processors.
 """
 FEW_BFLOAT16_ROWS = 32  # where the processor multiplies bfloat16
 CALL_ROWS = 256  # of one call, so that float32 activations stay in the last cache while panel after panel meets them
