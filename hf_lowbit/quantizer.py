@@ -272,15 +272,27 @@ class LowBitQuantize(ConversionOps):
 
 
 @torch.no_grad()
-def quantize_weight(weight: torch.Tensor, planned: Packed, name: str) -> dict[str, torch.Tensor]:
+def quantize_weight(weight: torch.Tensor, planned: Packed, name: str, statistics=None) -> dict[str, torch.Tensor]:
     """Packs ``weight`` (N, K), floating point, as ``planned``.
+
+    Args:
+        weight: The weight.
+        planned: Format, method and shape.
+        name: For messages.
+        statistics: The :class:`~hf_lowbit.calibration.Moments` of its inputs, which a calibrated method needs.
 
     Returns:
         The packed tensors by suffix, on the device of ``weight``.
 
     Raises:
-        ValueError: for a weight that is not float, not finite, or of another shape than planned, naming ``name``.
+        ValueError: for a weight that is not float, not finite, or of another shape than planned, or for a method that
+            lacks calibration, naming ``name``.
     """
+    if statistics is None and planned.method is not None and planned.method.needs_calibration:
+        raise ValueError(
+            f"{name}: method {planned.method.name!r} needs calibration data: give calibration=, such as a list of "
+            "texts, or use another method"
+        )
     if not weight.is_floating_point():
         raise ValueError(
             f"{name} is {weight.dtype}, not floating point: is this repo quantized already, by something else?"
@@ -295,7 +307,7 @@ def quantize_weight(weight: torch.Tensor, planned: Packed, name: str) -> dict[st
             f"{name} has {bad} NaN or infinite values: the checkpoint is damaged, or overflowed in its dtype"
         )
     try:
-        return planned.format.pack(planned.method.quantize(weight, planned.format))
+        return planned.format.pack(planned.method.quantize(weight, planned.format, statistics))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

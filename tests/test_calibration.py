@@ -1,5 +1,6 @@
 """Calibration sees what the model computes, goes on after a stop, and says what is wrong with its text."""
 
+import dataclasses
 import gc
 import json
 import weakref
@@ -15,9 +16,10 @@ from tiny_chat import save_tiny_chat
 
 import hf_lowbit.calibration as calibration
 from hf_lowbit import LowBitConfig
-from hf_lowbit.calibration import Calibration, LayerHook, Moments, Solution, calibrate
+from hf_lowbit.calibration import Calibration, LayerHook, Moments, Planned, Solution, calibrate
 from hf_lowbit.calibration.blocks import Blocks
 from hf_lowbit.convert import open_source
+from hf_lowbit.methods import make_method
 from hf_lowbit.quantizer import quantize_weight
 
 CONFIG = LowBitConfig(bits=2, embeddings="float")
@@ -312,3 +314,39 @@ def test_overflow_is_named(tiny, tmp_path):
 
 def test_public_names():
     assert all(hasattr(calibration, name) for name in calibration.__all__)
+
+
+# -- methods by the plan -----------------------------------------------------------------------------------------------
+
+
+def run_planned(tiny, tmp_path, config, name="llama", tokens=None):
+    return calibrate(source(tiny, name, config), tmp_path / "run", Planned(), tokens or windows(40, 48), {})
+
+
+def test_each_layer_is_solved_by_the_method_that_its_rule_names(tiny, tmp_path):
+    config = LowBitConfig(bits=3, method="gptq", rules={r".*down_proj": {"method": "rtn"}}, embeddings="float")
+    found = dict(run_planned(tiny, tmp_path, config).solutions())
+    for name, packed in source(tiny, config=config).plan.packed.items():
+        assert packed.method.name == ("rtn" if "down_proj" in name else "gptq")
+        assert found[name].tokens == (None if "down_proj" in name else 40 * 48)
+    # The first layer's inputs are the float model's.
+    name, model = "model.layers.0.self_attn.q_proj", load("llama", tiny("llama"))
+    seen = Moments(model.config.hidden_size)
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda m, args: seen.add(args[0]))
+    with torch.no_grad():
+        model(windows(40, 48))
+    hook.remove()
+    planned = source(tiny, config=config).plan.packed[name]
+    weight = model.get_submodule(name).weight.detach()
+    rounded = quantize_weight(weight, dataclasses.replace(planned, method=make_method("rtn")), name)
+    errors = [
+        seen.output_error(weight, planned.format.dequantize(t, planned.shape)) for t in (found[name].tensors, rounded)
+    ]
+    assert errors[0] < errors[1]
+
+
+def test_a_layer_that_never_ran_is_refused(tiny, tmp_path, monkeypatch):
+    config = LowBitConfig(bits=3, method="gptq", embeddings="float")
+    monkeypatch.setattr(calibration.pipeline.Block, "_input_of", lambda *_: None)
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj never saw a token of the calibration"):
+        run_planned(tiny, tmp_path, config)

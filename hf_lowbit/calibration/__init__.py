@@ -2,6 +2,7 @@
 
 from .data import Calibration
 from .pipeline import Block, Hook, Layer, LayerHook, Run, Solution, calibrate
+from .planned import Planned
 from .statistics import Moments
 
-__all__ = ["Block", "Calibration", "Hook", "Layer", "LayerHook", "Moments", "Run", "Solution", "calibrate"]
+__all__ = ["Block", "Calibration", "Hook", "Layer", "LayerHook", "Moments", "Planned", "Run", "Solution", "calibrate"]

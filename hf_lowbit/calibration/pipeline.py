@@ -26,6 +26,7 @@ from typing import ClassVar
 
 import torch
 from huggingface_hub.utils import WeakFileLock
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import logging
@@ -39,6 +40,7 @@ from .data import digest
 from .statistics import Moments
 
 logger = logging.get_logger(__name__)
+TOKENS = "tokens"  # key in a block file's metadata: tokens that each layer saw
 
 
 @dataclass
@@ -49,11 +51,13 @@ class Solution:
         tensors: The packed weight, by suffix, as :meth:`Format.pack` returns it.
         lora_a: A (r, K), float32, or None.
         lora_b: B (N, r), float32: the layer computes ``x (Q + B A)^T``.
+        tokens: How many tokens of the calibration its choice rests on, or None where it looked at none.
     """
 
     tensors: dict[str, torch.Tensor]
     lora_a: torch.Tensor | None = None
     lora_b: torch.Tensor | None = None
+    tokens: int | None = None
 
 
 @dataclass
@@ -267,6 +271,7 @@ class Run:
     def write(self, index: int, solutions: dict[str, Solution]) -> None:
         """Writes the solutions of a block, by full module name, beside and renames."""
         tensors = {}
+        counts = {name: s.tokens for name, s in solutions.items() if s.tokens is not None}
         for name, s in solutions.items():
             tensors.update({f"{name}.weight{suffix}": t.contiguous() for suffix, t in s.tensors.items()})
             if s.lora_a is not None and s.lora_b is not None:
@@ -274,7 +279,7 @@ class Run:
         path = self.path(index)
         temporary = path.with_name(path.name + TEMPORARY)
         with explained(path, sum(t.nbytes for t in tensors.values())):
-            save_file(tensors, temporary)
+            save_file(tensors, temporary, {TOKENS: json.dumps(counts)} if counts else None)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -287,6 +292,8 @@ class Run:
             ValueError: if the file does not hold what was planned, naming it.
         """
         tensors, found = load_file(self.path(index)), {}
+        with safe_open(self.path(index), "pt") as file:
+            counts = json.loads((file.metadata() or {}).get(TOKENS, "{}"))
         for name in self.layers[index]:
             planned = self.planned[name]
             expected = planned.format.tensors(planned.shape)
@@ -297,6 +304,7 @@ class Run:
                     raise ValueError(f"{self.path(index)} is damaged at {name}.weight{suffix}: remove it and go on")
                 stored[suffix] = tensor
             found[name] = Solution(stored, tensors.get(f"{name}.lora_A"), tensors.get(f"{name}.lora_B"))
+            found[name].tokens = counts.get(name)
         return found
 
     def __call__(self, name: str) -> dict[str, torch.Tensor] | None:

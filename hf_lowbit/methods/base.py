@@ -36,11 +36,31 @@ class Method(ABC):
 
         Scales must be ones that the format can store (:meth:`Format.storable_scales`). ``weight`` is not changed. The
         result depends on the arguments alone.
+
+        Args:
+            weight: What to quantize.
+            format: As what.
+            statistics: For methods that need calibration, the :class:`~hf_lowbit.calibration.Moments` of the inputs.
         """
 
 
 class GridMethod(Method):
-    """A method that chooses scales (and zeros, and levels) and then rounds every weight to the nearest point."""
+    """A method that chooses scales (and zeros, and levels) and then rounds every weight to the nearest point.
+
+    Attributes:
+        columns: What a squared error counts in each column, (K,) float32, or None where all count the same. Calibrated
+            methods set it on a grid method that they start from; "rtn" with a searched range and "lloyd" look at it.
+    """
+
+    columns: torch.Tensor | None = None
+
+    def column_groups(self, format: Format) -> torch.Tensor | None:
+        """``columns`` by group for :meth:`Format.by_group`, (1, G, g); a shorter last group is filled up with zeros."""
+        if self.columns is None:
+            return None
+        count = len(self.columns)
+        size = count if format.group_size == -1 else format.group_size
+        return torch.nn.functional.pad(self.columns, (0, -count % size)).view(1, -1, size)
 
     def prepare(self, weight: torch.Tensor, format: Format) -> torch.Tensor | None:
         """Levels (1, L) shared by the whole matrix, for formats that learn them per tensor."""

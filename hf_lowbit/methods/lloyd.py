@@ -42,7 +42,12 @@ class Lloyd(GridMethod):
             rows = rows.to(torch.float32)
             scales = format.by_group(lambda g: g.abs().amax(-1), rows)
             bins = format.by_group(lambda g, i: (g * i.unsqueeze(-1) + 1) * (BINS / 2), rows, inverse(scales))
-            power = format.by_group(lambda g, s: s.square().unsqueeze(-1) * self.importance(g), rows, scales)
+            power = format.by_group(
+                lambda g, s, c: s.square().unsqueeze(-1) * self.importance(g, c),
+                rows,
+                scales,
+                self.column_groups(format),
+            )
             index = bins.long().clamp_(0, BINS - 1).reshape(-1)
             mass.index_add_(0, index, power.reshape(-1).to(torch.float64))
         centres = (torch.arange(BINS, device=weight.device, dtype=torch.float64) + 0.5) * (2 / BINS) - 1
@@ -50,14 +55,21 @@ class Lloyd(GridMethod):
 
     def fit(self, rows, format, levels):
         if format.codebook == "tensor":
-            return (*format.by_group(lambda g: least_squares_range(g, format, self.weighted, levels), rows), None)
-        points = rows.sort(dim=1).values.to(torch.float64)
-        table = self.lloyd(points, self.importance(points), 2**format.bits)
+            grid = format.by_group(
+                lambda g, c: least_squares_range(g, format, self.importance(g, c), levels),
+                rows,
+                self.column_groups(format),
+            )
+            return (*grid, None)
+        points, order = rows.to(torch.float64).sort(dim=1)
+        columns = None if self.columns is None else self.columns[order]
+        table = self.lloyd(points, self.importance(points, columns), 2**format.bits)
         return None, None, format.storable_levels(table.to(torch.float32))
 
-    def importance(self, groups: torch.Tensor) -> torch.Tensor:
-        """What the squared error of each weight of ``groups`` (..., g) counts."""
-        return range_importance(groups) if self.weighted else torch.ones_like(groups)
+    def importance(self, groups: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
+        """What the squared error of each weight of ``groups`` (..., g) counts, with ``columns`` as in GridMethod."""
+        importance = range_importance(groups) if self.weighted else torch.ones_like(groups)
+        return importance if columns is None else importance * columns[..., : groups.shape[-1]]
 
     def lloyd(self, points: torch.Tensor, mass: torch.Tensor, count: int) -> torch.Tensor:
         """Levels (R, count), ascending, for sorted ``points`` (R, P) of weight ``mass`` (R, P), float64.

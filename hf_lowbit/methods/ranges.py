@@ -14,17 +14,17 @@ REFINEMENTS = 4
 
 
 def least_squares_range(
-    groups: torch.Tensor, format: Format, weighted: bool, levels: torch.Tensor | None = None
+    groups: torch.Tensor, format: Format, importance: torch.Tensor | None = None, levels: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scales (N, G) and zeros (N, G) or None of least squared error for ``groups`` (N, G, g), float32.
 
     Args:
         groups: The weights.
         format: The grid.
-        weighted: Whether errors count in proportion to ``rms(group) + |w|``.
+        importance: What each weight's squared error counts, broadcastable to ``groups``; by default all the same.
         levels: The table (1, L) of a format that learns it.
     """
-    importance = range_importance(groups) if weighted else torch.ones_like(groups)
+    importance = torch.ones_like(groups) if importance is None else importance
     best_error = torch.full(groups.shape[:2], torch.inf, device=groups.device)
     best_scales, best_zeros = format.fit(groups, SHRINK[0], levels)
 

@@ -14,8 +14,10 @@ output depends on those more than on the rest: at 4 bits it is no better than mi
 (docs/methods.md).
 """
 
+import torch
+
 from .base import GridMethod
-from .ranges import least_squares_range
+from .ranges import least_squares_range, range_importance
 
 
 class Rtn(GridMethod):
@@ -36,7 +38,11 @@ class Rtn(GridMethod):
     def fit(self, rows, format, levels):
         if self.range == "minmax":
             return (*format.by_group(format.fit, rows), None)
-        return (
-            *format.by_group(lambda groups: least_squares_range(groups, format, self.range == "weighted"), rows),
-            None,
-        )
+        return *format.by_group(lambda g, c: self.cover(g, c, format), rows, self.column_groups(format)), None
+
+    def cover(self, groups, columns, format):
+        """Scales (n, G) and zeros (n, G) or None for ``groups`` (n, G, g), float32; ``columns`` as in GridMethod."""
+        importance = range_importance(groups) if self.range == "weighted" else torch.ones_like(groups)
+        if columns is not None:
+            importance = importance * columns[..., : groups.shape[-1]]
+        return least_squares_range(groups, format, importance)

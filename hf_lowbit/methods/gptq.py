@@ -1,0 +1,112 @@
+"""``method="gptq"``: rounding column by column, each error made up for by the columns that are not rounded yet.
+
+Frantar et al., 2022 (arXiv 2210.17323). With ``H = mean x^T x`` the mean squared error of a layer's output is
+``tr((W - Q) H (W - Q)^T)``. Once column i is rounded, the best that the later columns can do about its error is
+
+    w_j -= (w_i - q_i) [H_F^-1]_ij / [H_F^-1]_ii,   F = i and the columns after it,
+
+and the rows of the upper Cholesky factor U of ``H^-1 = U^T U`` hold just these quotients: ``U_ij / U_ii``. Corrections
+reach the columns of a block at once and the rest of the matrix when the block is done, in one product.
+
+- Columns run in order of falling ``H_ii`` (act-order): the inputs that carry most are rounded while most others can
+  still make up for them. The grid of each group is fixed before, so codes stay in their own order in the file.
+- Grids minimise the squared error weighted by ``H_ii``, by the search of "rtn" (of "lloyd" for learned tables).
+- ``damping`` times the mean of the diagonal is added to the diagonal.
+- What is called true sequential lies in the pipeline: a layer sees the inputs that the layers quantized before leave.
+"""
+
+import torch
+from transformers.utils import logging
+
+from ..formats import Format, Quantized
+from .base import Method
+from .lloyd import Lloyd
+from .rtn import Rtn
+
+logger = logging.get_logger(__name__)
+BLOCK = 128
+
+
+class Gptq(Method):
+    """Rounding with error feedback.
+
+    Args:
+        damping: Added to the diagonal of the moments, in parts of its mean; above 0.
+        act_order: Whether columns run in order of falling second moment, not from left to right.
+    """
+
+    name = "gptq"
+    formats = ("int", "nf", "fp4", "ternary", "codebook")
+    needs_calibration = True
+
+    def __init__(self, damping: float = 0.01, act_order: bool = True):
+        if not damping > 0:
+            raise ValueError(f"damping={damping!r} is not possible: method 'gptq' takes a number above 0, such as 0.01")
+        self.damping, self.act_order = damping, act_order
+
+    @torch.no_grad()
+    def quantize(self, weight, format, statistics=None):
+        if statistics is None:
+            raise ValueError("method 'gptq' needs calibration data: give calibration=, such as a list of texts")
+        W = weight.to(torch.float32)
+        H = statistics.damped(self.damping)
+        chosen = Lloyd() if format.learns_levels else Rtn("mse")
+        chosen.columns = H.diagonal()
+        grid = chosen.quantize(W, format)
+        order = torch.arange(len(H), device=H.device)
+        if self.act_order:
+            order = H.diagonal().argsort(descending=True, stable=True)
+        return Quantized(feed_back(W, H, order, format, grid), grid.scales, grid.zeros, grid.levels)
+
+
+def feed_back(
+    W: torch.Tensor, H: torch.Tensor, order: torch.Tensor, format: Format, grid: Quantized, block: int = BLOCK
+) -> torch.Tensor:
+    """Codes (N, K), uint8, on a fixed ``grid``.
+
+    Args:
+        W: Weight (N, K), float32.
+        H: Moments (K, K), float32, positive definite.
+        order: (K,) int64, the order in which columns are rounded.
+        format: The format.
+        grid: Its scales, zeros and levels; its codes are not looked at.
+        block: Columns that are corrected one by one; those after them get one product.
+    """
+    N, K = W.shape
+    U = inverse_factor(H[order][:, order])
+    size = K if format.group_size == -1 else format.group_size
+    of_column = (order // size).tolist()
+    left, codes = W.T[order].contiguous(), torch.empty((K, N), dtype=torch.uint8, device=W.device)
+    for begin in range(0, K, block):
+        end = min(begin + block, K)
+        errors = torch.empty((end - begin, N), device=W.device)
+        for i in range(begin, end):
+            group = slice(of_column[i], of_column[i] + 1)
+            scales, zeros = (None if t is None else t[:, group] for t in (grid.scales, grid.zeros))
+            code = format.encode_groups(left[i].view(N, 1, 1), scales, zeros, grid.levels)
+            value = format.decode_groups(code, scales, zeros, grid.levels).view(N)
+            codes[i] = code.view(N)
+            error = (left[i] - value) / U[i, i]
+            left[i + 1 : end].addr_(U[i, i + 1 : end], error, alpha=-1)
+            errors[i - begin] = error
+        left[end:].addmm_(U[begin:end, end:].T, errors, alpha=-1)
+    result = torch.empty((N, K), dtype=torch.uint8, device=W.device)
+    result[:, order] = codes.T
+    return result
+
+
+def inverse_factor(H: torch.Tensor) -> torch.Tensor:
+    """Upper triangular U (K, K) with ``U^T U = H^-1``, for H (K, K) symmetric and positive definite.
+
+    With the order of rows and columns reversed, Cholesky's lower factor of H is an upper one, M with ``M M^T = H``, and
+    ``U = M^-1``. Where rounding leaves H without a factor, ever more is added to its diagonal.
+    """
+    identity, level = torch.eye(len(H), dtype=H.dtype, device=H.device), 0.0
+    while True:
+        lower, failed = torch.linalg.cholesky_ex((H + level * H.diagonal().mean() * identity).flip(0, 1))
+        if not failed:
+            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+        if level > 1:
+            raise ValueError("the moments of its inputs are not finite, or not positive: the model is damaged")
+        level = max(1e-6, 10 * level)
+        logger.info("moments without a Cholesky factor: %g of their mean added to the diagonal", level)

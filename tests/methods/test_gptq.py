@@ -1,0 +1,125 @@
+"""GPTQ does what its formulas say, and what that is good for: less error in a layer's outputs on fresh inputs."""
+
+import pytest
+import torch
+from test_methods import FORMATS
+
+from hf_lowbit.calibration import Moments
+from hf_lowbit.formats import parse_format
+from hf_lowbit.methods import make_method
+from hf_lowbit.methods.gptq import feed_back, inverse_factor
+
+ROWS, COLUMNS = 40, 200  # the last group of 64 has 8 columns
+TEXTS = [text.format(widths[len(widths) // 2]) for family in FORMATS.values() for text, widths in family]
+
+
+def inputs(tokens: int, seed: int, columns: int = COLUMNS) -> torch.Tensor:
+    """Correlated inputs of unequal size, as layers have them: one mixture, fresh draws."""
+    mixture = torch.randn(columns, columns, generator=torch.Generator().manual_seed(1)) / columns**0.5
+    size = torch.linspace(-2, 2, columns).exp()[torch.randperm(columns, generator=torch.Generator().manual_seed(2))]
+    return torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed)) @ mixture * size
+
+
+def moments(tokens: int = 2000, seed: int = 3, columns: int = COLUMNS) -> Moments:
+    found = Moments(columns)
+    found.add(inputs(tokens, seed, columns))
+    return found
+
+
+def weight(columns: int = COLUMNS) -> torch.Tensor:
+    return torch.randn(ROWS, columns, generator=torch.Generator().manual_seed(4)) * 0.02
+
+
+def plain(W, H, order, format, grid) -> torch.Tensor:
+    """The definition: the inverse of what is left of H, anew for every column, float64."""
+    W, H, codes = W.double().clone(), H.double(), torch.empty(W.shape, dtype=torch.uint8)
+    for position, column in enumerate(order.tolist()):
+        rest = order[position:]
+        inverse = torch.linalg.inv(H[rest][:, rest])
+        group = column // (W.shape[1] if format.group_size == -1 else format.group_size)
+        scales, zeros = (None if t is None else t[:, group : group + 1] for t in (grid.scales, grid.zeros))
+        code = format.encode_groups(W[:, column].float().view(-1, 1, 1), scales, zeros, grid.levels)
+        error = W[:, column] - format.decode_groups(code, scales, zeros, grid.levels).view(-1)
+        W[:, rest] -= torch.outer(error / inverse[0, 0], inverse[0])
+        codes[:, column] = code.view(-1)
+    return codes
+
+
+@pytest.mark.parametrize("block", [1, 48, 1000])
+@pytest.mark.parametrize("text", TEXTS)
+def test_it_is_the_column_by_column_definition(text, block):
+    format, W, H = parse_format(text), weight(), moments().damped(0.01)
+    grid = make_method("lloyd" if format.learns_levels else "rtn").quantize(W, format)
+    order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(feed_back(W, H, order, format, grid, block), plain(W, H, order, format, grid))
+
+
+def test_the_factor_is_the_inverses():
+    H = moments().damped(0.01).double()
+    H = (H + H.T) / 2
+    U = inverse_factor(H)
+    assert torch.equal(U, U.triu())
+    torch.testing.assert_close(U.T @ U @ H, torch.eye(COLUMNS, dtype=torch.float64))
+
+
+def test_moments_without_a_factor_are_damped_until_they_have_one():
+    H = torch.ones(8, 8)  # of rank one
+    H[0, 0] -= 1e-3  # and not even positive semidefinite
+    U = inverse_factor(H)
+    assert torch.isfinite(U).all() and (U.diagonal() > 0).all()
+    with pytest.raises(ValueError, match="moments of its inputs are not finite"):
+        inverse_factor(torch.full((2, 2), torch.nan))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("act_order", [True, False])
+def test_it_beats_rounding_to_nearest_on_fresh_inputs(text, act_order):
+    format, W, fresh = parse_format(text), weight(), inputs(500, seed=9)
+
+    def error(name, options, statistics):
+        quantized = make_method(name, options).quantize(W, format, statistics)
+        restored = format.dequantize(format.pack(quantized), W.shape)
+        return (fresh @ (restored - W).T).square().sum()
+
+    simple = ("lloyd", {}) if format.learns_levels else ("rtn", {"range": "mse"})
+    assert error("gptq", {"act_order": act_order}, moments()) < error(*simple, None)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_result_is_sound(text):
+    format, W = parse_format(text), weight()
+    first, second = (make_method("gptq").quantize(W, format, moments()) for _ in range(2))
+    assert torch.equal(W, weight()), "the input was changed"
+    again = format.unpack(format.pack(first), W.shape)
+    for part in ("codes", "scales", "zeros", "levels"):
+        a, b, c = (getattr(q, part) for q in (first, second, again))
+        assert (a is None) == (b is None) == (c is None)
+        if a is not None:
+            assert torch.equal(a, b)
+            torch.testing.assert_close(c, a, rtol=2.0**-19, atol=0)  # log8 and e4m3 find their ranges again
+    half = make_method("gptq").quantize(W.bfloat16(), format, moments())
+    assert torch.equal(half.codes, make_method("gptq").quantize(W.bfloat16().float(), format, moments()).codes)
+
+
+def test_equal_inputs_of_no_correlation_leave_nothing_to_make_up_for():
+    """With H a multiple of the identity, the codes are the nearest ones."""
+    format, W = parse_format("int:bits=3"), weight()
+    found = Moments(COLUMNS)
+    found.square, found.tokens = 2.5 * torch.eye(COLUMNS), 1
+    quantized = make_method("gptq").quantize(W, format, found)
+    assert torch.equal(quantized.codes, make_method("rtn", {"range": "mse"}).quantize(W, format).codes)
+
+
+def test_zeros_and_constants_survive():
+    format = parse_format("int:bits=3,group_size=64")
+    got = format.decode(make_method("gptq").quantize(torch.zeros(3, COLUMNS), format, moments()))
+    assert torch.equal(got, torch.zeros(3, COLUMNS))
+    got = format.decode(make_method("gptq").quantize(torch.full((3, COLUMNS), 0.5), format, moments()))
+    torch.testing.assert_close(got, torch.full((3, COLUMNS), 0.5), rtol=2.0**-10, atol=0)
+
+
+def test_what_cannot_work_is_refused():
+    with pytest.raises(ValueError, match="method 'gptq' needs calibration data: give calibration="):
+        make_method("gptq").quantize(weight(), parse_format("int:bits=4"))
+    with pytest.raises(ValueError, match=r"damping=0 is not possible: method 'gptq' takes a number above 0"):
+        make_method("gptq", {"damping": 0})
