@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from . import __path__ as _package_path
+from . import native_codec
 from .backends import Kernel, register_kernel
 from .formats import Format, parse_format
 from .formats.lookup import LookupFormat
@@ -31,7 +32,7 @@ from .formats.scales import decode_scales
 from .int8 import int8_levels
 
 LIBRARY = "liblowbit_cpu.so"
-VERSION = 1
+VERSION = 2
 FEW_ROWS = {"avx512vnni": sys.maxsize, "avx512": sys.maxsize, "portable": 3}
 """Rows of activations from which torch's float32 product is faster than panels, by instruction set; others: 64.
 
@@ -78,6 +79,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.lowbit_linear_int8.argtypes = [pointer, pointer, pointer, pointer, pointer, pointer, number, flag, flag]
     library.lowbit_dequantize.argtypes = [pointer, pointer, number, number, pointer, flag, flag]
     library.lowbit_pack.argtypes = library.lowbit_unpack.argtypes = [pointer, pointer, number, number, flag, flag]
+    native_codec.declare(library)
     library.lowbit_isa.restype = library.lowbit_isas.restype = ctypes.c_char_p
     library.lowbit_force_isa.argtypes = [ctypes.c_char_p]
     library.lowbit_use_openmp.argtypes = [pointer]

@@ -51,8 +51,6 @@ const Isa *isa() {
     return found;
 }
 
-const Kernels *kernels() { return isa()->kernels; }
-
 // Of rows, inputs and threads: far above any real one, and no product of two of them overflows.
 constexpr int64_t MOST = (int64_t)1 << 31, MOST_THREADS = 1 << 16;
 
@@ -102,6 +100,8 @@ typedef Memory<float> Floats;
 Floats floats(int64_t count) { return memory<float>(count); }
 
 }  // namespace
+
+const Kernels *lowbit::kernels() { return isa()->kernels; }
 
 extern "C" {
 

@@ -384,7 +384,7 @@ static bool here() {
 #endif
 }
 
-static const Kernels KERNELS = {LOWBIT_ISA_NAME, here, linear, dequantize, arrange, pack, unpack};
+static const Kernels KERNELS = {LOWBIT_ISA_NAME, here, linear, dequantize, arrange, pack, unpack, decode_symbols};
 
 }  // namespace LOWBIT_ISA
 

@@ -1,11 +1,19 @@
 // What one instruction set offers to the interface. Arguments were checked by it; rows are first .. last - 1.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "lowbit_cpu.h"
 
 namespace lowbit {
+
+// Of the entropy coder, see codec.cpp and docs/format.md.
+constexpr int LANES = 32, FREQUENCY_BITS = 12, SLOTS = 1 << FREQUENCY_BITS;
+constexpr uint32_t LEAST_STATE = 1u << 16;
+constexpr size_t STATES_BYTES = 4 * LANES;
+// Of a slot: the symbol in bits 0 to 7, its frequency less one in 8 to 19, and the slot's number among its symbol's in 20 to 31.
+typedef uint32_t Slot;
 
 // Rows of the weight whose scales are held at once, and floats of a row that are decoded at once, for several rows of x.
 constexpr int PANEL_ROWS = 16, PANEL_INPUTS = 1024;
@@ -40,6 +48,9 @@ struct Kernels {
     void (*arrange)(const lowbit_weight *, const void *x, float *to, int dtype, int64_t first, int64_t last);
     void (*pack)(const uint8_t *codes, uint16_t *lanes, int64_t inputs, int bits, int64_t first, int64_t last);
     void (*unpack)(const uint16_t *lanes, uint8_t *codes, int64_t inputs, int bits, int64_t first, int64_t last);
+    // What states and words (size bytes) decode to, symbols (count). False if the words end too early or too late or a state does
+    // not end where it began; nothing outside is read or written. Here nothing was checked but the table, which has SLOTS slots.
+    bool (*decode_symbols)(const uint8_t *coded, size_t size, const Slot *table, uint8_t *symbols, size_t count);
 };
 
 // The table of each copy: kernels_ and the name of its instruction set.
@@ -56,8 +67,12 @@ static inline int64_t row_lanes(int64_t inputs, int bits) {
     return bits == 0 ? (inputs + 9) / 10 : (inputs + 63) / 64 * 4 * bits;
 }
 
-// Of a copy, in packing.cpp; arguments as in Kernels.
+// The copy that was chosen.
+const Kernels *kernels();
+
+// Of a copy, in packing.cpp and codec.cpp; arguments as in Kernels.
 namespace LOWBIT_ISA {
+bool decode_symbols(const uint8_t *coded, size_t size, const Slot *table, uint8_t *symbols, size_t count);
 void pack(const uint8_t *codes, uint16_t *lanes, int64_t inputs, int bits, int64_t first, int64_t last);
 void unpack(const uint16_t *lanes, uint8_t *codes, int64_t inputs, int bits, int64_t first, int64_t last);
 }  // namespace LOWBIT_ISA

@@ -17,7 +17,7 @@
 #endif
 
 /* Of this interface; a caller compares it with what lowbit_version returns. */
-#define LOWBIT_VERSION 1
+#define LOWBIT_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -27,7 +27,7 @@ enum lowbit_dtype { LOWBIT_F32 = 0, LOWBIT_F16 = 1, LOWBIT_BF16 = 2 };
 enum lowbit_scale { LOWBIT_SCALE_NONE = 0, LOWBIT_SCALE_F32 = 1, LOWBIT_SCALE_F16 = 2, LOWBIT_SCALE_BF16 = 3, LOWBIT_SCALE_BYTE = 4 };
 enum lowbit_zero { LOWBIT_ZERO_FIXED = 0, LOWBIT_ZERO_STREAM = 1, LOWBIT_ZERO_F16 = 2 };
 enum lowbit_table { LOWBIT_TABLE_NONE = 0, LOWBIT_TABLE_SHARED = 1, LOWBIT_TABLE_ROW = 2 };
-enum lowbit_error { LOWBIT_OK = 0, LOWBIT_BAD_WEIGHT = -1, LOWBIT_BAD_ARGUMENT = -2, LOWBIT_NO_MEMORY = -3 };
+enum lowbit_error { LOWBIT_OK = 0, LOWBIT_BAD_WEIGHT = -1, LOWBIT_BAD_ARGUMENT = -2, LOWBIT_NO_MEMORY = -3, LOWBIT_BAD_CODED = -4 };
 
 /* A weight of rows x inputs. Pointers may be unaligned to anything but their own element. */
 typedef struct {
@@ -66,6 +66,20 @@ LOWBIT_EXPORT int lowbit_unpack(const uint16_t *lanes, uint8_t *codes, int64_t r
 
 /* Lanes of a packed row, or a negative number. */
 LOWBIT_EXPORT int64_t lowbit_row_lanes(int64_t inputs, int bits);
+
+/* Coded tensors, docs/format.md: `coded` (size bytes) to the rows that it stands for, out_size bytes, blocks in any order. Returns 0,
+ * LOWBIT_BAD_CODED for a damaged head, LOWBIT_BAD_ARGUMENT where out_size is not that of the rows, or 1 + the number of a damaged
+ * block; nothing outside of the two is read or written, whatever `coded` holds. `out` is even for codes of 3, 5, 6 and 7 bits. */
+LOWBIT_EXPORT int64_t lowbit_decode(const uint8_t *coded, int64_t size, uint8_t *out, int64_t out_size, int threads);
+
+/* counts (256): how often each symbol occurs in (rows, bytes), read as `symbols` says. */
+LOWBIT_EXPORT int lowbit_count_symbols(const uint8_t *in, int64_t rows, int64_t bytes, int symbols, int64_t *counts);
+
+/* The blocks of (rows, bytes), `step` rows each, by frequencies (256) whose sum is 4096 and which are not 0 for a symbol that occurs:
+ * to `out` one after the other, which has room for rows * bytes, and sizes and checksums to index (blocks, 2). Returns the bytes
+ * written or a negative number. */
+LOWBIT_EXPORT int64_t lowbit_encode(const uint8_t *in, int64_t rows, int64_t bytes, int64_t step, int symbols,
+                                    const uint16_t *frequencies, uint8_t *out, uint32_t *index, int threads);
 
 /* The instruction sets that were compiled in and that this processor has, best first, separated by commas. */
 LOWBIT_EXPORT const char *lowbit_isas(void);
