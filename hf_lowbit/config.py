@@ -11,7 +11,7 @@ from transformers.utils.quantization_config import MetalConfig
 from .backends import check_backend
 from .formats import FORMATS, Format, parse_format
 from .low_rank import parse_low_rank
-from .methods import BEST, Method, make_method, methods
+from .methods import BEST, Method, make_method, method_options, methods
 from .version import __version__
 
 QUANT_METHOD = "lowbit"
@@ -28,7 +28,9 @@ LAYER_OPTIONS = (
     "scale_dtype",
     "codebook",
     "method_options",
+    "bits_stored",
 )
+BEST_RATE_AWARE, BITS_IN_MEMORY = "ecsq", 8  # what bits_stored alone stands for
 _FORMAT_OPTIONS = ("group_size", "symmetric", "zeros", "scale_dtype", "codebook")
 
 
@@ -40,6 +42,23 @@ def _ordered(rules) -> dict[str, dict[str, Any] | None]:
     ):
         raise ValueError(f"rules={rules!r} must be a dict of regular expressions, in order")
     return dict(pairs)
+
+
+def _rate(options: dict[str, Any]) -> dict[str, Any]:
+    """The option of the method that ``bits_stored`` stands for; raises ``ValueError`` for a method without it."""
+    method, bits_stored = options["method"], options["bits_stored"]
+    if bits_stored is None:
+        if method == BEST_RATE_AWARE:
+            raise ValueError(
+                f"method {method!r} needs to know how many bits it may take: give bits_stored=, such as 3.0"
+            )
+        return {}
+    if method in methods() and "bits_stored" not in method_options(method):
+        able = sorted(name for name in methods() if "bits_stored" in method_options(name))
+        raise ValueError(
+            f"method {method!r} cannot aim at bits_stored={bits_stored!r}: use {' or '.join(map(repr, able))}"
+        )
+    return {"bits_stored": bits_stored}
 
 
 class LowBitConfig(MetalConfig):
@@ -56,6 +75,9 @@ class LowBitConfig(MetalConfig):
         zeros: For "int": zero points as "int" (default) or "float"; "float" is the default of method "hqq".
         scale_dtype: "float16", "bfloat16", "float32", "log8", "e8m0" or "e4m3"; the default depends on the format.
         codebook: For "codebook": one table per "tensor" (default) or "row".
+        bits_stored: Bits per weight that packed linears are to take once they are entropy-coded, 0.5 to 7, such as 3.0.
+            The method is then "ecsq", which needs no data, and ``bits`` the width of the codes in memory, 8 by default.
+            A rule that names ``bits`` alone asks for a fixed width.
         method_options: Options of the method, such as ``{"range": "minmax"}`` for "rtn".
         rules: Ordered regular expressions over whole module names, each with a dict of the options above that differ
             for the modules it matches, or None to keep them in float. The first match decides. Embeddings of
@@ -92,6 +114,7 @@ class LowBitConfig(MetalConfig):
         zeros: str | None = None,
         scale_dtype: str | None = None,
         codebook: str | None = None,
+        bits_stored: float | None = None,
         method_options: dict[str, Any] | None = None,
         rules: dict[str, dict[str, Any] | None] | list[tuple[str, dict[str, Any] | None]] | None = None,
         embeddings: int | str | None = None,
@@ -118,9 +141,11 @@ class LowBitConfig(MetalConfig):
             self.given["rules"] = _ordered(rules)
         self.requested: dict[str, Any] | None = None  # of a user's config, when this one came from a packed repo
 
-        self.bits = 4 if bits is None else bits  # type: ignore[assignment]
+        self.bits_stored = bits_stored
+        default = 4 if bits_stored is None else BITS_IN_MEMORY
+        self.bits = default if bits is None else bits  # type: ignore[assignment]
         self.format = format or ("ternary" if self.bits == 1.58 else "int")
-        self.method = method or BEST.get(self.format, "rtn")
+        self.method = method or (BEST.get(self.format, "rtn") if bits_stored is None else BEST_RATE_AWARE)
         self.group_size = group_size  # type: ignore[assignment]
         self.symmetric, self.zeros, self.scale_dtype, self.codebook = symmetric, zeros, scale_dtype, codebook
         self.method_options = method_options or {}
@@ -180,10 +205,17 @@ class LowBitConfig(MetalConfig):
             if options["format"] != self.format:
                 for key in _FORMAT_OPTIONS:
                     options[key] = overrides.get(key)
-            if "method" not in overrides and options["format"] != self.format:
-                options["method"] = BEST.get(options["format"], "rtn")
+            if "bits_stored" not in overrides and {"bits", "format", "method"} & overrides.keys():
+                options["bits_stored"] = None  # a fixed width, for this layer
+            gone = (options["bits_stored"] is None) != (self.bits_stored is None)
+            if gone and "bits" not in overrides:
+                options["bits"] = 4 if options["bits_stored"] is None else BITS_IN_MEMORY
+            if "method" not in overrides and (options["format"] != self.format or gone):
+                fixed = BEST.get(options["format"], "rtn")
+                options["method"] = fixed if options["bits_stored"] is None else BEST_RATE_AWARE
                 options["method_options"] = overrides.get("method_options") or {}
         bits, format_name, method_name = options["bits"], options["format"], options["method"]
+        options["method_options"] = {**options["method_options"], **_rate(options)}
         if format_name not in FORMATS:
             raise ValueError(f"format={format_name!r} is unknown: use one of {', '.join(FORMATS)}")
         if isinstance(bits, bool) or not isinstance(bits, (int, float)):
@@ -210,6 +242,8 @@ class LowBitConfig(MetalConfig):
         ):
             raise ValueError(f"group_size={options['group_size']!r} is not possible: use a power of two, or 'row'")
         if format_name == "int":
+            if method_name == BEST_RATE_AWARE or options["bits_stored"] is not None:
+                arguments = {"group_size": -1, "symmetric": True, **arguments}
             arguments.setdefault("symmetric", arguments["bits"] == 1)
             if arguments["symmetric"] and options["zeros"] is not None:
                 raise ValueError("a symmetric grid has no zero points: drop zeros=, or use symmetric=False")
@@ -228,8 +262,11 @@ class LowBitConfig(MetalConfig):
             raise ValueError(
                 f"method {method_name!r} does not make format {format_name!r}: use {' or '.join(map(repr, fitting))}"
             )
+        method = make_method(method_name, options["method_options"])
         try:
-            return cls(**arguments), make_method(method_name, options["method_options"])
+            format = cls(**arguments)
+            method.check(format)
+            return format, method
         except TypeError as error:
             raise ValueError(f"options {arguments} do not fit format {format_name!r}: {error}") from None
 
@@ -274,7 +311,7 @@ class LowBitConfig(MetalConfig):
             "layers": self.layers,
             "low_rank": self.low_rank,
         }
-        for key in (*_FORMAT_OPTIONS, "method_options", "rules", "embeddings", "modules_to_not_convert"):
+        for key in (*_FORMAT_OPTIONS, "bits_stored", "method_options", "rules", "embeddings", "modules_to_not_convert"):
             saved[key] = getattr(self, key)
         saved["rules"] = [[pattern, options] for pattern, options in self.rules.items()]  # JSON would sort a dict
         optional = ("layers", "low_rank", "method_options", "rules")

@@ -30,6 +30,9 @@ class Method(ABC):
     """Names of the formats whose codes this method can choose."""
     needs_calibration: ClassVar[bool] = False
 
+    def check(self, format: Format) -> None:  # noqa: B027  (most can choose codes of every format of these names)
+        """Raises ``ValueError`` if codes of ``format`` cannot be chosen; asked before any work."""
+
     @abstractmethod
     def quantize(self, weight: torch.Tensor, format: Format, statistics: Any = None) -> Quantized:
         """Chooses codes and scales for ``weight`` (N, K), floating point, on its device.

@@ -6,7 +6,7 @@ decides how many bits the coder needs. ``bits_stored`` says how many that shall 
 overhead included (:mod:`hf_lowbit.rate`); each matrix gets the steps that meet it, so the whole model does.
 
 - The step of a row is proportional to the root mean square of its weights, by one factor for the matrix.
-- Codes are chosen by error and rate together. That matters below 3 bits, and is nothing at 4.
+- Codes are chosen by error and rate together, which matters at low rates.
 - The stored step is the least-squares one for the codes, as zero gets more than its share of them.
 - A row whose largest weight lies outside the ``bits`` of the codes in memory gets a wider step instead of a clipped
   weight. With the default, 8 bits in memory, that takes a weight of 40 times the row's root mean square at 3 bits
@@ -37,16 +37,19 @@ class Ecsq(Method):
     def __init__(self, bits_stored: float = 3.0):
         self.bits_stored = check_bits_stored(bits_stored)
 
+    def check(self, format):
+        check_grid(format, self.name)
+
     @torch.no_grad()
     def quantize(self, weight, format, statistics=None):
-        check_grid(format, self.name)
+        self.check(format)
         rows, columns = weight.shape
         limit = 2 ** (int(format.bits) - 1) - 1
         rate = self.bits_stored - CODER_OVERHEAD - 16 / columns
         if rate <= 0:
             raise ValueError(
-                f"bits_stored={self.bits_stored} leaves nothing for the codes of rows of {columns} weights, whose steps "
-                f"take {16 / columns:.2f} bits a weight: ask for more, or keep the layer in float by a rule"
+                f"bits_stored={self.bits_stored} leaves nothing for the codes of rows of {columns} weights, whose "
+                f"steps take {16 / columns:.2f} bits a weight: ask for more, or keep the layer in float by a rule"
             )
         size = max(1, CHUNK_WEIGHTS // columns)
         rms, widest = torch.empty(2, rows, 1, device=weight.device)
@@ -98,6 +101,6 @@ def check_grid(format, method: str) -> None:
     """Raises ``ValueError`` unless ``format`` is a symmetric integer grid with one step a row."""
     if format.group_size != -1 or not format.symmetric or format.bits < 2:
         raise ValueError(
-            f"method {method!r} needs one step a row on a grid around zero, of at least 2 bits: use group_size='row' and "
-            f"symmetric=True, not {format.spec}"
+            f"method {method!r} needs one step a row on a grid around zero, of at least 2 bits: use group_size='row' "
+            f"and symmetric=True, not {format.spec}"
         )

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hf_lowbit.formats import parse_format
-from hf_lowbit.methods import base, lloyd, make_method, methods
+from hf_lowbit.methods import base, ecsq, lloyd, make_method, methods
 
 ROWS, COLUMNS = 48, 577  # the last group is a single weight
 
@@ -34,6 +34,8 @@ FORMATS = {
         ("codebook:bits={},group_size=-1,codebook=row", range(1, 9)),
     ],
 }
+# Of methods that do not make every format of a name.
+OWN_FORMATS = {"ecsq": {"int": [("int:bits={},group_size=-1,symmetric=True", range(2, 9))]}}
 # Options worth a case of their own, beside the defaults.
 OPTIONS = {"rtn": [{"range": "minmax"}], "hqq": [{"fit_scale": False}]}
 
@@ -43,7 +45,7 @@ FAMILIES = [
     if not cls.needs_calibration
     for options in ({}, *OPTIONS.get(name, ()))
     for format in cls.formats
-    for text, widths in FORMATS[format]
+    for text, widths in OWN_FORMATS.get(name, FORMATS)[format]
 ]
 # One width each: the middle one.
 CASES = [
@@ -128,7 +130,7 @@ def test_the_result_is_sound(name, options, text):
 def test_chunks_of_rows_change_nothing(monkeypatch, name, options, text):
     method, format, weight = make_method(name, options), parse_format(text), weights("heavy")
     whole = method.quantize(weight, format)
-    for module in (base, lloyd):
+    for module in (base, lloyd, ecsq):
         monkeypatch.setattr(module, "CHUNK_WEIGHTS", 5 * COLUMNS)
     chunked = method.quantize(weight, format)
     for part in ("codes", "scales", "zeros", "levels"):
@@ -243,7 +245,7 @@ def test_the_table_above_covers_every_method_and_format():
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("gptqq", {}, "method='gptqq' is unknown: use one of gptq, hqq, lloyd, rtn"),
+        ("gptqq", {}, "method='gptqq' is unknown: use one of ecsq, gptq, hqq, lloyd, rtn"),
         ("rtn", {"rang": "mse"}, "method 'rtn' has no option 'rang': it takes range"),
         ("rtn", {"range": "max"}, "range='max' is unknown: method 'rtn' takes 'weighted', 'mse' or 'minmax'"),
         ("hqq", {"lp_norm": 0}, "lp_norm=0 is not possible: method 'hqq' takes an exponent above 0, at most 1"),

@@ -1,0 +1,114 @@
+"""Entropy-coded scalar quantization: it meets its target, and what that is worth."""
+
+import itertools
+
+import pytest
+import torch
+
+from hf_lowbit import LowBitConfig
+from hf_lowbit.formats import parse_format
+from hf_lowbit.methods import make_method
+from hf_lowbit.rate import CODER_OVERHEAD, count_codes, entropy
+
+BYTES = parse_format("int:bits=8,group_size=-1,symmetric=True")
+
+
+def weights(kind: str, rows: int = 192, columns: int = 576) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    normal = torch.randn(rows, columns, generator=generator) * 0.02
+    if kind == "heavy":  # Student's t with five degrees of freedom
+        return normal / (torch.randn(5, rows, columns, generator=generator).square().sum(0) / 5).sqrt()
+    spread = torch.logspace(-1, 1, rows).unsqueeze(1) if kind == "rows of all sizes" else 1.0
+    return normal * spread
+
+
+def stored(quantized) -> float:
+    """Bits per weight: entropy of the codes, a float16 step for each row, and what the coder may add."""
+    rows, columns = quantized.codes.shape
+    assert quantized.scales.shape == (rows, 1)
+    return entropy(count_codes(quantized.codes.float() - 128)) + 16 / columns + CODER_OVERHEAD
+
+
+def error(weight, quantized, format=BYTES) -> float:
+    back = format.dequantize(format.pack(quantized), tuple(weight.shape))
+    return float((back - weight).square().sum() / weight.square().sum())
+
+
+KINDS = ["normal", "heavy", "rows of all sizes"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [0.7, 1.0, 2.0, 3.0, 4.5, 6.0])
+def test_the_target_is_met(kind, bits):
+    quantized = make_method("ecsq", {"bits_stored": bits}).quantize(weights(kind), BYTES)
+    assert stored(quantized) == pytest.approx(bits, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_more_bits_stored_never_hurt(kind):
+    weight = weights(kind)
+    errors = [
+        error(weight, make_method("ecsq", {"bits_stored": b}).quantize(weight, BYTES)) for b in (1, 1.5, 2, 3, 4, 5, 6)
+    ]
+    assert all(more < fewer for fewer, more in itertools.pairwise(errors)), errors
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("groups", ["group_size=32,scale_dtype=log8", "group_size=64", "group_size=128,symmetric=True"])
+def test_at_equal_stored_bits_the_error_is_below_that_of_fixed_groups(kind, bits, groups):
+    """Also where the packed groups are entropy-coded too, and cost their entropy and their scales and zeros."""
+    weight, fixed = weights(kind), parse_format(f"int:bits={bits},{groups}")
+    made = make_method("rtn", {"range": "mse"}).quantize(weight, fixed)
+    companions = fixed.bits_per_weight(tuple(weight.shape)) - bits
+    coded = entropy(count_codes(made.codes.float())) + companions + CODER_OVERHEAD
+    for spent, factor in ((bits + companions, 0.75), (coded, 1.0)):
+        ours = make_method("ecsq", {"bits_stored": spent}).quantize(weight, BYTES)
+        assert stored(ours) <= 1.01 * spent
+        assert error(weight, ours) < factor * error(weight, made, fixed)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (3, 7), (1, 1000), (130, 65), (2, 2049), (500, 6)])
+def test_odd_shapes(shape):
+    weight = weights("normal", *shape)
+    quantized = make_method("ecsq", {"bits_stored": 5.0}).quantize(weight, BYTES)
+    assert stored(quantized) <= 5.05 and error(weight, quantized) < 1
+
+
+def test_a_row_that_does_not_fit_gets_a_wider_step_and_nothing_is_clipped():
+    nibbles, weight = parse_format("int:bits=4,group_size=-1,symmetric=True"), weights("normal")
+    weight[3, 5], weight[8, 1] = 1.0, -0.5  # 50 and 25 times the rest, of which 7 steps may be about 7
+    quantized = make_method("ecsq", {"bits_stored": 2.5}).quantize(weight, nibbles)
+    back = nibbles.dequantize(nibbles.pack(quantized), (192, 576))
+    assert quantized.codes.min() >= 1 and quantized.codes.max() <= 15
+    # The price of a rare code may move it by a step, and half of one is rounding.
+    assert ((back - weight).abs()[[3, 8], [5, 1]] <= 1.5 * quantized.scales[[3, 8], 0]).all()
+    assert stored(quantized) == pytest.approx(2.5, rel=0.01)
+
+
+def test_large_matrices_are_sampled_and_still_meet_the_target(monkeypatch):
+    import hf_lowbit.methods.ecsq as module
+
+    monkeypatch.setattr(module, "SAMPLE_WEIGHTS", 2**14)
+    quantized = make_method("ecsq", {"bits_stored": 3.0}).quantize(weights("heavy"), BYTES)
+    assert stored(quantized) == pytest.approx(3.0, rel=0.01)
+
+
+def test_rows_too_short_for_the_target_are_refused():
+    with pytest.raises(ValueError, match=r"bits_stored=2\.0 leaves nothing for the codes of rows of 8 weights, whose"):
+        make_method("ecsq", {"bits_stored": 2.0}).quantize(weights("normal", 4, 8), BYTES)
+
+
+def test_what_the_config_stands_for():
+    format, method = LowBitConfig(bits_stored=2.5).resolve()
+    assert format == BYTES and (method.name, method.bits_stored) == ("ecsq", 2.5)
+    config = LowBitConfig(bits_stored=3, rules={"a": {"bits": 4}, "b": {"bits_stored": 5}, "c": {"format": "nf"}})
+    resolved = {name: config.resolve(options) for name, options in config.rules.items()}
+    assert (resolved["a"][0].spec, resolved["a"][1].name) == (LowBitConfig(bits=4).resolve()[0].spec, "rtn")
+    assert (resolved["b"][0], resolved["b"][1].bits_stored) == (BYTES, 5)
+    assert (resolved["c"][0].name, resolved["c"][1].name) == ("nf", "rtn")
+    assert config.resolve(config.embedding_options())[1].name == "rtn"
+    other = LowBitConfig(bits=4, rules={"a": {"bits_stored": 2}})
+    assert other.resolve(other.rules["a"])[0] == BYTES
+    assert LowBitConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    assert "bits_stored" not in LowBitConfig().to_dict()
