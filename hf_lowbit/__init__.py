@@ -18,6 +18,7 @@ _PUBLIC = {
     "LowBitHfQuantizer": "quantizer",
     "LowBitLinear": "linear",
     "LowBitEmbedding": "embedding",
+    "quantize": "quantization",
 }
 __all__ = [*_PUBLIC, "__version__", "register"]
 

@@ -40,7 +40,7 @@ class Group(TyperGroup):
             raise
         except KeyboardInterrupt:
             _fail(
-                "interrupted: run the same command again to resume (quantize keeps its finished shards; other commands "
+                "interrupted: run the same command again to resume (quantize keeps what is finished; other commands "
                 "start over)"
             )
             raise typer.Exit(130) from None
@@ -89,7 +89,9 @@ def _options(
 QUANTIZATION = {
     "bits": Annotated[str | None, Option(help="1 to 8, or 1.58 for ternary weights. [default: 4]")],
     "format": Annotated[str | None, Option(help="int, nf, fp4, codebook or ternary. [default: int]")],
-    "method": Annotated[str | None, Option(help="rtn, hqq or lloyd. [default: the best measured for the format]")],
+    "method": Annotated[
+        str | None, Option(help="rtn, hqq, lloyd or gptq. [default: the best measured without calibration]")
+    ],
     "group_size": Annotated[str | None, Option(help="Inputs that share a scale: 16 to 1024, or row.")],
     "symmetric": Annotated[bool | None, Option(help="For int: no zero points.")],
     "zeros": Annotated[str | None, Option(help="For int: zero points as int or float.")],
@@ -231,15 +233,32 @@ def quantize(
     config,
     dtype: Annotated[str | None, Option(help="Dtype of what stays in float. [default: as stored]")] = None,
     max_shard_size: Annotated[str, Option(help="Size of a file.")] = "5GB",
+    calibration: Annotated[
+        str | None,
+        Option(metavar="TEXT", help="For gptq: a text file, a .jsonl file, or NAME or NAME:CONFIG of a data set."),
+    ] = None,
+    windows: Annotated[int, Option(min=1, help="The most windows to calibrate on.")] = 128,
+    length: Annotated[int, Option(min=2, help="Tokens in a window.")] = 512,
+    seed: Annotated[int, Option(help="Chooses the windows.")] = 0,
+    chat_template: Annotated[bool, Option("--chat-template", help="Put texts into the chat template.")] = False,
+    device: Annotated[str, Option(help="Where to calibrate: cpu, cuda, ...")] = "cpu",
+    max_activation_bytes: Annotated[
+        int | None, Option(min=0, help="Calibration's activations above this lie on disk. [default: in memory]")
+    ] = None,
 ):
     """Quantize a repo from disk to disk, shard by shard, without building the model."""
+    from .calibration import Calibration
     from .config import LowBitConfig
-    from .convert import quantize_folder
+    from .quantization import quantize as run
 
     start = time.perf_counter()
-    settings = LowBitConfig(**config)
-    coverage = quantize_folder(source, destination, settings, max_shard_size=max_shard_size, dtype=dtype)
-    return {"destination": str(destination), "seconds": time.perf_counter() - start, **coverage}
+    data = None if calibration is None else Calibration(calibration, windows, length, seed, chat_template)
+    repo = run(
+        source, LowBitConfig(**config), output=destination, calibration=data, dtype=dtype,
+        max_shard_size=max_shard_size, device=device, max_activation_bytes=max_activation_bytes,
+    )  # fmt: skip
+    seen = {"calibrated_modules": len(repo.tokens), "fewest_tokens": min(repo.tokens.values(), default=0)}
+    return {"destination": str(destination), "seconds": time.perf_counter() - start, **repo.coverage, **seen}
 
 
 @command

@@ -61,13 +61,18 @@ def _rate(options: dict[str, Any]) -> dict[str, Any]:
     return {"bits_stored": bits_stored}
 
 
+def _is_record(calibration: Any) -> bool:
+    """Whether ``calibration`` is what a packed repo says of one, not data to calibrate on."""
+    return isinstance(calibration, dict) and "sha256" in calibration
+
+
 class LowBitConfig(MetalConfig):
     """How to quantize a model, or how to load one that is packed already.
 
     Args:
         bits: 1 to 8, or 1.58 for ternary weights.
         format: "int" (default), "nf", "fp4", "codebook" or "ternary"; see ``docs/format.md``.
-        method: "rtn", "hqq" or "lloyd"; by default the best measured one for the format.
+        method: "rtn", "hqq", "lloyd" or, with calibration, "gptq"; by default the best measured one for the format.
         group_size: Consecutive inputs that share a scale: 16 to 1024 by powers of two, or "row". Default 32 for
             "int" and "fp4", "row" for "ternary" and for a codebook per row, otherwise 64 (also where "int" is
             symmetric or made by "hqq").
@@ -79,6 +84,9 @@ class LowBitConfig(MetalConfig):
             The method is then "ecsq", which needs no data, and ``bits`` the width of the codes in memory, 8 by default.
             A rule that names ``bits`` alone asks for a fixed width.
         method_options: Options of the method, such as ``{"range": "minmax"}`` for "rtn".
+        calibration: What methods that need it ("gptq") look at: a :class:`~hf_lowbit.calibration.Calibration`, or texts,
+            token ids, a file or the name of a data set. It is not saved; a packed repo has a record of it (kind, number
+            of windows, hash).
         rules: Ordered regular expressions over whole module names, each with a dict of the options above that differ
             for the modules it matches, or None to keep them in float. The first match decides. Embeddings of
             positions and the like, and heads of classifiers, kept by default, are packed where a rule asks for it.
@@ -116,6 +124,7 @@ class LowBitConfig(MetalConfig):
         codebook: str | None = None,
         bits_stored: float | None = None,
         method_options: dict[str, Any] | None = None,
+        calibration: Any = None,
         rules: dict[str, dict[str, Any] | None] | list[tuple[str, dict[str, Any] | None]] | None = None,
         embeddings: int | str | None = None,
         modules_to_not_convert: list[str] | None = None,
@@ -124,7 +133,11 @@ class LowBitConfig(MetalConfig):
         activations: str | None = None,
         **kwargs: Any,
     ):
-        arguments = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__")}
+        if calibration is not None and not _is_record(calibration):
+            from .calibration.data import Calibration  # whose package imports this module
+
+            calibration = Calibration.of(calibration)
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__", "Calibration")}
         saved = {key: kwargs.pop(key, None) for key in ("layers", "low_rank", "version")}
         kwargs.pop("quant_method", None)
         if kwargs:
@@ -149,6 +162,7 @@ class LowBitConfig(MetalConfig):
         self.group_size = group_size  # type: ignore[assignment]
         self.symmetric, self.zeros, self.scale_dtype, self.codebook = symmetric, zeros, scale_dtype, codebook
         self.method_options = method_options or {}
+        self.calibration = calibration
         self.rules = _ordered(rules)
         # Repos that were packed before there was this option kept them.
         self.embeddings = ("float" if self.layers is not None else 8) if embeddings is None else embeddings
@@ -190,9 +204,37 @@ class LowBitConfig(MetalConfig):
         for text in (self.low_rank or {}).values():
             parse_low_rank(text)
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method, or the one of a rule, needs calibration."""
+        wishes = [None, *(options for options in self.rules.values() if options is not None)]
+        return any(self.resolve(options)[1].needs_calibration for options in wishes)
+
+    def check_calibration(self) -> None:
+        """Compares what the methods need with the calibration that is there.
+
+        Raises:
+            ValueError: if calibration is missing, or would not be looked at.
+        """
+        given = self.calibration is not None and not _is_record(self.calibration)
+        if self.needs_calibration and not given:
+            raise ValueError(
+                f"method {self.method!r} (or one of the rules) needs calibration data: give calibration=, such as a list "
+                "of texts"
+            )
+        if given and not self.needs_calibration:
+            able = sorted(name for name, method in methods().items() if method.needs_calibration)
+            raise ValueError(
+                f"method {self.method!r} looks at weights alone: drop calibration=, or use "
+                f"{' or '.join(map(repr, able))}"
+            )
+
     def embedding_options(self) -> dict[str, Any]:
         """What a rule for the input embedding and the output head would say, where they are packed by default."""
-        return {"format": "int", "bits": self.embeddings}
+        options: dict[str, Any] = {"format": "int", "bits": self.embeddings}
+        if methods()[self.method].needs_calibration:  # which does not reach them
+            options |= {"method": BEST["int"], "method_options": {}}
+        return options
 
     def resolve(self, overrides: dict[str, Any] | None = None) -> tuple[Format, Method]:
         """The format and the method that these options, changed by ``overrides`` (a rule), stand for."""
@@ -275,7 +317,8 @@ class LowBitConfig(MetalConfig):
     def get_loading_attributes(self) -> dict[str, Any]:
         """What transformers copies from a user's config onto the one of a packed repo."""
         options = {k: getattr(self, k) for k in LOADING_OPTIONS if k in self.given}
-        return {**options, "requested": {k: v for k, v in self.given.items() if k not in LOADING_OPTIONS}}
+        requested = {k: v for k, v in self.given.items() if k not in (*LOADING_OPTIONS, "calibration")}
+        return {**options, "requested": requested}
 
     @property
     def unpacks_embeddings(self) -> bool:
@@ -313,6 +356,8 @@ class LowBitConfig(MetalConfig):
         }
         for key in (*_FORMAT_OPTIONS, "bits_stored", "method_options", "rules", "embeddings", "modules_to_not_convert"):
             saved[key] = getattr(self, key)
+        if _is_record(self.calibration):
+            saved["calibration"] = self.calibration
         saved["rules"] = [[pattern, options] for pattern, options in self.rules.items()]  # JSON would sort a dict
         optional = ("layers", "low_rank", "method_options", "rules")
         return {k: copy.deepcopy(v) for k, v in saved.items() if v is not None and (v or k not in optional)}

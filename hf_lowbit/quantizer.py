@@ -6,6 +6,8 @@ The order in which transformers calls them:
 2. ``_process_model_before_weight_loading`` gets the model on the ``meta`` device. A plan is made (:mod:`.plan`) and
    every module in it is replaced by an empty packed one (:mod:`.linear`, :mod:`.embedding`). For a packed repo the
    headers of its files are compared with these modules here, before a byte of a weight is read.
+   A method that needs calibration runs through the checkpoint's files before they are read for loading, see
+   :mod:`.quantization`, and what it decided is taken in step 3.
 3. While the checkpoint streams in, ``param_needs_quantization`` picks the weights of packed modules, and the op from
    ``get_quantize_ops`` turns each into its packed tensors, on its own device. One float weight is alive at a time.
 4. ``_process_model_after_weight_loading`` checks that nothing is missing, gives modules that the checkpoint does not
@@ -68,6 +70,8 @@ class LowBitHfQuantizer(HfQuantizer):
         self.failure: Exception | None = None
         self.freed = FreedMemory()
         self.trains_scales = False  # set by hf_lowbit.adapters.scales
+        self.calibrate = None  # runs what has to be run before weights are quantized, once
+        self.solved = None  # what calibrated methods decided, by module name
         if self.pre_quantized:
             quantization_config.check_requested()
             if quantization_config.layers is None:
@@ -81,6 +85,8 @@ class LowBitHfQuantizer(HfQuantizer):
         return self.plan.coverage() if self.plan is not None else {}
 
     def validate_environment(self, *args, device_map=None, **kwargs):
+        if not self.pre_quantized:
+            self.quantization_config.check_calibration()
         places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if not self.pre_quantized and "disk" in places:
             raise ValueError(
@@ -125,6 +131,10 @@ class LowBitHfQuantizer(HfQuantizer):
         self.check_backend(device_map)
         replace_modules(model, self.plan, self.quantization_config.backend, self.quantization_config.activations)
         check_checkpoint(model, self.plan, checkpoint_files)
+        if not self.pre_quantized and self.quantization_config.needs_calibration:
+            from .quantization import solve_checkpoint
+
+            self.calibrate = functools.partial(solve_checkpoint, model, checkpoint_files, device_map)
         return model
 
     # -- while loading -------------------------------------------------------------------------------------------------
@@ -139,6 +149,10 @@ class LowBitHfQuantizer(HfQuantizer):
         return not self.pre_quantized and tensor == "weight" and module in self.plan.packed
 
     def get_quantize_ops(self):
+        # Not earlier: while the model is built and its modules are replaced, every new tensor is on the meta device.
+        if self.calibrate is not None:
+            calibrate, self.calibrate = self.calibrate, None
+            self.solved = calibrate(self.quantization_config, self.plan)
         return LowBitQuantize(self)
 
     # -- after loading -------------------------------------------------------------------------------------------------
@@ -260,7 +274,12 @@ class LowBitQuantize(ConversionOps):
                 continue
             module = model.get_submodule(planned.name)
             try:
-                packed = quantize_weight(weight.T if getattr(module, "transposed", False) else weight, planned, name)
+                solved = None if self.hf_quantizer.solved is None else self.hf_quantizer.solved(planned.name)
+                if solved is None:
+                    solved = quantize_weight(
+                        weight.T if getattr(module, "transposed", False) else weight, planned, name
+                    )
+                packed = {suffix: tensor.to(weight.device) for suffix, tensor in solved.items()}
             except Exception as error:
                 self.hf_quantizer.failure = error  # raised by param_needs_quantization, see there
                 return {name: weight.new_empty(0)}

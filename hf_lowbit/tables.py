@@ -48,6 +48,11 @@ def _kept(console: Console, kept: list[dict]) -> None:
 
 def quantize(console: Console, result: dict, arguments: dict) -> None:
     _kept(console, result["kept"])
+    if result["calibrated_modules"]:
+        console.print(
+            f"{result['calibrated_modules']} modules calibrated, each on at least {result['fewest_tokens']} tokens",
+            highlight=False,
+        )
     console.print(
         f"{result['destination']}: {result['packed_modules']} modules packed, "
         f"{result['packed_weights'] / 1e6:.1f} M weights in {megabytes(result['packed_bytes'])} MB "

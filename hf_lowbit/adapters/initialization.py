@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..calibration import Calibration, Hook, Run, calibrate
 from ..config import LowBitConfig
 from ..convert import Source, check_source, fetch, open_source, quantize_folder, write_json
+from ..quantization import find_tokenizer, save_model
 from ..storage.content import content_hash
 from ..storage.shards import TEMPORARY, sync_folder
 from .base import folder_digests
@@ -123,7 +124,7 @@ def initialize(
     if isinstance(model_or_path, (str, os.PathLike)):
         folder = fetch(str(model_or_path))
     else:
-        folder = _save(model_or_path, saved)
+        folder = save_model(model_or_path, saved)
         settings["model"] = content_hash(folder)
     check_source(folder)
     source = open_source(folder, config, dtype)
@@ -131,8 +132,9 @@ def initialize(
         raise ValueError(f"{type(source.model).__name__} is not a causal language model: its adapter would have no use")
     tokens = None
     if hook.activations != "none":
-        calibration = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
-        tokens = calibration.tokens(tokenizer if tokenizer is not None else _tokenizer(model_or_path))
+        tokens = Calibration.of(calibration).tokens(
+            tokenizer if tokenizer is not None else find_tokenizer(model_or_path)
+        )
     run = calibrate(source, work, hook, tokens, settings, batch_size=batch_size, seed=seed, device=device)
     if not destination.exists() or not any(destination.iterdir()):
         progress = logging.is_progress_bar_enabled()
@@ -158,37 +160,6 @@ def make_hook(method: str, rank: int, options: dict[str, Any] | None = None) -> 
         if option not in known:
             raise ValueError(f"method {method!r} has no option {option!r}: it takes {', '.join(known) or 'none'}")
     return cls(rank=rank, **(options or {}))
-
-
-def _tokenizer(model_or_path) -> Any:
-    """The tokenizer that belongs to the model, or None where it has none."""
-    place = model_or_path if isinstance(model_or_path, (str, os.PathLike)) else model_or_path.config._name_or_path
-    try:
-        return AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        logger.info("no tokenizer in %s: %s", place, error)
-        return None
-
-
-def _save(model: Any, folder: Path) -> Path:
-    """Saves a loaded float model to ``folder``, so that it can be read a block at a time.
-
-    Raises:
-        ValueError: for anything but a plain transformers model.
-    """
-    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            f"a {type(model).__name__} cannot be packed: give a folder, a repo id or a plain transformers model; merge "
-            "an adapter into its model first"
-        )
-    partial = folder.with_name(folder.name + TEMPORARY)
-    for place in (partial, folder):
-        shutil.rmtree(place, ignore_errors=True)
-    model.save_pretrained(partial)
-    for file in partial.iterdir():
-        os.utime(file, (0, 0))  # a run that goes on knows the same weights by their hash, not by when they were saved
-    os.rename(partial, folder)
-    return folder
 
 
 def _write_adapter(folder: Path, run: Run, source: Source, rank: int, method: str, base: str, packed: Path) -> None:

@@ -12,6 +12,7 @@ Left out: encoders, and models that do something between two blocks; both are re
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,11 +73,14 @@ class Blocks:
         return block.eval()
 
     @torch.no_grad()
-    def capture(self, tokens: torch.Tensor, packed: bool = False) -> tuple[torch.Tensor, list["Arguments"]]:
+    def capture(
+        self, tokens: torch.Tensor, hold: Callable[[tuple[int, ...]], torch.Tensor] = torch.empty, packed: bool = False
+    ) -> tuple[torch.Tensor, list["Arguments"]]:
         """The first block's inputs, float32 (W, L, H), for ``tokens`` (W, L), and every block's other arguments.
 
         Args:
             tokens: int64.
+            hold: Makes the float32 tensor for the inputs from its shape.
             packed: Whether embeddings that will be packed are rounded as they will be.
         """
         head, prefix = copy.deepcopy(self.model), _name_of(self.model, self.decoder)
@@ -91,12 +95,13 @@ class Blocks:
                 tensors = quantize_weight(weight.data, planned, f"{name}.weight")
                 value = planned.format.dequantize(tensors, planned.shape)
                 place["weight"] = nn.Parameter(value, requires_grad=False)
-        hidden: list[torch.Tensor] = []
+        hidden: torch.Tensor | None = None
         arguments = [Arguments() for _ in blocks]
         last: list[Any] = [None, -1]
 
         def recorder(i):
             def forward(*args, **kwargs):
+                nonlocal hidden
                 args = list(args)
                 x = args.pop(0) if args else kwargs.pop("hidden_states")
                 if i != last[1] + 1 or (i and x is not last[0]):
@@ -105,7 +110,8 @@ class Blocks:
                         "not follow each other directly, which calibration cannot follow. Use a method without it"
                     )
                 if i == 0:
-                    hidden.append(x.float())
+                    hidden = hold((len(tokens), *x.shape[1:])) if hidden is None else hidden
+                    hidden[len(arguments[0].windows)] = x[0]
                 arguments[i].record(args, kwargs)
                 last[:] = [x, i]
                 if i == len(blocks) - 1:
@@ -123,7 +129,8 @@ class Blocks:
             except _Recorded:
                 continue
             raise ValueError(f"{type(self.model).__name__} does not run its blocks {self.names[0]} to {self.names[-1]}")
-        return torch.cat(hidden), arguments
+        assert hidden is not None
+        return hidden, arguments
 
     def _parameters(self, owner: str, wanted: set[str] | None = None):
         """Parameters (and buffers) of a block, or of what is in none (""), by full name, read one piece at a time."""

@@ -10,7 +10,7 @@ which a covariance of inputs has directions that no token has seen.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,29 @@ class Calibration:
     length: int = LENGTH
     seed: int = 0
     chat_template: bool = False
+
+    @classmethod
+    def of(cls, source: Any) -> "Calibration":
+        """``source`` itself if it is a calibration, otherwise one of it with the defaults."""
+        return source if isinstance(source, cls) else cls(source)
+
+    def __deepcopy__(self, memo: dict) -> "Calibration":
+        return self  # it is frozen, and a source may be a stream, which has no copy
+
+    def record(self, tokens: torch.Tensor) -> dict[str, Any]:
+        """What a packed repo says of the ``tokens`` (W, L) that it was calibrated on; no text and no file's name."""
+        kinds = {"_read_file": "file", "_read_dataset": "data set"}
+        reader = getattr(self._reader(), "__name__", "")
+        name = {"name": self.source} if reader == "_read_dataset" else {}
+        return {
+            "kind": kinds.get(reader, "documents"),
+            **name,
+            "windows": tokens.shape[0],
+            "length": tokens.shape[1],
+            "seed": self.seed,
+            "chat_template": self.chat_template,
+            "sha256": digest(tokens),
+        }
 
     def tokens(self, tokenizer: Any = None) -> torch.Tensor:
         """The windows, int64 (W, ``length``).
@@ -98,17 +121,19 @@ class Calibration:
             f" of {len(self.source)}" if hasattr(self.source, "__len__") else ""
         )
 
+    def _reader(self) -> Callable[[Any], Iterator[Any]]:
+        """What reads documents from the source."""
+        if isinstance(self.source, str) and not _is_file(self.source):
+            return _read_dataset
+        return _read_file if isinstance(self.source, (str, Path)) else iter
+
     def _documents(self) -> Iterator[Any]:
-        if isinstance(self.source, Path) or (isinstance(self.source, str) and Path(self.source).is_file()):
-            return _read_file(Path(self.source))
-        if isinstance(self.source, str):
-            return _read_dataset(self.source)
-        if isinstance(self.source, dict) or not isinstance(self.source, Iterable):
+        if isinstance(self.source, dict) or not isinstance(self.source, (Iterable, Path)):
             raise ValueError(
                 f"calibration cannot be read from a {type(self.source).__name__}: give strings, token ids, a file or "
                 "the name of a data set"
             )
-        return iter(self.source)
+        return self._reader()(self.source)
 
     def _tokenize(self, document: Any, tokenizer: Any) -> list[int]:
         if isinstance(document, dict):
@@ -145,7 +170,13 @@ def digest(tokens: torch.Tensor | None) -> str | None:
     return None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
-def _read_file(path: Path) -> Iterator[Any]:
+def _is_file(source: str) -> bool:
+    """Whether ``source`` is a file, or cannot be a data set since it looks like one."""
+    return Path(source).is_file() or source.endswith((".txt", ".jsonl"))
+
+
+def _read_file(source: str | Path) -> Iterator[Any]:
+    path = Path(source)
     if not path.is_file():
         raise ValueError(f"calibration file {path} does not exist")
     with open(path, encoding="utf-8") as file:

@@ -6,7 +6,8 @@ calibration windows are passed through the solved block, so that the next one se
 Where a hook asks for it, the float model's own activations are passed on beside them.
 
 Memory holds one block in float32 (and the solved copy of its layers), the activations of the calibration windows
-between two blocks (W x L x H floats, twice with the float model's) and the second moments of one input at a time.
+between two blocks (W x L x H floats, twice with the float model's; in a file above a budget) and the second moments of
+one input at a time.
 
 A run works in a folder: ``manifest.json`` with all that the result depends on, and a file per block, which gets its
 name once it is complete. A run that was stopped, by ``kill -9`` too, goes on after the last finished block: finished
@@ -17,6 +18,7 @@ the same too (on the same machine with the same number of threads: sums depend o
 import copy
 import hashlib
 import json
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -117,7 +119,8 @@ class Block:
         layers: Layers to solve by their name in the block, in the model's order.
         module: The block as solved so far, float32.
         reference: The float block.
-        inputs: (W, L, H) what the block gets in the quantized model, or None without activations.
+        inputs: (W, L, H) what the block gets in the quantized model, or None without activations. On the CPU where it
+            is spilled to a file, otherwise on ``device``, where the block is.
         reference_inputs: (W, L, H) what it gets in the float model, or None.
         arguments: What else it gets.
         generator: For all random choices in this block.
@@ -128,6 +131,7 @@ class Block:
         self.name, self.index, self.reference, self.layers = name, index, reference, layers
         self.inputs, self.reference_inputs, self.arguments = inputs, reference_inputs, arguments
         self.generator, self.batch_size = generator, batch_size
+        self.device = next((p.device for p in reference.parameters()), torch.device("cpu"))
         # Parameters that nobody changes are shared with the float block.
         shared = {id(p): p for p in reference.parameters()}
         self.module = copy.deepcopy(reference, shared)
@@ -152,8 +156,28 @@ class Block:
         """Outputs (W, L, H) of ``module`` for ``inputs`` (W, L, H)."""
         result = torch.empty_like(inputs)
         for windows in self.batches():
-            result[windows] = self.arguments.run(module, inputs[windows], windows)
+            result[windows] = self._run(module, inputs, windows).to(result.device)
         return result
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Replaces the block's inputs by its outputs, batch by batch.
+
+        Raises:
+            ValueError: if the solved block's outputs are not finite.
+        """
+        for module, inputs in ((self.module, self.inputs), (self.reference, self.reference_inputs)):
+            for windows in self.batches() if inputs is not None else ():
+                inputs[windows] = self._run(module, inputs, windows).to(inputs.device)
+                if module is self.module and not torch.isfinite(inputs[windows]).all():
+                    raise ValueError(
+                        f"the activations after {self.name} are not finite: the model is damaged, or too few bits "
+                        "broke it"
+                    )
+
+    def _run(self, module, inputs, windows) -> torch.Tensor:
+        """Outputs (b, L, H) of ``module`` for some windows of ``inputs``, which may lie on another device."""
+        return self.arguments.run(module, inputs[windows].to(self.device), windows)
 
     @torch.no_grad()
     def groups(self) -> list[list[str]]:
@@ -177,7 +201,7 @@ class Block:
 
         with _hooks(self.module, {name: note(name) for name in self.layers}):
             first = self.batches()[0][:1]
-            self.arguments.run(self.module, self.inputs[first], first)
+            self._run(self.module, self.inputs, first)
         ran = [names for _, names in seen]
         return ran + [[name] for name in self.layers if not any(name in names for names in ran)]
 
@@ -192,7 +216,7 @@ class Block:
         name = group[0]
         cross = self.reference_inputs is not None
         assert self.inputs is not None
-        moments = Moments(self.layers[name].weight.shape[1], cross, self.inputs.device)
+        moments = Moments(self.layers[name].weight.shape[1], cross, self.device)
         for windows in self.batches() if batches is None else batches:
             x = self._input_of(name, self.module, self.inputs, windows)
             r = self._input_of(name, self.reference, self.reference_inputs, windows) if cross else None
@@ -208,7 +232,7 @@ class Block:
 
         try:
             with _hooks(module, {name: catch}):
-                self.arguments.run(module, inputs[windows], windows)
+                self._run(module, inputs, windows)
         except _Caught as caught:
             return caught.x
         return None
@@ -291,9 +315,7 @@ class Run:
         Raises:
             ValueError: if the file does not hold what was planned, naming it.
         """
-        tensors, found = load_file(self.path(index)), {}
-        with safe_open(self.path(index), "pt") as file:
-            counts = json.loads((file.metadata() or {}).get(TOKENS, "{}"))
+        tensors, counts, found = load_file(self.path(index)), self._tokens(index), {}
         for name in self.layers[index]:
             planned = self.planned[name]
             expected = planned.format.tensors(planned.shape)
@@ -316,6 +338,17 @@ class Run:
             self._open[index] = self.read(index)
         return self._open[index][name].tensors
 
+    def tokens(self) -> dict[str, int]:
+        """For each module whose solution rests on calibration, how many tokens it saw."""
+        found = {}
+        for index in range(len(self.layers)):
+            found.update(self._tokens(index) if self.layers[index] else {})
+        return found
+
+    def _tokens(self, index: int) -> dict[str, int]:
+        with safe_open(self.path(index), "pt") as file:
+            return json.loads((file.metadata() or {}).get(TOKENS, "{}"))
+
     def solutions(self) -> Iterator[tuple[str, Solution]]:
         """Every module's solution, a block at a time."""
         for index in range(len(self.layers)):
@@ -332,6 +365,8 @@ def calibrate(
     batch_size: int = 2,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    max_activation_bytes: int | None = None,
+    shared: bool = False,
 ) -> Run:
     """Solves every packed layer in the decoder blocks of ``source``, or goes on with a run that was stopped.
 
@@ -344,6 +379,9 @@ def calibrate(
         batch_size: Windows that run together, where the model treats them alike.
         seed: For all random choices.
         device: Where blocks and activations are held and computed.
+        max_activation_bytes: Activations between blocks that take more lie in a file in ``work``, not in memory.
+        shared: Whether ``work`` holds many runs, each in a folder that is named after all that its result depends on;
+            a process waits there for another one that makes the same run.
 
     Returns:
         The finished run.
@@ -386,18 +424,20 @@ def calibrate(
         },
     }
     run.identity = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    if shared:
+        work = run.work = work / run.identity[:32]
     work.mkdir(parents=True, exist_ok=True)
     try:
-        lock = WeakFileLock(work / LOCK, timeout=0.1)
+        lock = WeakFileLock(work / LOCK, timeout=None if shared else 0.1)
         with lock:
             resume(work, manifest)
-            _solve(blocks, run, hook, tokens, batch_size, seed, torch.device(device))
+            _solve(blocks, run, hook, tokens, batch_size, seed, torch.device(device), max_activation_bytes)
     except TimeoutError:
         raise FileExistsError(f"another process works in {work}: it holds {work / LOCK}") from None
     return run
 
 
-def _solve(blocks: Blocks, run: Run, hook: Hook, tokens, batch_size: int, seed: int, device: torch.device) -> None:
+def _solve(blocks: Blocks, run: Run, hook: Hook, tokens, batch_size: int, seed: int, device, limit: int | None) -> None:
     """Solves what is not solved yet."""
     count = len(blocks.names)
     todo = [i for i in range(count) if blocks.layers[i] and not run.finished(i)]
@@ -405,9 +445,14 @@ def _solve(blocks: Blocks, run: Run, hook: Hook, tokens, batch_size: int, seed: 
         return
     hidden, reference, arguments = None, None, [Arguments()] * count
     if tokens is not None:
-        hidden, arguments = blocks.capture(tokens, packed=True)
-        hidden = hidden.to(device)
-        reference = blocks.capture(tokens)[0].to(device) if hook.activations == "both" else None
+        both = hook.activations == "both"
+
+        def hold(shape):
+            held = _hold(run.work, shape, limit if limit is None or not both else limit // 2)
+            return torch.empty(shape, device=device) if held is None else held
+
+        hidden, arguments = blocks.capture(tokens, hold, packed=True)
+        reference = blocks.capture(tokens, hold)[0] if both else None
         arguments = [a.to(device) for a in arguments]
     for i in logging.tqdm(range(count), desc=f"Calibrating ({type(hook).__name__})", unit="block"):
         if i > todo[-1]:
@@ -437,13 +482,23 @@ def _solve_block(blocks, i, run, hook, hidden, reference, arguments, batch_size,
         for name, layer in layers.items():
             block.set(name, solutions[layer.name])
     if hidden is not None:
-        hidden.copy_(block.outputs(block.module, hidden))
-    if reference is not None:
-        reference.copy_(block.outputs(block.reference, reference))
-    if hidden is not None and not torch.isfinite(hidden).all():
-        raise ValueError(
-            f"the activations after {blocks.names[i]} are not finite: the model is damaged, or too few bits broke it"
-        )
+        block.advance()
+
+
+def _hold(work: Path, shape: tuple[int, ...], limit: int | None) -> torch.Tensor | None:
+    """A float32 tensor of ``shape`` in a file in ``work`` where it takes more than ``limit`` bytes, otherwise None.
+
+    The file has no name any more: it is gone with the process, however that ends.
+    """
+    nbytes = 4 * math.prod(shape)
+    if limit is None or nbytes <= limit:
+        return None
+    path = work / ("activations" + TEMPORARY)
+    with explained(path, nbytes), open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, nbytes)  # a full disk is said now, not by a signal later
+    held = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)
+    path.unlink()
+    return held
 
 
 def _weight(module: nn.Module) -> torch.Tensor:

@@ -1,0 +1,261 @@
+"""Quantizing a whole model with calibration: :func:`quantize` from disk to disk, and what ``from_pretrained`` uses.
+
+Both run the same pipeline (:mod:`hf_lowbit.calibration`) over the checkpoint's files, a block at a time; the model is
+never in memory as a whole. ``from_pretrained(..., quantization_config=LowBitConfig(method="gptq", calibration=...))``
+runs it before the weights are read, in a folder of the cache that the source, the settings and the text name, and then
+takes the packed layers from there instead of quantizing what is read. That folder stays: loading the same model in the
+same way again costs no second calibration, and a run that was stopped goes on. ``HF_LOWBIT_CACHE`` says where it is.
+
+Packed layers outside the blocks that calibration runs through (an adapter between towers, say) get no inputs. They are
+planned without calibration instead, as a rule in the config that is saved says.
+"""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from .calibration import Calibration, Planned, Run, calibrate
+from .calibration.blocks import Blocks
+from .config import LowBitConfig
+from .convert import Source, check_source, fetch, open_source, quantize_folder
+from .methods import BEST, make_method
+from .plan import Plan, _compress, _matching_rule, _pattern, names
+from .storage.content import content_hash
+from .storage.shards import TEMPORARY
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class QuantizedRepo:
+    """A packed repo that was just written.
+
+    Attributes:
+        folder: Where it is.
+        coverage: Totals of what was packed and kept, as :meth:`hf_lowbit.plan.Plan.coverage`.
+        tokens: For each calibrated layer, how many tokens of the calibration it saw; empty without calibration.
+    """
+
+    folder: Path
+    coverage: dict[str, Any]
+    tokens: dict[str, int]
+
+    def load(self, **kwargs: Any) -> PreTrainedModel:
+        """The packed model; ``kwargs`` go to ``AutoModelForCausalLM``."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(self.folder, **kwargs)
+
+
+def quantize(
+    model_or_path: str | os.PathLike | PreTrainedModel,
+    config: LowBitConfig,
+    *,
+    output: str | os.PathLike,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: int | str = "5GB",
+    batch_size: int = 2,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    max_activation_bytes: int | None = None,
+) -> QuantizedRepo:
+    """Quantizes a model into the folder ``output``, with calibration where the config's methods need it.
+
+    A call that was interrupted goes on when it is made again with the same arguments, and ends with the same bits.
+
+    Args:
+        model_or_path: A folder with a float model in safetensors, the id of such a repo, or a loaded float model (which
+            is saved beside ``output`` while this runs, and is not changed).
+        config: What to pack, and how.
+        output: Folder for the packed repo; must not exist, or be empty.
+        calibration: A :class:`~hf_lowbit.calibration.Calibration`, or what it takes as source: texts, token ids, a
+            file, the name of a data set. By default the config's own.
+        tokenizer: For calibration text; by default the model's own.
+        dtype, max_shard_size: As in :func:`hf_lowbit.convert.quantize_folder`.
+        batch_size: Calibration windows that run together.
+        seed: For all random choices of methods; the calibration has its own.
+        device: Where to compute.
+        max_activation_bytes: Above this, the activations between two blocks lie in a file beside ``output`` instead of
+            in memory. By default they stay in memory.
+
+    Returns:
+        Where it is and what it is made of.
+
+    Raises:
+        ValueError: for calibration that is missing, not needed, empty or too short, a layer that never saw a token of
+            it, or a model that cannot be packed.
+        OSError: for an output that is not empty, not writable or full.
+    """
+    output, config = Path(output).absolute(), copy.deepcopy(config)
+    work, saved = (output.with_name(output.name + end) for end in (".calibration", ".source"))
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not an empty folder: remove it, or choose another name")
+    if calibration is not None:
+        config.calibration = Calibration.of(calibration)
+    config.check_calibration()
+    if isinstance(model_or_path, (str, os.PathLike)):
+        folder, settings = fetch(str(model_or_path)), {}
+    else:
+        folder = save_model(model_or_path, saved)
+        settings = {"model": content_hash(folder)}
+    run = None
+    if config.needs_calibration:
+        check_source(folder)
+        tokenizer = tokenizer if tokenizer is not None else find_tokenizer(model_or_path)
+        run = solve(
+            folder, config, dtype, work, tokenizer, settings,
+            batch_size=batch_size, seed=seed, device=device, max_activation_bytes=max_activation_bytes,
+        )  # fmt: skip
+    coverage = quantize_folder(
+        folder, output, config, max_shard_size=max_shard_size, dtype=dtype, solved=run,
+        progress=logging.is_progress_bar_enabled(),
+    )  # fmt: skip
+    tokens = {} if run is None else run.tokens()
+    for place in (work, saved):
+        shutil.rmtree(place, ignore_errors=True)
+    return QuantizedRepo(output, coverage, tokens)
+
+
+def solve(
+    folder: Path,
+    config: LowBitConfig,
+    dtype: torch.dtype | str | None,
+    work: Path | None,
+    tokenizer: Any,
+    settings: dict,
+    **options: Any,
+) -> Run:
+    """Runs the calibration of ``config`` over the float model in ``folder``.
+
+    Afterwards the config holds the record of the calibration in the place of its source, and the rules for what could
+    not be calibrated.
+
+    Args:
+        folder: The model.
+        config: The config, which is changed.
+        dtype: As in :func:`hf_lowbit.convert.open_source`.
+        work: The folder of the run, or None for one in the cache.
+        tokenizer: For calibration text.
+        settings: Further ones that the result depends on.
+        options: Of :func:`hf_lowbit.calibration.calibrate`.
+    """
+    assert isinstance(config.calibration, Calibration)
+    tokens = config.calibration.tokens(tokenizer)
+    source = open_source(folder, config, dtype)
+    rules = uncalibrated(source, config)
+    if rules:
+        config.rules = rules
+        source = open_source(folder, config, dtype)
+    run = calibrate(source, work or cache_folder(), Planned(), tokens, settings, shared=work is None, **options)
+    config.calibration = config.calibration.record(tokens)
+    return run
+
+
+def solve_checkpoint(
+    model: PreTrainedModel, files: list[str] | None, device_map: Any, config: LowBitConfig, plan: Plan
+) -> Callable[[str], dict[str, torch.Tensor] | None]:
+    """What ``from_pretrained`` runs: the calibration of the checkpoint that it is about to load.
+
+    Args:
+        model: The model to load, on ``meta``.
+        files: Its checkpoint.
+        device_map: As given to ``from_pretrained``; calibration computes on its one device, or on the first GPU.
+        config: The quantizer's config, which :func:`solve` changes.
+        plan: The quantizer's plan: what calibration did not reach is planned without it.
+
+    Returns:
+        A function from the name of a module of ``model`` to its packed tensors, or None for one that was not solved.
+    """
+    if not files or not all(file.endswith(".safetensors") for file in files):
+        raise ValueError(
+            f"method {config.method!r} reads the float model from safetensors files, and there are none: save it "
+            "by save_pretrained, and load that folder"
+        )
+    folder, place = Path(files[0]).parent, model.config._name_or_path or Path(files[0]).parent
+    run = solve(folder, config, model.config.dtype, None, find_tokenizer(place), {}, device=_device(device_map))
+    prefix = getattr(model, "base_model_prefix", "")
+
+    def solved(name: str) -> dict[str, torch.Tensor] | None:
+        return next((found for n in names(name, prefix) if (found := run(n)) is not None), None)
+
+    for name, planned in plan.packed.items():
+        if (
+            planned.method
+            and planned.method.needs_calibration
+            and not any(n in run.planned for n in names(name, prefix))
+        ):
+            plan.packed[name] = replace(planned, method=make_method(BEST[planned.format.name]))
+    return solved
+
+
+def _device(device_map: Any) -> torch.device:
+    """Where to calibrate a model that goes to ``device_map``."""
+    places = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
+    for place in places:
+        if isinstance(place, int) or (place is not None and str(place).split(":")[0] in ("cuda", "xpu", "mps")):
+            return torch.device(place)
+    return torch.device("cuda" if torch.cuda.is_available() and "auto" in places else "cpu")
+
+
+def uncalibrated(source: Source, config: LowBitConfig) -> dict[str, dict[str, Any] | None]:
+    """The config's rules, after new ones that plan without calibration what it does not reach; empty without any."""
+    blocks = Blocks(source)
+    reached = {f"{block}.{name}" for block, layers in zip(blocks.names, blocks.layers, strict=True) for name in layers}
+    prefix, options = getattr(source.model, "base_model_prefix", ""), {}
+    for name, planned in source.plan.packed.items():
+        if name not in reached and planned.method is not None and planned.method.needs_calibration:
+            rule = _matching_rule(config, name, prefix)[1] or {}
+            options[name] = json.dumps({**rule, "method": BEST[planned.format.name], "method_options": {}})
+    if not options:
+        return {}
+    found = _compress(options, [name for name in source.plan.packed if name not in options])
+    logger.warning("calibration does not reach %s: quantized without it", ", ".join(found))
+    return {**{_pattern(key).pattern: json.loads(rule) for key, rule in found.items()}, **config.rules}
+
+
+def cache_folder() -> Path:
+    """Where ``from_pretrained`` keeps the runs of calibrations."""
+    return Path(os.environ.get("HF_LOWBIT_CACHE") or Path(constants.HF_HOME, "hf_lowbit")) / "calibration"
+
+
+def find_tokenizer(model_or_path) -> Any:
+    """The tokenizer that belongs to the model, or None where it has none."""
+    place = model_or_path if isinstance(model_or_path, (str, os.PathLike)) else model_or_path.config._name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        logger.info("no tokenizer in %s: %s", place, error)
+        return None
+
+
+def save_model(model: Any, folder: Path) -> Path:
+    """Saves a loaded float model to ``folder``, so that it can be read a block at a time.
+
+    Raises:
+        ValueError: for anything but a plain transformers model.
+    """
+    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"a {type(model).__name__} cannot be packed: give a folder, a repo id or a plain transformers model; merge "
+            "an adapter into its model first"
+        )
+    partial = folder.with_name(folder.name + TEMPORARY)
+    for place in (partial, folder):
+        shutil.rmtree(place, ignore_errors=True)
+    model.save_pretrained(partial)
+    for file in partial.iterdir():
+        os.utime(file, (0, 0))  # a run that goes on knows the same weights by their hash, not by when they were saved
+    os.rename(partial, folder)
+    return folder
