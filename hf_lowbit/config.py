@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import difflib
+import importlib.util
 import re
 from typing import Any
 
@@ -15,8 +16,9 @@ from .methods import BEST, Method, make_method, method_options, methods
 from .version import __version__
 
 QUANT_METHOD = "lowbit"
-LOADING_OPTIONS = ("dequantize", "backend", "activations")
+LOADING_OPTIONS = ("dequantize", "backend", "activations", "storage")
 ACTIVATIONS = ("float", "int8")
+STORAGES = ("raw", "entropy", "zstd")
 # Options that a rule may change for the layers that it matches.
 LAYER_OPTIONS = (
     "bits",
@@ -83,6 +85,8 @@ class LowBitConfig(MetalConfig):
         bits_stored: Bits per weight that packed linears are to take once they are entropy-coded, 0.5 to 7, such as 3.0.
             The method is then "ecsq", which needs no data, and ``bits`` the width of the codes in memory, 8 by default.
             A rule that names ``bits`` alone asks for a fixed width.
+        storage: How ``save_pretrained`` stores tensors: "raw" (default), or "entropy" or "zstd", coded without loss, see
+            ``docs/format.md``. A repo may be loaded with any, whatever it is stored as.
         method_options: Options of the method, such as ``{"range": "minmax"}`` for "rtn".
         calibration: What methods that need it ("gptq") look at: a :class:`~hf_lowbit.calibration.Calibration`, or texts,
             token ids, a file or the name of a data set. It is not saved; a packed repo has a record of it (kind, number
@@ -131,6 +135,7 @@ class LowBitConfig(MetalConfig):
         dequantize: bool | None = None,
         backend: str | None = None,
         activations: str | None = None,
+        storage: str | None = None,
         **kwargs: Any,
     ):
         if calibration is not None and not _is_record(calibration):
@@ -170,6 +175,7 @@ class LowBitConfig(MetalConfig):
         self.dequantize = bool(dequantize)
         self.backend = check_backend(backend or "auto")
         self.activations = activations or "float"
+        self.storage = storage or "raw"
         self.post_init()
 
     def post_init(self) -> None:
@@ -177,6 +183,10 @@ class LowBitConfig(MetalConfig):
         self.resolve()
         if self.activations not in ACTIVATIONS:
             raise ValueError(f"activations={self.activations!r} is unknown: use 'float' or 'int8'")
+        if self.storage not in STORAGES:
+            raise ValueError(f"storage={self.storage!r} is unknown: use {', '.join(map(repr, STORAGES))}")
+        if self.storage == "zstd" and importlib.util.find_spec("zstandard") is None:
+            raise ValueError("storage='zstd' needs the zstandard library: pip install zstandard, or take 'entropy'")
         if self.dequantize and self.activations == "int8":
             raise ValueError("activations='int8' needs packed weights: drop it, or dequantize=True")
         if self.embeddings != "float":
@@ -358,6 +368,7 @@ class LowBitConfig(MetalConfig):
             saved[key] = getattr(self, key)
         if _is_record(self.calibration):
             saved["calibration"] = self.calibration
+        saved["storage"] = None if self.storage == "raw" else self.storage
         saved["rules"] = [[pattern, options] for pattern, options in self.rules.items()]  # JSON would sort a dict
         optional = ("layers", "low_rank", "method_options", "rules")
         return {k: copy.deepcopy(v) for k, v in saved.items() if v is not None and (v or k not in optional)}

@@ -32,6 +32,7 @@ from .memory import FreedMemory
 from .packed import PackedMixin
 from .plan import Kept, Packed, Plan, ends_of, make_plan
 from .storage.headers import check_checkpoint
+from .storage.stored import decoded_later, store_model
 from .version import __version__
 
 register_quantization_config(QUANT_METHOD)(LowBitConfig)
@@ -68,6 +69,7 @@ class LowBitHfQuantizer(HfQuantizer):
         quantization_config = self.quantization_config
         self.plan: Plan | None = None
         self.failure: Exception | None = None
+        self.coded = False  # whether the checkpoint has coded tensors
         self.freed = FreedMemory()
         self.trains_scales = False  # set by hf_lowbit.adapters.scales
         self.calibrate = None  # runs what has to be run before weights are quantized, once
@@ -130,7 +132,8 @@ class LowBitHfQuantizer(HfQuantizer):
             )
         self.check_backend(device_map)
         replace_modules(model, self.plan, self.quantization_config.backend, self.quantization_config.activations)
-        check_checkpoint(model, self.plan, checkpoint_files)
+        self.coded = check_checkpoint(model, self.plan, checkpoint_files)
+        self.refuse_offloading(device_map)
         if not self.pre_quantized and self.quantization_config.needs_calibration:
             from .quantization import solve_checkpoint
 
@@ -148,6 +151,12 @@ class LowBitHfQuantizer(HfQuantizer):
         module, _, tensor = param_name.rpartition(".")
         return not self.pre_quantized and tensor == "weight" and module in self.plan.packed
 
+    def get_new_dtype(self, converter, param, dtype):
+        # Asked for every tensor of a packed repo before it is read: the place to say that it is decoded afterwards.
+        if decoded_later(self, converter, param, dtype):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
     def get_quantize_ops(self):
         # Not earlier: while the model is built and its modules are replaced, every new tensor is on the meta device.
         if self.calibrate is not None:
@@ -157,7 +166,16 @@ class LowBitHfQuantizer(HfQuantizer):
 
     # -- after loading -------------------------------------------------------------------------------------------------
 
+    def refuse_offloading(self, device_map) -> None:
+        """Refuses to leave coded tensors to transformers' disk offload, which would read them as they are."""
+        if self.coded and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "the tensors of this repo are coded and cannot be offloaded to disk: write a raw repo with `hf-lowbit "
+                "decompress SRC DST`, and load that"
+            )
+
     def _process_model_after_weight_loading(self, model, **kwargs):
+        self.refuse_offloading(getattr(model, "hf_device_map", None))
         new = [name for name in self.plan.packed if not self.is_loaded(model, name)]
         for name in new:
             weight = self.plan.packed.pop(name).shape
@@ -254,7 +272,9 @@ class LowBitHfQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model):
-        return None, {"quantized_with": f"hf_lowbit {__version__}"}
+        config, metadata = self.quantization_config, {"quantized_with": f"hf_lowbit {__version__}"}
+        stored = None if config.storage == "raw" else store_model(model, config.layers or {}, config.storage)
+        return stored, metadata
 
 
 class LowBitQuantize(ConversionOps):

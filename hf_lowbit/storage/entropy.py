@@ -138,6 +138,19 @@ def read_head(coded: torch.Tensor | memoryview | bytes) -> Coded:
     )  # fmt: skip
 
 
+def describe(beginning: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Dtype and shape of what a coded tensor stands for, from its first 40 bytes and 8 a dimension, else unchecked.
+
+    Raises:
+        ValueError: if they are cut off, or of a dtype that is not known.
+    """
+    data = _view(beginning)
+    *_, dtype, dimensions, _, _, _, _ = HEAD.unpack_from(data)
+    if HEAD.size + 8 * dimensions > len(data) or dtype >= len(DTYPES):
+        raise ValueError("the head of a coded tensor is damaged, or needs a newer version")
+    return DTYPES[dtype], struct.unpack_from(f"<{dimensions}Q", data, HEAD.size)
+
+
 def decode(coded: torch.Tensor | memoryview, out: torch.Tensor, threads: int | None = None) -> None:
     """Decodes ``coded``, uint8 (n), to the bytes of ``out``, contiguous, uint8 (or the tensor itself) on the CPU.
 
@@ -325,7 +338,8 @@ def expected_bytes(counts: np.ndarray, frequencies: np.ndarray, blocks: int) -> 
 # -- zstd --------------------------------------------------------------------------------------------------------------
 
 
-def _zstandard():
+def zstandard():
+    """The zstandard library; raises ``ImportError`` with the cure where it is missing."""
     try:
         import zstandard
     except ImportError as error:
@@ -335,7 +349,7 @@ def _zstandard():
 
 def _zstd_blocks(raw: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Blocks compressed at level 1, which is as small as any for packed codes: matches are not to be found in them."""
-    compressor = _zstandard().ZstdCompressor(level=1, write_checksum=False, write_content_size=True)
+    compressor = zstandard().ZstdCompressor(level=1, write_checksum=False, write_content_size=True)
     parts, sizes = [], []
     for first in range(0, len(raw), step):
         block = raw[first : first + step].tobytes()
@@ -347,15 +361,15 @@ def _zstd_blocks(raw: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray, np
 
 
 def _decode_zstd(record: Coded, data: memoryview, target: np.ndarray) -> None:
-    zstandard = _zstandard()
-    decompressor = zstandard.ZstdDecompressor()
+    library = zstandard()
+    decompressor = library.ZstdDecompressor()
     block = record.step * record.row_bytes
     for b, raw in enumerate(record.raw):
         part = data[record.head + int(record.starts[b]) : record.head + int(record.starts[b + 1])]
         place = target[b * block : (b + 1) * block]
         try:
             content = part if raw else decompressor.decompress(part, max_output_size=len(place))
-        except zstandard.ZstdError as error:
+        except library.ZstdError as error:
             raise ValueError(
                 f"block {b} of {len(record.raw)} is not what zstd writes ({error}): it is damaged"
             ) from None

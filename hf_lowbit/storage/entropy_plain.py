@@ -218,6 +218,7 @@ def decode_blocks(record: "Coded", payload: np.ndarray, target: np.ndarray) -> N
     if any(part.size < low for (_, part), low in zip(coded, lower, strict=True)):
         raise ValueError("a block is too short for its lower bytes: it is damaged")
     streams = [np.ascontiguousarray(part[: part.size - low]) for (_, part), low in zip(coded, lower, strict=True)]
+    assert record.frequencies is not None
     decoded = decode_symbols(streams, counts, record.frequencies)
     for (place, part), symbols, low in zip(coded, decoded, lower, strict=True):
         rows = len(place)
