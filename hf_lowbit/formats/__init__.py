@@ -11,11 +11,12 @@ from .base import Format, Quantized
 from .codebook import CodebookFormat
 from .fp4 import Fp4Format
 from .integer import IntFormat
+from .nested import NestedFormat
 from .nf import NormalFloatFormat
 from .ternary import TernaryFormat
 
 FORMATS: dict[str, type[Format]] = {
-    cls.name: cls for cls in (IntFormat, NormalFloatFormat, Fp4Format, CodebookFormat, TernaryFormat)
+    cls.name: cls for cls in (IntFormat, NormalFloatFormat, Fp4Format, CodebookFormat, TernaryFormat, NestedFormat)
 }
 
 _TRUTH = {"True": True, "False": False}

@@ -24,8 +24,13 @@ _LOG8_OCTAVES = 24.0  # smaller positive scales are stored as 2**-24 of the larg
 
 
 def signed(scale_dtype: str) -> bool:
-    """Whether negative scales can be stored."""
+    """Whether scales are stored as ordinary floats, which may be negative, and which an optimizer may train."""
     return scale_dtype in _FLOATS
+
+
+def takes_negative(scale_dtype: str) -> bool:
+    """Whether a negative scale can be stored."""
+    return scale_dtype in _FLOATS or scale_dtype == "e4m3"
 
 
 def scale_tensors(scale_dtype: str, rows: int, groups: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -64,8 +69,8 @@ def encode_scales(scales: torch.Tensor, scale_dtype: str) -> dict[str, torch.Ten
         mantissa, exponent = torch.frexp(scales.clamp_min(2.0**-126))  # mantissa in [0.5, 1); 0.5 is an exact power
         code = exponent - (mantissa == 0.5).to(exponent.dtype) + 127
         return {"_scales": code.clamp(0, 254).to(torch.uint8)}
-    base = (scales.amax() / _E4M3_MAX).clamp_min(2.0**-126).reshape(1)
-    stored = (scales / base).clamp(max=_E4M3_MAX).to(torch.float8_e4m3fn)
+    base = (scales.abs().amax() / _E4M3_MAX).clamp_min(2.0**-126).reshape(1)
+    stored = (scales / base).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
     return {"_scales": stored.view(torch.uint8), "_scales_range": base.to(torch.float32)}
 
 

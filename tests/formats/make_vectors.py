@@ -33,6 +33,7 @@ VECTORS = [
     ("fp4-nv", "fp4:bits=4,group_size=16,scale_dtype=e4m3", (2, 70)),
     ("codebook-3-tensor", "codebook:bits=3,group_size=64,codebook=tensor", (2, 70)),
     ("codebook-2-row", "codebook:bits=2,group_size=-1,codebook=row", (2, 70)),
+    ("nested-4", "nested:bits=4,group_size=32", (2, 70)),
     ("ternary-row", "ternary:bits=1.58", (2, 23)),
     ("ternary-groups", "ternary:bits=1.58,group_size=16,scale_dtype=float16", (3, 40)),
 ]
@@ -60,6 +61,9 @@ def make(name: str, text: str, shape: tuple[int, int]) -> dict:
         shape_of_levels = tensors["_codebook"][0]
         level = torch.linspace(-1, 1, shape_of_levels[1])[None]
         quantized.levels = level * level.abs().sqrt() + 0.01 * torch.arange(shape_of_levels[0])[:, None]
+    if format.name == "nested":
+        tables = [torch.linspace(-1, 1, 2**bits) for bits in format.widths]
+        quantized.levels = torch.cat([t * t.abs().sqrt() + 0.01 * len(t) for t in tables])[None]
     stored = format.pack(quantized)
     meant = format.unpack(stored, shape)
     return {

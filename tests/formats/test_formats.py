@@ -15,6 +15,7 @@ from hf_lowbit.formats import FORMATS, Quantized, parse_format
 from hf_lowbit.formats.codebook import CodebookFormat
 from hf_lowbit.formats.fp4 import MAGNITUDES, NEGATIVE_ZERO, Fp4Format
 from hf_lowbit.formats.integer import MAX_FLOAT_ZERO, IntFormat
+from hf_lowbit.formats.nested import NestedFormat
 from hf_lowbit.formats.nf import NormalFloatFormat, normal_float_levels
 from hf_lowbit.formats.planes import (
     bytes_per_row,
@@ -47,6 +48,8 @@ def formats(draw):
         return Fp4Format(**common)
     if name == "ternary":
         return TernaryFormat(**common)
+    if name == "nested":
+        return NestedFormat(draw(st.integers(2, 8)), **common)
     if draw(st.booleans()):
         return CodebookFormat(draw(WIDTHS), **common)
     return CodebookFormat(draw(WIDTHS), group_size=-1, scale_dtype=common["scale_dtype"], codebook="row")
@@ -72,6 +75,9 @@ def random_quantized(format, shape, seed):
     if "_codebook" in tensors:
         levels = torch.randn(tensors["_codebook"][0], generator=generator).sort(-1).values
         levels = format.storable_levels(levels)
+    if format.name == "nested":
+        tables = [torch.randn(1, 2**bits, generator=generator).sort(-1).values for bits in format.widths]
+        levels = format.codebook.storable_levels(torch.cat(tables, 1))
     return Quantized(codes, scales, zeros, levels)
 
 

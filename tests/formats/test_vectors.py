@@ -24,6 +24,7 @@ DEFAULTS = {
     "fp4": {"group_size": "32", "scale_dtype": "e8m0"},
     "codebook": {"group_size": "64", "scale_dtype": "log8", "codebook": "tensor"},
     "ternary": {"group_size": "-1", "scale_dtype": "log8"},
+    "nested": {"group_size": "32", "scale_dtype": "e4m3"},
 }
 NF = {
     2: "-1 0 0.435818166 1",
@@ -65,14 +66,23 @@ class Port:
     # -- codes ---------------------------------------------------------------------------------------------------------
 
     def read_codes(self):
+        if self.name == "nested":
+            parts = [("weight", 2), *((f"weight_bit{b}", 1) for b in range(3, self.bits + 1))]
+            codes = [[0] * self.columns for _ in range(self.rows)]
+            for name, plane in parts:
+                fields = [self.read_planes(row, [plane]) for row in self.numbers(name)]
+                codes = [
+                    [c << plane | f for c, f in zip(*rows, strict=True)] for rows in zip(codes, fields, strict=True)
+                ]
+            return codes
         read = self.read_ternary if self.name == "ternary" else self.read_planes
         return [read(row) for row in self.numbers("weight")]
 
-    def read_planes(self, row):
+    def read_planes(self, row, planes=None):
         blocks, codes = -(-self.columns // 64), []
         for k in range(self.columns):
             block, i, code, start = k // 64, k % 64, 0, 0
-            for plane in PLANES[self.bits]:
+            for plane in planes or PLANES[self.bits]:
                 lanes = 4 * plane
                 word = row[start + lanes * block + i % lanes]
                 code = code << plane | word >> (plane * (i // lanes)) & (2**plane - 1)
@@ -84,7 +94,13 @@ class Port:
         lanes = -(-self.columns // 10)
         return [(3 * (row[k % lanes] * 3 ** (k // lanes) % 65536)) // 65536 for k in range(self.columns)]
 
-    def write_codes(self, codes):
+    def write_codes(self, codes, bits=None):
+        if self.name == "nested":  # the first two bits, or that number `bits`
+            shift, self.bits, width = self.bits - (bits or 2), 1 if bits else 2, self.bits
+            cut = [[code >> shift & (2**self.bits - 1) for code in row] for row in codes]
+            written = b"".join(struct.pack("<H", lane) for row in cut for lane in self.write_planes(row))
+            self.bits = width
+            return written
         write = self.write_ternary if self.name == "ternary" else self.write_planes
         return b"".join(struct.pack("<H", lane) for row in codes for lane in write(row))
 
@@ -159,6 +175,11 @@ class Port:
             written += stream.to_bytes(-(-self.groups * self.bits // 8), "little")
         return written
 
+    def read_levels(self):
+        if self.name == "nested":
+            return [sum((self.numbers(f"weight_levels{b}")[0] for b in range(2, self.bits + 1)), [])]
+        return self.numbers("weight_codebook") if "weight_codebook" in self.tensors else None
+
     # -- values --------------------------------------------------------------------------------------------------------
 
     def values(self, codes, scales, zeros, levels):
@@ -174,6 +195,8 @@ class Port:
                     value = f32(code - 1)
                 elif self.name == "codebook":
                     value = f32(levels[n if self.options["codebook"] == "row" else 0][code])
+                elif self.name == "nested":
+                    value = f32(levels[0][code - 2**self.bits])
                 else:
                     value = f32(FP4[code] if self.name == "fp4" else float(NF[self.bits].split()[code]))
                 out.append(float(value if scales is None else value * f32(scales[n][g])))
@@ -198,7 +221,7 @@ def test_a_port_reads_what_the_library_wrote(vector):
     port = Port(vector)
     assert port.read_codes() == vector["codes"]
     assert port.read_zeros() == vector["zeros"]
-    levels = port.numbers("weight_codebook") if "weight_codebook" in port.tensors else None
+    levels = port.read_levels()
     assert levels == vector["levels"]
     scales = port.read_scales()
     if vector["scales"] is None:
@@ -218,7 +241,10 @@ def test_a_port_writes_the_same_bytes(vector):
         assert port.write_zeros(vector["zeros"]) == port.raw("weight_zeros")
     if vector["levels"] is not None:
         flat = [level for row in vector["levels"] for level in row]
-        assert b"".join(struct.pack("<e", level) for level in flat) == port.raw("weight_codebook")
+        names = [name for name in port.tensors if "codebook" in name or "levels" in name]
+        assert b"".join(struct.pack("<e", level) for level in flat) == b"".join(map(port.raw, names))
+    for name in [name for name in port.tensors if "_bit" in name]:
+        assert port.write_codes(vector["codes"], int(name[-1])) == port.raw(name)
 
 
 def stored_tensors(vector):
