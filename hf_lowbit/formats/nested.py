@@ -1,7 +1,7 @@
 """``format="nested"``: one code for every width from 2 bits up (Any-Precision LLM, Park et al., 2024).
 
-The first ``b`` bits of a code are a code of ``b`` bits, with a table of ``2**b`` levels of its own. All widths share the
-group scales. The bits lie in planes that are tensors of their own: ``weight`` has the first two, ``weight_bit3`` and so
+The first ``b`` bits of a code are a code of ``b`` bits, with a table of ``2**b`` levels of its own. All widths share
+the group scales. The bits lie in planes that are tensors of their own: ``weight`` has the first two, ``weight_bit3`` and so
 on one each. Reading a width therefore touches nothing of the bits after it.
 
 :func:`to_codebook` makes the ordinary ``codebook`` weight of a width, which the kernels run; as it is, a nested weight
@@ -24,7 +24,7 @@ _FIRST, _BIT = IntFormat(SMALLEST), IntFormat(1)
 
 @dataclass(frozen=True)
 class NestedFormat(LookupFormat):
-    """Codes of 3 to 8 bits whose first bits are codes too.
+    """Codes of 2 to 8 bits whose first bits are codes too.
 
     ``levels`` of a :class:`Quantized` holds the tables of all widths, smallest first: (1, 2**(bits + 1) - 4).
     """

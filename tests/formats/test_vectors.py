@@ -177,7 +177,7 @@ class Port:
 
     def read_levels(self):
         if self.name == "nested":
-            return [sum((self.numbers(f"weight_levels{b}")[0] for b in range(2, self.bits + 1)), [])]
+            return [[level for b in range(2, self.bits + 1) for level in self.numbers(f"weight_levels{b}")[0]]]
         return self.numbers("weight_codebook") if "weight_codebook" in self.tensors else None
 
     # -- values --------------------------------------------------------------------------------------------------------
