@@ -12,11 +12,12 @@ from transformers.utils.quantization_config import MetalConfig
 from .backends import check_backend
 from .formats import FORMATS, Format, parse_format
 from .low_rank import parse_low_rank
+from .formats.nested import SMALLEST
 from .methods import BEST, Method, make_method, method_options, methods
 from .version import __version__
 
 QUANT_METHOD = "lowbit"
-LOADING_OPTIONS = ("dequantize", "backend", "activations", "storage")
+LOADING_OPTIONS = ("dequantize", "backend", "activations", "storage", "load_bits")
 ACTIVATIONS = ("float", "int8")
 STORAGES = ("raw", "entropy", "zstd")
 # Options that a rule may change for the layers that it matches.
@@ -72,8 +73,9 @@ class LowBitConfig(MetalConfig):
     """How to quantize a model, or how to load one that is packed already.
 
     Args:
-        bits: 1 to 8, or 1.58 for ternary weights.
-        format: "int" (default), "nf", "fp4", "codebook" or "ternary"; see ``docs/format.md``.
+        bits: 1 to 8, or 1.58 for ternary weights; 4 by default, 8 for "nested".
+        format: "int" (default), "nf", "fp4", "codebook", "ternary", or "nested" for codes whose first bits are codes
+            too, of which ``load_bits`` reads as many as are wanted; see ``docs/format.md``.
         method: "rtn", "hqq", "lloyd" or, with calibration, "gptq"; by default the best measured one for the format.
         group_size: Consecutive inputs that share a scale: 16 to 1024 by powers of two, or "row". Default 32 for
             "int" and "fp4", "row" for "ternary" and for a codebook per row, otherwise 64 (also where "int" is
@@ -106,6 +108,8 @@ class LowBitConfig(MetalConfig):
         activations: Loading option: "float" (default), or "int8": on CPUs, packed linears round what comes in to 8
             bits, a scale for every token and group, and multiply integers. Faster and less exact: see ``docs/cpu.md``.
 
+        load_bits: Loading option for a nested repo (``format="nested"``): the width to load, 2 to what it holds, which is
+            the default. Planes of more bits are not read, and the model is an ordinary one of that width.
     Loading options are honoured for a packed repo; everything else then comes from the repo, and a contradiction is
     an error.
 
@@ -140,6 +144,7 @@ class LowBitConfig(MetalConfig):
     ):
         if calibration is not None and not _is_record(calibration):
             from .calibration.data import Calibration  # whose package imports this module
+        load_bits: int | None = None,
 
             calibration = Calibration.of(calibration)
         arguments = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__", "Calibration")}
@@ -160,7 +165,7 @@ class LowBitConfig(MetalConfig):
         self.requested: dict[str, Any] | None = None  # of a user's config, when this one came from a packed repo
 
         self.bits_stored = bits_stored
-        default = 4 if bits_stored is None else BITS_IN_MEMORY
+        default = 4 if bits_stored is None and format != "nested" else BITS_IN_MEMORY
         self.bits = default if bits is None else bits  # type: ignore[assignment]
         self.format = format or ("ternary" if self.bits == 1.58 else "int")
         self.method = method or (BEST.get(self.format, "rtn") if bits_stored is None else BEST_RATE_AWARE)
@@ -181,6 +186,7 @@ class LowBitConfig(MetalConfig):
     def post_init(self) -> None:
         """Checks every option and every rule by building what it asks for."""
         self.resolve()
+        self.load_bits = load_bits
         if self.activations not in ACTIVATIONS:
             raise ValueError(f"activations={self.activations!r} is unknown: use 'float' or 'int8'")
         if self.storage not in STORAGES:
@@ -193,6 +199,10 @@ class LowBitConfig(MetalConfig):
             if self.embeddings not in range(1, 9) or isinstance(self.embeddings, bool):
                 raise ValueError(f"embeddings={self.embeddings!r} is not possible: use 1 to 8 bits, or 'float'")
             self.resolve(self.embedding_options())
+        if self.load_bits is not None and (
+            self.load_bits not in range(SMALLEST, 9) or isinstance(self.load_bits, bool)
+        ):
+            raise ValueError(f"load_bits={self.load_bits!r} is not possible: use {SMALLEST} to 8, for a nested repo")
         for pattern, options in self.rules.items():
             try:
                 re.compile(pattern)

@@ -15,6 +15,7 @@ from torch import nn
 
 from .config import LowBitConfig
 from .formats import Format, parse_format
+from .formats.nested import NestedFormat
 from .low_rank import LowRank, parse_low_rank
 from .methods import Method
 
@@ -215,6 +216,8 @@ def _replay_plan(model: nn.Module, config: LowBitConfig) -> Plan:
         if kind is None:
             continue
         found = next((f for p, f in formats if any(p.fullmatch(n) for n in names(name, prefix))), None)
+        if isinstance(found, NestedFormat):
+            found = found.at(min(found.bits, config.load_bits or found.bits))
         if found is None:
             plan.kept.append(
                 Kept(name, module.weight.numel() * module.weight.element_size(), "kept when it was packed")

@@ -29,6 +29,7 @@ from .config import QUANT_METHOD, LowBitConfig
 from .distributed import keep_codes_from_ddp
 from .low_rank import NAMES
 from .memory import FreedMemory
+from .nesting import check_load_bits, leave_unread, runs_as, unnest
 from .packed import PackedMixin
 from .plan import Kept, Packed, Plan, ends_of, make_plan
 from .storage.headers import check_checkpoint
@@ -63,6 +64,8 @@ class LowBitHfQuantizer(HfQuantizer):
         ]
     }
 
+            *(f"weight_levels{bits}" for bits in range(2, 9)),
+            *(f"weight_bit{bits}" for bits in range(3, 9)),
     def __init__(self, quantization_config: LowBitConfig, **kwargs):
         # A copy: what is written into it below must not reach the next model that the user loads with the same one.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
@@ -85,6 +88,7 @@ class LowBitHfQuantizer(HfQuantizer):
     def coverage(self) -> dict:
         """Totals of what was packed and kept."""
         return self.plan.coverage() if self.plan is not None else {}
+        check_load_bits(quantization_config, self.pre_quantized)
 
     def validate_environment(self, *args, device_map=None, **kwargs):
         if not self.pre_quantized:
@@ -115,7 +119,8 @@ class LowBitHfQuantizer(HfQuantizer):
             for p in places
             if p not in ("disk", "auto", "balanced", "balanced_low_0", "sequential")
         }
-        for spec in dict.fromkeys(p.format.spec for p in self.plan.packed.values()):
+        formats = (runs_as(p.format) if self.pre_quantized else p.format for p in self.plan.packed.values())
+        for spec in dict.fromkeys(format.spec for format in formats):
             for device in devices:
                 if op == "linear_int8" and device not in ("cpu", "meta"):
                     raise ValueError(
@@ -151,6 +156,8 @@ class LowBitHfQuantizer(HfQuantizer):
         module, _, tensor = param_name.rpartition(".")
         return not self.pre_quantized and tensor == "weight" and module in self.plan.packed
 
+        if self.pre_quantized:
+            leave_unread(model, self.plan)
     def get_new_dtype(self, converter, param, dtype):
         # Asked for every tensor of a packed repo before it is read: the place to say that it is decoded afterwards.
         if decoded_later(self, converter, param, dtype):
@@ -205,6 +212,8 @@ class LowBitHfQuantizer(HfQuantizer):
         ends = ends_of(model)
         names = [name for name in self.plan.packed if name in ends]
         restore_modules(model, model.dtype, names)
+        if self.pre_quantized:
+            unnest(model, self.plan, self.quantization_config)
         for name in names:
             rows, columns = self.plan.packed.pop(name).shape
             if self.plan.tied.pop(name, None) is None:
