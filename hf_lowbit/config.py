@@ -11,8 +11,8 @@ from transformers.utils.quantization_config import MetalConfig
 
 from .backends import check_backend
 from .formats import FORMATS, Format, parse_format
-from .low_rank import parse_low_rank
 from .formats.nested import SMALLEST
+from .low_rank import parse_low_rank
 from .methods import BEST, Method, make_method, method_options, methods
 from .version import __version__
 
@@ -107,9 +107,9 @@ class LowBitConfig(MetalConfig):
         backend: Loading option: "auto", "torch", "triton" or "native".
         activations: Loading option: "float" (default), or "int8": on CPUs, packed linears round what comes in to 8
             bits, a scale for every token and group, and multiply integers. Faster and less exact: see ``docs/cpu.md``.
-
         load_bits: Loading option for a nested repo (``format="nested"``): the width to load, 2 to what it holds, which is
             the default. Planes of more bits are not read, and the model is an ordinary one of that width.
+
     Loading options are honoured for a packed repo; everything else then comes from the repo, and a contradiction is
     an error.
 
@@ -140,11 +140,11 @@ class LowBitConfig(MetalConfig):
         backend: str | None = None,
         activations: str | None = None,
         storage: str | None = None,
+        load_bits: int | None = None,
         **kwargs: Any,
     ):
         if calibration is not None and not _is_record(calibration):
             from .calibration.data import Calibration  # whose package imports this module
-        load_bits: int | None = None,
 
             calibration = Calibration.of(calibration)
         arguments = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__", "Calibration")}
@@ -181,28 +181,28 @@ class LowBitConfig(MetalConfig):
         self.backend = check_backend(backend or "auto")
         self.activations = activations or "float"
         self.storage = storage or "raw"
+        self.load_bits = load_bits
         self.post_init()
 
     def post_init(self) -> None:
         """Checks every option and every rule by building what it asks for."""
         self.resolve()
-        self.load_bits = load_bits
         if self.activations not in ACTIVATIONS:
             raise ValueError(f"activations={self.activations!r} is unknown: use 'float' or 'int8'")
         if self.storage not in STORAGES:
             raise ValueError(f"storage={self.storage!r} is unknown: use {', '.join(map(repr, STORAGES))}")
         if self.storage == "zstd" and importlib.util.find_spec("zstandard") is None:
             raise ValueError("storage='zstd' needs the zstandard library: pip install zstandard, or take 'entropy'")
+        if self.load_bits is not None and (
+            self.load_bits not in range(SMALLEST, 9) or isinstance(self.load_bits, bool)
+        ):
+            raise ValueError(f"load_bits={self.load_bits!r} is not possible: use {SMALLEST} to 8, for a nested repo")
         if self.dequantize and self.activations == "int8":
             raise ValueError("activations='int8' needs packed weights: drop it, or dequantize=True")
         if self.embeddings != "float":
             if self.embeddings not in range(1, 9) or isinstance(self.embeddings, bool):
                 raise ValueError(f"embeddings={self.embeddings!r} is not possible: use 1 to 8 bits, or 'float'")
             self.resolve(self.embedding_options())
-        if self.load_bits is not None and (
-            self.load_bits not in range(SMALLEST, 9) or isinstance(self.load_bits, bool)
-        ):
-            raise ValueError(f"load_bits={self.load_bits!r} is not possible: use {SMALLEST} to 8, for a nested repo")
         for pattern, options in self.rules.items():
             try:
                 re.compile(pattern)

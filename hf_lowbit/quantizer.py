@@ -60,12 +60,12 @@ class LowBitHfQuantizer(HfQuantizer):
             "weight_zeros",
             "weight_codebook",
             "weight_like",
+            *(f"weight_levels{bits}" for bits in range(2, 9)),
+            *(f"weight_bit{bits}" for bits in range(3, 9)),
             *NAMES,
         ]
     }
 
-            *(f"weight_levels{bits}" for bits in range(2, 9)),
-            *(f"weight_bit{bits}" for bits in range(3, 9)),
     def __init__(self, quantization_config: LowBitConfig, **kwargs):
         # A copy: what is written into it below must not reach the next model that the user loads with the same one.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
@@ -83,12 +83,12 @@ class LowBitHfQuantizer(HfQuantizer):
                 raise ValueError("the repo's quantization_config has no 'layers': it was not written by hf_lowbit")
         else:
             quantization_config.layers = None
+        check_load_bits(quantization_config, self.pre_quantized)
 
     @property
     def coverage(self) -> dict:
         """Totals of what was packed and kept."""
         return self.plan.coverage() if self.plan is not None else {}
-        check_load_bits(quantization_config, self.pre_quantized)
 
     def validate_environment(self, *args, device_map=None, **kwargs):
         if not self.pre_quantized:
@@ -139,6 +139,8 @@ class LowBitHfQuantizer(HfQuantizer):
         replace_modules(model, self.plan, self.quantization_config.backend, self.quantization_config.activations)
         self.coded = check_checkpoint(model, self.plan, checkpoint_files)
         self.refuse_offloading(device_map)
+        if self.pre_quantized:
+            leave_unread(model, self.plan)
         if not self.pre_quantized and self.quantization_config.needs_calibration:
             from .quantization import solve_checkpoint
 
@@ -156,8 +158,6 @@ class LowBitHfQuantizer(HfQuantizer):
         module, _, tensor = param_name.rpartition(".")
         return not self.pre_quantized and tensor == "weight" and module in self.plan.packed
 
-        if self.pre_quantized:
-            leave_unread(model, self.plan)
     def get_new_dtype(self, converter, param, dtype):
         # Asked for every tensor of a packed repo before it is read: the place to say that it is decoded afterwards.
         if decoded_later(self, converter, param, dtype):
@@ -191,6 +191,8 @@ class LowBitHfQuantizer(HfQuantizer):
         if new:
             restore_modules(model, model.dtype, new)
             model.initialize_weights()  # of what is not initialised yet
+        if self.pre_quantized:
+            unnest(model, self.plan, self.quantization_config)
         if self.quantization_config.unpacks_embeddings:
             self._unpack_embeddings(model)
         if not self.pre_quantized:
@@ -212,8 +214,6 @@ class LowBitHfQuantizer(HfQuantizer):
         ends = ends_of(model)
         names = [name for name in self.plan.packed if name in ends]
         restore_modules(model, model.dtype, names)
-        if self.pre_quantized:
-            unnest(model, self.plan, self.quantization_config)
         for name in names:
             rows, columns = self.plan.packed.pop(name).shape
             if self.plan.tied.pop(name, None) is None:
