@@ -7,6 +7,7 @@ import importlib.util
 import re
 from typing import Any
 
+from accelerate.utils import convert_file_size_to_int
 from transformers.utils.quantization_config import MetalConfig
 
 from .backends import check_backend
@@ -17,7 +18,7 @@ from .methods import BEST, Method, make_method, method_options, methods
 from .version import __version__
 
 QUANT_METHOD = "lowbit"
-LOADING_OPTIONS = ("dequantize", "backend", "activations", "storage", "load_bits")
+LOADING_OPTIONS = ("dequantize", "backend", "activations", "storage", "max_memory_bytes", "load_bits")
 ACTIVATIONS = ("float", "int8")
 STORAGES = ("raw", "entropy", "zstd")
 # Options that a rule may change for the layers that it matches.
@@ -109,6 +110,9 @@ class LowBitConfig(MetalConfig):
             bits, a scale for every token and group, and multiply integers. Faster and less exact: see ``docs/cpu.md``.
         load_bits: Loading option for a nested repo (``format="nested"``): the width to load, 2 to what it holds, which is
             the default. Planes of more bits are not read, and the model is an ordinary one of that width.
+        max_memory_bytes: Loading option for a packed repo: the most that its weights may take in memory, in bytes or as
+            "300MB", or ``{"cpu": "300MB"}``. Decoder layers that do not fit are read from disk when their turn comes:
+            see ``docs/streaming.md``.
 
     Loading options are honoured for a packed repo; everything else then comes from the repo, and a contradiction is
     an error.
@@ -140,6 +144,7 @@ class LowBitConfig(MetalConfig):
         backend: str | None = None,
         activations: str | None = None,
         storage: str | None = None,
+        max_memory_bytes: int | str | dict[str, int | str] | None = None,
         load_bits: int | None = None,
         **kwargs: Any,
     ):
@@ -181,6 +186,7 @@ class LowBitConfig(MetalConfig):
         self.backend = check_backend(backend or "auto")
         self.activations = activations or "float"
         self.storage = storage or "raw"
+        self.max_memory_bytes = max_memory_bytes
         self.load_bits = load_bits
         self.post_init()
 
@@ -199,6 +205,9 @@ class LowBitConfig(MetalConfig):
             raise ValueError(f"load_bits={self.load_bits!r} is not possible: use {SMALLEST} to 8, for a nested repo")
         if self.dequantize and self.activations == "int8":
             raise ValueError("activations='int8' needs packed weights: drop it, or dequantize=True")
+        if self.dequantize and self.max_memory_bytes is not None:
+            raise ValueError("max_memory_bytes= keeps weights packed on disk: drop it, or dequantize=True")
+        self.memory_budget()
         if self.embeddings != "float":
             if self.embeddings not in range(1, 9) or isinstance(self.embeddings, bool):
                 raise ValueError(f"embeddings={self.embeddings!r} is not possible: use 1 to 8 bits, or 'float'")
@@ -223,6 +232,33 @@ class LowBitConfig(MetalConfig):
             parse_format(text)
         for text in (self.low_rank or {}).values():
             parse_low_rank(text)
+
+    def memory_budget(self) -> int | None:
+        """``max_memory_bytes`` of the CPU as a number, or None without any.
+
+        Raises:
+            ValueError: for what is no size, or for another device than the CPU.
+        """
+        wanted = self.max_memory_bytes
+        if isinstance(wanted, dict):
+            other = next((device for device in wanted if str(device) != "cpu"), None)
+            if other is not None or not wanted:
+                raise ValueError(
+                    f"max_memory_bytes={wanted!r}: layers are streamed for the CPU only, so the one key is 'cpu'; for "
+                    "other devices use transformers' own device_map= and max_memory="
+                )
+            wanted = wanted["cpu"]
+        if wanted is None:
+            return None
+        try:
+            nbytes = -1 if isinstance(wanted, bool) else convert_file_size_to_int(wanted)
+        except (ValueError, AttributeError):
+            nbytes = -1
+        if nbytes <= 0:
+            raise ValueError(
+                f"max_memory_bytes={self.max_memory_bytes!r} is no size: use bytes, or a text like '300MB'"
+            )
+        return nbytes
 
     @property
     def needs_calibration(self) -> bool:

@@ -75,7 +75,10 @@ class LowBitLinear(PackedMixin, nn.Linear):
                 "packed codes; keep this layer in float by a rule {name: None}"
             )
         run = ops.linear if self.activations == "float" else ops.linear_int8
-        y = run(x, self.weight, self.companions(), self.bias, self.spec, self.in_features, self.backend)
+        if self.streamed is not None:
+            y = self.streamed.linear(self, x, run)
+        else:
+            y = run(x, self.weight, self.companions(), self.bias, self.spec, self.in_features, self.backend)
         for factor in self.factors():
             x = nn.functional.linear(x.to(factor.dtype), factor)
         return y if self.low_rank is None else (y + x).to(y.dtype)

@@ -1,5 +1,7 @@
 """What packed modules have in common: parameters laid out by a format, and their way back to floats."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
@@ -7,6 +9,9 @@ from . import ops
 from .formats import Format
 from .low_rank import NAMES, LowRank
 from .methods.base import Method
+
+if TYPE_CHECKING:
+    from .streaming import StreamedWeight
 
 
 class PackedMixin:
@@ -20,6 +25,8 @@ class PackedMixin:
     """What packed it, to pack it again after a change; None where nobody said."""
     low_rank: LowRank | None = None
     """The float correction beside the packed weight, if there is one."""
+    streamed: "StreamedWeight | None" = None
+    """Where products take the packed weight from, where its layer is not in memory."""
 
     def register_packed(self, format: Format, shape: tuple[int, int], backend: str, device=None) -> None:
         """Creates the (uninitialised) parameters for a weight of ``shape`` (N, K)."""
@@ -76,7 +83,16 @@ class PackedMixin:
         return {name.removeprefix("weight"): getattr(self, name) for name in self.packed_names}
 
     def set_packed(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Replaces the packed weight by ``tensors``, by suffix, as :meth:`Format.pack` returns them."""
+        """Replaces the packed weight by ``tensors``, by suffix, as :meth:`Format.pack` returns them.
+
+        Raises:
+            ValueError: for a streamed weight, which is on disk.
+        """
+        if self.streamed is not None:
+            raise ValueError(
+                "the weight of a streamed layer cannot be changed (by merging an adapter into it, for instance): load "
+                "the model without max_memory_bytes for that"
+            )
         for suffix, tensor in tensors.items():
             setattr(self, "weight" + suffix, nn.Parameter(tensor, requires_grad=False))
 

@@ -16,7 +16,7 @@ The order in which transformers calls them:
 
 import copy
 import functools
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from transformers.core_model_loading import ConversionOps, WeightRenaming
@@ -36,6 +36,9 @@ from .storage.headers import check_checkpoint
 from .storage.stored import decoded_later, store_model
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .streaming import Streaming
+
 register_quantization_config(QUANT_METHOD)(LowBitConfig)
 logger = logging.get_logger("transformers.hf_lowbit")  # follows transformers' verbosity
 
@@ -47,6 +50,7 @@ class LowBitHfQuantizer(HfQuantizer):
     Attributes:
         plan: What is packed and what is kept, after loading has begun.
         coverage: The same as totals, see :meth:`hf_lowbit.plan.Plan.coverage`.
+        streaming: Layers that stay on disk, if ``max_memory_bytes`` was given; its ``report()`` says what was read.
     """
 
     requires_calibration = False
@@ -75,6 +79,7 @@ class LowBitHfQuantizer(HfQuantizer):
         self.coded = False  # whether the checkpoint has coded tensors
         self.freed = FreedMemory()
         self.trains_scales = False  # set by hf_lowbit.adapters.scales
+        self.streaming: Streaming | None = None
         self.calibrate = None  # runs what has to be run before weights are quantized, once
         self.solved = None  # what calibrated methods decided, by module name
         if self.pre_quantized:
@@ -101,6 +106,18 @@ class LowBitHfQuantizer(HfQuantizer):
             )
         if self.quantization_config.dequantize and "disk" in places:
             raise ValueError("dequantizing to a 'disk' device is not possible: load without offloading, and save")
+        if self.quantization_config.max_memory_bytes is None:
+            return
+        if not self.pre_quantized:
+            raise ValueError(
+                "max_memory_bytes= reads packed layers from disk: quantize to a folder first (`hf-lowbit quantize SRC "
+                "DST`), then load that folder with it"
+            )
+        if elsewhere := [str(place) for place in places if str(place) not in ("None", "cpu")]:
+            raise ValueError(
+                f"max_memory_bytes= streams layers for the CPU, and device_map sends them to {elsewhere[0]!r}: use "
+                "device_map='cpu', or drop max_memory_bytes"
+            )
 
     # -- before loading ------------------------------------------------------------------------------------------------
 
@@ -145,6 +162,10 @@ class LowBitHfQuantizer(HfQuantizer):
             from .quantization import solve_checkpoint
 
             self.calibrate = functools.partial(solve_checkpoint, model, checkpoint_files, device_map)
+        if (budget := self.quantization_config.memory_budget()) is not None:
+            from .streaming import Streaming
+
+            self.streaming = Streaming(model, checkpoint_files, budget)
         return model
 
     # -- while loading -------------------------------------------------------------------------------------------------
@@ -204,6 +225,8 @@ class LowBitHfQuantizer(HfQuantizer):
         unexpected = [k for k in self.plan.kept if not k.expected]
         log = logger.warning_once if unexpected else logger.info
         log(self.plan.report())
+        if self.streaming is not None:
+            self.streaming.start(model)
         if self.quantization_config.dequantize:
             restore_modules(model, model.config.dtype)
             self.remove_quantization_config(model)
@@ -278,7 +301,7 @@ class LowBitHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        return self.streaming is None
 
     def get_state_dict_and_metadata(self, model):
         config, metadata = self.quantization_config, {"quantized_with": f"hf_lowbit {__version__}"}

@@ -39,10 +39,10 @@ def read_places(folder: str | os.PathLike) -> dict[str, Place]:
         raise ValueError(f"{folder} holds both {SAFE_WEIGHTS_NAME} and {index.name}: delete the one that is stale")
     files, _ = checkpoint_files(folder)
     if not index.exists():
-        return _places(Path(files[0]))
+        return places_in(Path(files[0]))
     where, places = read_json(index)["weight_map"], {}
     for file in map(Path, files):
-        for tensor, place in _places(file).items():
+        for tensor, place in places_in(file).items():
             if where.get(tensor) != file.name:
                 raise ValueError(f"{file.name} holds {tensor}, which {index.name} places in {where.get(tensor)}")
             places[tensor] = place
@@ -76,7 +76,8 @@ def content_hash(folder: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def _places(file: Path) -> dict[str, Place]:
+def places_in(file: Path) -> dict[str, Place]:
+    """Every stored tensor of one safetensors file, by name; raises ``ValueError`` for one that is damaged."""
     read_headers([str(file)])  # the safetensors library checks the header: sizes, order, nothing outside the file
     with open(file, "rb") as handle:
         start = 8 + int.from_bytes(handle.read(8), "little")

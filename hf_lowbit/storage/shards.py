@@ -17,8 +17,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.modeling_utils import str_to_torch_dtype
 
+from .layers import layer_of, natural
+
 DTYPE_NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}
 TEMPORARY = ".tmp"
+ALIGNMENT = 64  # of the first tensor, and so of most: a line of the cache
+
+
+def ordered(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """The names of ``tensors`` in the order of their bytes in a file.
+
+    Each layer's lie side by side, so that it can be read at once (:mod:`.layers`), in it larger items first. Where
+    that would leave a tensor unaligned to its dtype, since a layer has an odd number of bytes, larger items come first
+    in the whole file, as the safetensors library does it.
+    """
+    by_dtype = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
+    layers, end = sorted(by_dtype, key=lambda n: natural(layer_of(n) or "")), 0
+    for name in layers:
+        if end % tensors[name].dtype.itemsize:
+            return by_dtype
+        end += tensors[name].numel() * tensors[name].dtype.itemsize
+    return layers
 
 
 class Layout:
@@ -33,11 +52,10 @@ class Layout:
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor], metadata: dict[str, str]):
-        # Larger items first keeps every tensor aligned to its dtype, as the safetensors library does.
         header: dict = {"__metadata__": metadata}
         self.places: dict[str, int] = {}
         self.tensors, end = tensors, 0
-        for name in sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n)):
+        for name in ordered(tensors):
             tensor, start = tensors[name], end
             end += tensor.numel() * tensor.dtype.itemsize
             header[name] = {
@@ -47,7 +65,7 @@ class Layout:
             }
             self.places[name] = start
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(8 + len(text)) % ALIGNMENT)  # which the format allows
         self.head = len(text).to_bytes(8, "little") + text
         self.size = len(self.head) + end
 

@@ -1,0 +1,271 @@
+"""Running a packed model that is larger than the memory it may have: ``LowBitConfig(max_memory_bytes="300MB")``.
+
+What is outside of numbered layers (embedding, head), norms, biases and whatever is not packed stays in memory. Of the
+layers' packed weights, as many layers as fit stay there too, spread evenly over the model, so that the disk is busy
+while they are computed. The others are read when their turn comes, by :mod:`.storage.stream`: two buffers of one layer
+each count as part of the budget. Activations and the cache of keys and values do not.
+
+Parameters of a streamed layer stay views of the mapped file, which take no memory: saving, dequantizing or looking at
+them works as ever and reads the file. Only products take the stream's buffers. Autograd saves nothing of them: the
+backward asks the stream for the layer again, which learns that order too.
+
+Left out: devices other than the CPU, merging adapters into streamed layers and training their scales (all refused),
+and weights of layers that are not packed, such as fused experts, which stay in memory.
+"""
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .linear import LowBitLinear
+from .plan import names
+from .storage.content import Place, places_in
+from .storage.layers import Layer, by_layer, lay_out_layer
+from .storage.stream import Counts, Files, LayerStream, allocate, read_layer
+
+logger = logging.get_logger("transformers.hf_lowbit")
+SLOTS = 2
+
+
+@dataclasses.dataclass
+class StreamingReport(Counts):
+    """What streaming has done since loading or :meth:`Streaming.reset`, and what it holds.
+
+    Attributes:
+        budget_bytes: What was allowed.
+        held_bytes: What is held: parameters in memory, layers in memory, buffers.
+        layers_kept: Layers in memory.
+        layers_streamed: Layers read from disk in each pass.
+        pass_bytes: Bytes of one pass over the streamed layers.
+    """
+
+    budget_bytes: int = 0
+    held_bytes: int = 0
+    layers_kept: int = 0
+    layers_streamed: int = 0
+    pass_bytes: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layers_kept} layers in memory, {self.layers_streamed} streamed ({self.pass_bytes / 1e6:.1f} MB a "
+            f"pass); {self.held_bytes / 1e6:.1f} of {self.budget_bytes / 1e6:.1f} MB held; read "
+            f"{self.bytes_read / 1e6:.1f} MB in {self.reading_s:.2f} s ({self.wasted_bytes / 1e6:.1f} MB for nothing), "
+            f"waited {self.waiting_s:.2f} s in {self.waits} waits"
+        )
+
+
+class Streaming:
+    """The streamed layers of a model: made on its skeleton, so that what cannot work is said before loading.
+
+    Args:
+        model: With packed modules in place, possibly on ``meta``.
+        files: The checkpoint's files.
+        budget: Bytes.
+
+    Attributes:
+        layers: Every layer with packed linears, in order.
+        kept: Numbers of those that stay in memory.
+
+    Raises:
+        ValueError: for files that are not safetensors, modules that are not in them, and a budget that is too small,
+            with the least that would do.
+    """
+
+    def __init__(self, model: nn.Module, files: Iterable[str] | None, budget: int):
+        self.budget = budget
+        places: dict[str, Place] = {}
+        for file in files or ():
+            if not str(file).endswith(".safetensors"):
+                raise ValueError(f"max_memory_bytes= streams safetensors files, and {file} is none")
+            places.update(places_in(Path(file)))
+        self._modules = by_layer(name for name, m in model.named_modules() if isinstance(m, LowBitLinear))
+        prefix = getattr(model, "base_model_prefix", "")
+        self.layers = [
+            lay_out_layer(layer, _places_of(model, modules, places, prefix)) for layer, modules in self._modules.items()
+        ]
+        self._stream: LayerStream | None = None
+        self.fit(model)
+
+    def fit(self, model: nn.Module) -> None:
+        """Decides which layers stay in memory."""
+        inside = {field for layer in self.layers for field in layer.fields}
+        self.other_bytes = _nbytes(model, inside)
+        sizes, least = [layer.nbytes for layer in self.layers], self.other_bytes
+        for count in range(len(sizes), -1, -1):
+            kept = _spread(count, len(sizes))
+            streamed = [size for i, size in enumerate(sizes) if i not in kept]
+            slots = min(SLOTS, len(streamed))
+            least = self.other_bytes + sum(sizes[i] for i in kept) + slots * max(streamed, default=0)
+            if least <= self.budget:
+                self.kept, self.held_bytes = kept, least
+                return
+        raise ValueError(
+            f"max_memory_bytes={self.budget} ({self.budget / 1e6:.1f} MB) is too small: what is outside of this model's "
+            f"{len(sizes)} layers needs {self.other_bytes / 1e6:.1f} MB, and {min(SLOTS, len(sizes))} buffers of one "
+            f"layer {(least - self.other_bytes) / 1e6:.1f} MB; the least that would do is {least}"
+        )
+
+    @torch.no_grad()
+    def start(self, model: nn.Module) -> None:
+        """Puts what stays into memory, and the stream behind the other layers of the loaded ``model``."""
+        self.fit(model)  # again: a tie that the checkpoint does not have makes a model larger
+        inside = {field for layer in self.layers for field in layer.fields}
+        for name, parameter in model.named_parameters():
+            if name not in inside:
+                parameter.data = parameter.data.clone()  # out of the mapped file
+        for index in sorted(self.kept):
+            layer = self.layers[index]
+            buffer, files = allocate(layer.nbytes), Files([extent.file for extent in layer.extents])
+            read_layer(files, layer, buffer, Counts())
+            files.close()
+            for name, field in layer.fields.items():
+                model.get_parameter(name).data = field.view(buffer)
+        streamed = [i for i in range(len(self.layers)) if i not in self.kept]
+        if not streamed:
+            return
+        self._stream = LayerStream([self.layers[i] for i in streamed], SLOTS)
+        for number, index in enumerate(streamed):
+            layer = self.layers[index]
+            _map(model, layer)
+            for name in self._modules[layer.name]:
+                module = model.get_submodule(name)
+                assert isinstance(module, LowBitLinear)
+                fields = [layer.fields[f"{name}.{tensor}"] for tensor in module.packed_names]
+                views = [[field.view(buffer) for field in fields] for buffer in self._stream.buffers]
+                module.streamed = StreamedWeight(self._stream, number, views)
+        model._apply = functools.partial(_apply_streamed, weakref.ref(model))  # type: ignore[method-assign]
+        logger.info("streaming: %s", self.report())
+
+    def report(self) -> StreamingReport:
+        """Counts and sizes so far."""
+        counts = Counts() if self._stream is None else self._stream.counts
+        return StreamingReport(
+            **dataclasses.asdict(counts),
+            budget_bytes=self.budget,
+            held_bytes=self.held_bytes,
+            layers_kept=len(self.kept),
+            layers_streamed=len(self.layers) - len(self.kept),
+            pass_bytes=sum(layer.read_bytes for i, layer in enumerate(self.layers) if i not in self.kept),
+        )
+
+    def reset(self) -> None:
+        """Sets the counts to zero."""
+        if self._stream is not None:
+            self._stream.reset()
+
+
+def _places_of(model: nn.Module, modules: list[str], places: dict[str, Place], prefix: str) -> dict[str, Place]:
+    """Where the packed tensors of ``modules`` lie, by the names of their parameters."""
+    found = {}
+    for name in modules:
+        alias = next((alias for alias in names(name, prefix) if f"{alias}.weight" in places), None)
+        if alias is None:
+            raise ValueError(
+                f"{name} has another name in this repo's files, so that its layer cannot be streamed: load the model "
+                "without max_memory_bytes and save it, which writes it under its own name"
+            )
+        for tensor in model.get_submodule(name).packed_names:
+            found[f"{name}.{tensor}"] = places[f"{alias}.{tensor}"]
+    return found
+
+
+def _nbytes(model: nn.Module, without: set[str]) -> int:
+    """Bytes of all parameters and buffers, tied ones once, but those in ``without``."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tensors = {
+        id(tensor): tensor.nbytes
+        for tensors in (model.named_parameters(), model.named_buffers())
+        for name, tensor in tensors
+        if name not in without and not (name in tied and tensor.device.type == "meta")
+    }
+    return sum(tensors.values())
+
+
+def _spread(count: int, total: int) -> set[int]:
+    """``count`` of ``range(total)``, evenly spread."""
+    return {i for i in range(total) if (i + 1) * count // total > i * count // total}
+
+
+def _map(model: nn.Module, layer: Layer) -> None:
+    """Makes the parameters of ``layer`` views of its file, whatever loading made of them."""
+    for file in dict.fromkeys(extent.file for extent in layer.extents):
+        with safe_open(file, framework="pt") as handle:
+            stored = set(handle.keys())
+            for name in layer.fields:
+                alias = next((a for a in names(name, model.base_model_prefix) if a in stored), None)
+                if alias is not None:
+                    model.get_parameter(name).data = handle.get_tensor(alias)
+
+
+def _apply_streamed(model_ref, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    device = fn(torch.empty(0)).device
+    if device.type != "cpu":
+        raise ValueError(
+            f"this model streams its layers from disk for the CPU and cannot be moved to {device}: load it without "
+            "max_memory_bytes for that"
+        )
+    model = model_ref()
+    return type(model)._apply(model, fn, recurse)
+
+
+class StreamedWeight:
+    """The packed weight of one module, which is in memory only while it is used.
+
+    Args:
+        stream: Of its layer.
+        layer: The layer's number there.
+        views: For each buffer of the stream, the packed tensors in it, in the order of the format.
+    """
+
+    def __init__(self, stream: LayerStream, layer: int, views: list[list[Tensor]]):
+        self.stream, self.layer, self.views = stream, layer, views
+
+    @contextmanager
+    def use(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """The weight and its companions, for as long as the context lasts."""
+        with self.stream.use(self.layer) as slot:
+            weight, *companions = self.views[slot]
+            yield weight, companions
+
+    @torch.compiler.disable(reason="the layers of this model are streamed from disk")
+    def linear(self, module: LowBitLinear, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
+        """``run``, an op of :mod:`.ops`, with the packed weight of ``module``; differentiable."""
+        if x.device.type != "cpu":
+            raise ValueError(f"this model's layers are streamed for the CPU, and its input is on {x.device}")
+        bias = module.bias
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return _StreamedLinear.apply(x, bias, module, run)
+        with self.use() as (weight, companions):
+            return run(x, weight, companions, bias, module.spec, module.in_features, module.backend)
+
+
+class _StreamedLinear(torch.autograd.Function):
+    """The product with a streamed weight, of which nothing is saved: the backward reads it again."""
+
+    @staticmethod
+    def forward(ctx, x, bias, module, run):
+        ctx.module, ctx.bias_dtype = module, None if bias is None else bias.dtype
+        with module.streamed.use() as (weight, companions):
+            return run(x, weight, companions, bias, module.spec, module.in_features, module.backend)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        x_gradient = bias_gradient = None
+        module = ctx.module
+        if ctx.needs_input_grad[0]:
+            with module.streamed.use() as (weight, companions):
+                x_gradient = torch.ops.lowbit.input_gradient(
+                    gradient, weight, companions, module.spec, module.in_features, module.backend
+                )
+        if ctx.needs_input_grad[1]:
+            bias_gradient = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return x_gradient, bias_gradient, None, None
