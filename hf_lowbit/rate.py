@@ -4,12 +4,14 @@ Weights on a uniform grid without groups or clipping are far from uniform: most 
 ``storage="entropy"`` stores each at about ``-log2`` of its frequency in the tensor, so what counts on disk is the
 order-0 entropy of the codes, and a step size is a choice of bits. The rate-aware methods share this model of it:
 
-- :func:`entropy`, what the codes of one tensor take, in bits each, and :data:`CODER_OVERHEAD`, what the coder may add;
+- :func:`coded_bits`, what the coder makes of the codes of one tensor, its tables, blocks and rounded frequencies
+  included, so that a target is met in the file and not in theory; :func:`entropy` is the bound;
 - :func:`code_lengths` and :func:`cheapest_codes`: rounding that gives up a little nearness where the other neighbour
   takes fewer bits (rate-distortion-optimised rounding);
 - :func:`find_step`, the step at which a rate is what was asked for.
 
-Codes are signed integers here, -128 to 127, as float32: formats shift them to where their grid has its zero.
+Codes are signed integers here, -128 to 127, as float32, where nothing else is said; formats shift them by the zero of
+their grid.
 
 At high rates an entropy-coded uniform grid has a squared error of ``step^2 / 12`` and takes ``h - log2(step)`` bits, so
 one more bit saves ``2 ln 2 * step^2 / 12`` of error: :data:`SLOPE`, the price of a bit in units of ``step^2``. It is
@@ -22,11 +24,21 @@ from collections.abc import Callable
 
 import torch
 
+from .formats import Format
+from .storage.entropy import (
+    HEAD,
+    block_rows,
+    choose_frequencies,
+    count_symbols,
+    expected_bytes,
+    pack_frequencies,
+    symbols_for,
+)
+from .storage.entropy_plain import SYMBOLS as KINDS
+
 ZERO = 128  # where code 0 is counted
 SYMBOLS = 2 * ZERO
 SLOPE = math.log(2) / 6
-CODER_OVERHEAD = 0.02
-"""Bits per weight by which stored codes may exceed their entropy: frequencies of 12 bits, tables, blocks, checksums."""
 STEPS_TRIED = 40
 
 
@@ -39,6 +51,33 @@ def entropy(counts: torch.Tensor) -> float:
     """Order-0 entropy in bits per symbol of symbols that occur ``counts`` (any,) times; 0.0 where there are none."""
     p = counts[counts > 0].double() / counts.sum().clamp_min(1)
     return float(-(p * p.log2()).sum()) if len(p) else 0.0
+
+
+def coded_bits(codes: torch.Tensor, format: Format, rows: int | None = None) -> float:
+    """Bits of the packed weight of ``codes`` as ``storage="entropy"`` writes it, or raw where that is smaller.
+
+    The coder's own account of its size, which leaves out only how full the last words of a block are: 10 bytes of it.
+
+    Args:
+        codes: As the format has them, uint8 (n, K).
+        format: The format.
+        rows: Of the whole matrix, where ``codes`` are a sample of its rows.
+    """
+    shape, dtype = format.packed_tensor((rows or codes.shape[0], codes.shape[1]))
+    symbols = symbols_for("", dtype, format.bits)
+    raw = format.pack_rows(codes).cpu().numpy().view("uint8")
+    counts = (count_symbols(raw, symbols) * (shape[0] / codes.shape[0])).round()
+    frequencies = choose_frequencies(counts)
+    row_bytes = raw.shape[1]
+    blocks = -(-shape[0] // block_rows(shape[0], KINDS[symbols].count(row_bytes), row_bytes))
+    head = HEAD.size + 8 * len(shape) + 8 * blocks + len(pack_frequencies(frequencies))
+    return 8 * min(head + expected_bytes(counts, frequencies, blocks), shape[0] * row_bytes)
+
+
+def bare_bits(codes: torch.Tensor, format: Format, rows: int | None = None) -> float:
+    """The entropy of ``codes`` alone; arguments as for :func:`coded_bits`."""
+    counts = torch.bincount(codes.flatten().to(torch.int64), minlength=SYMBOLS)
+    return entropy(counts) * (rows or codes.shape[0]) * codes.shape[1]
 
 
 def code_lengths(counts: torch.Tensor) -> torch.Tensor:

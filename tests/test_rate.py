@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from hf_lowbit.rate import SLOPE, ZERO, cheapest_codes, code_lengths, count_codes, entropy, find_step
+from hf_lowbit.formats import parse_format
+from hf_lowbit.rate import SLOPE, ZERO, cheapest_codes, code_lengths, coded_bits, count_codes, entropy, find_step
+from hf_lowbit.storage.entropy import encode, symbols_for
 
 
 @pytest.mark.parametrize(
@@ -19,6 +21,27 @@ def test_entropy(counts, bits):
 def test_codes_are_counted_from_minus_128_to_127():
     counts = count_codes(torch.tensor([[-128.0, 0.0], [0.0, 127.0]]))
     assert counts.sum() == 4 and counts[0] == 1 and counts[ZERO] == 2 and counts[255] == 1
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("shape", [(1, 64), (7, 577), (300, 576), (64, 4096)])
+@pytest.mark.parametrize("kind", ["normal", "constant", "uniform"])
+def test_the_account_of_coded_bits_is_the_coders_size(bits, shape, kind):
+    """To 10 bytes a block, or 40 where it holds next to nothing, and states end as they began."""
+    generator, top = torch.Generator().manual_seed(0), 2**bits
+    codes = {
+        "normal": (torch.randn(shape, generator=generator) * top / 8 + top / 2).round().clamp(0, top - 1),
+        "constant": torch.full(shape, float(top // 2)),
+        "uniform": torch.randint(0, top, shape, generator=generator),
+    }[kind].to(torch.uint8)
+    format = parse_format(f"int:bits={bits},group_size=-1,symmetric=True")
+    packed = format.pack_rows(codes)
+    size = min(encode(packed, symbols_for("", packed.dtype, bits)).nbytes, packed.nbytes)
+    blocks = 1 + packed.nbytes // 2**15
+    assert coded_bits(codes, format) / 8 == pytest.approx(size, abs=40 * blocks)
+    assert coded_bits(codes[:: 1 if len(codes) < 64 else 2], format, shape[0]) == pytest.approx(
+        8 * size, rel=0.03, abs=320 * blocks
+    )
 
 
 def test_lengths_are_those_of_an_ideal_coder_and_unseen_codes_cost_more():

@@ -2,15 +2,17 @@
 
 Fixed widths spend bits on ranges: groups, their scales, and levels that are hardly used. With an entropy coder behind
 them, codes need none of that. Every row is a uniform grid around zero with one step, nothing is clipped, and the step
-decides how many bits the coder needs. ``bits_stored`` says how many that shall be for a weight, steps and the coder's
-overhead included (:mod:`hf_lowbit.rate`); each matrix gets the steps that meet it, so the whole model does.
+decides how many bits the coder needs. ``bits_stored`` says how many that shall be for a weight, steps and the
+coder's overhead included (:mod:`hf_lowbit.rate`); each matrix gets the steps that meet it, so the whole model does.
 
 - The step of a row is proportional to the root mean square of its weights, by one factor for the matrix.
 - Codes are chosen by error and rate together, which matters at low rates.
 - The stored step is the least-squares one for the codes, as zero gets more than its share of them.
 - A row whose largest weight lies outside the ``bits`` of the codes in memory gets a wider step instead of a clipped
-  weight. With the default, 8 bits in memory, that takes a weight of 40 times the row's root mean square at 3 bits
+  weight. With the default, 8 bits in memory, that takes a weight of 60 times the row's root mean square at 3 bits
   stored.
+- Matrices of a few hundred weights, for which the coder's tables alone would take half of that, get codes whose entropy
+  is ``bits_stored``.
 
 In memory these are ordinary integers of ``bits`` bits: without ``storage="entropy"`` they take those on disk too.
 """
@@ -18,17 +20,17 @@ In memory these are ordinary integers of ``bits`` bits: without ``storage="entro
 import torch
 
 from ..formats import Quantized
-from ..rate import CODER_OVERHEAD, SLOPE, cheapest_codes, code_lengths, count_codes, entropy, find_step
+from ..rate import SLOPE, bare_bits, cheapest_codes, code_lengths, coded_bits, count_codes, find_step
 from .base import CHUNK_WEIGHTS, Method
 
-SAMPLE_WEIGHTS = 2**20  # to find the step: their entropy is within 0.0002 bits (255 / (2 ln 2 * 2**20)) of unbiased
+SAMPLE_WEIGHTS = 2**20  # to find the step
 
 
 class Ecsq(Method):
     """Entropy-coded scalar quantization.
 
     Args:
-        bits_stored: Bits per weight to meet, from 0.5 to 7: the codes' entropy, the steps, and what a coder adds.
+        bits_stored: Bits per weight to meet, from 0.5 to 7: the coded weight and its steps.
     """
 
     name = "ecsq"
@@ -45,12 +47,10 @@ class Ecsq(Method):
         self.check(format)
         rows, columns = weight.shape
         limit = 2 ** (int(format.bits) - 1) - 1
-        rate = self.bits_stored - CODER_OVERHEAD - 16 / columns
-        if rate <= 0:
-            raise ValueError(
-                f"bits_stored={self.bits_stored} leaves nothing for the codes of rows of {columns} weights, whose "
-                f"steps take {16 / columns:.2f} bits a weight: ask for more, or keep the layer in float by a rule"
-            )
+        total = self.bits_stored * rows * columns - 16 * rows  # for the coded weight
+        nothing = coded_bits(torch.full((1, columns), round(format.fixed_zero), dtype=torch.uint8), format, rows)
+        # What is too small to be worth coding is stored raw; its codes get the entropy that was asked for.
+        bits_of, total = (coded_bits, total) if nothing < total / 2 else (bare_bits, self.bits_stored * rows * columns)
         size = max(1, CHUNK_WEIGHTS // columns)
         rms, widest = torch.empty(2, rows, 1, device=weight.device)
         for i in range(0, rows, size):
@@ -70,8 +70,10 @@ class Ecsq(Method):
         def rate_at(factor: float) -> float:
             x = in_steps(sample, steps_at(factor, slice(None, None, every)))
             lengths = code_lengths(count_codes(x.round()))
-            return entropy(count_codes(cheapest_codes(x, lengths, SLOPE, limit)))
+            codes = cheapest_codes(x, lengths, SLOPE, limit).add_(format.fixed_zero).to(torch.uint8)
+            return bits_of(codes, format, rows) / (rows * columns)
 
+        rate = total / (rows * columns)
         factor = find_step(rate_at, rate, 4.13 * 2.0**-rate)  # of normal weights: sqrt(2 pi e) = 4.13
         steps, lengths = steps_at(factor), lengths_at(factor)
         codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
