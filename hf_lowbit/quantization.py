@@ -24,7 +24,7 @@ from huggingface_hub import constants
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from .calibration import Calibration, Planned, Run, calibrate
+from .calibration import Calibration, Run, calibrate, planned_hook
 from .calibration.blocks import Blocks
 from .config import LowBitConfig
 from .convert import Source, check_source, fetch, open_source, quantize_folder
@@ -158,7 +158,8 @@ def solve(
     if rules:
         config.rules = rules
         source = open_source(folder, config, dtype)
-    run = calibrate(source, work or cache_folder(), Planned(), tokens, settings, shared=work is None, **options)
+    hook = planned_hook(source.plan)
+    run = calibrate(source, work or cache_folder(), hook, tokens, settings, shared=work is None, **options)
     config.calibration = config.calibration.record(tokens)
     return run
 

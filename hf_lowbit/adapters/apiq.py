@@ -205,7 +205,7 @@ class ApiQBlockwise(Hook):
         assert block.inputs is not None and block.reference_inputs is not None
         target = block.outputs(block.reference, block.reference_inputs)
         starts = {name: layer.solution for name, layer in block.layers.items()}
-        before = self.error(block, target)
+        before = block.error(target)
         trained = {name: Trained(block.layers[name], s) for name, s in starts.items() if s is not None}
         batches = block.batches()
         power = (target - block.reference_inputs).square().mean()
@@ -224,12 +224,7 @@ class ApiQBlockwise(Hook):
                 schedule.step()
         for name, t in trained.items():
             block.set(name, t.solution())
-        after = self.error(block, target)
+        after = block.error(target)
         if not after < before:
             for name, solution in starts.items():
                 block.set(name, solution)
-
-    def error(self, block: Block, target: torch.Tensor) -> float:
-        """Mean squared error of the block's output (W, L, H) as solved so far."""
-        assert block.inputs is not None
-        return float((block.outputs(block.module, block.inputs) - target).double().square().mean())

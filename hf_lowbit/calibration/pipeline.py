@@ -179,6 +179,11 @@ class Block:
         """Outputs (b, L, H) of ``module`` for some windows of ``inputs``, which may lie on another device."""
         return self.arguments.run(module, inputs[windows].to(self.device), windows)
 
+    def error(self, target: torch.Tensor) -> float:
+        """Mean squared error of the output (W, L, H) of the block as solved so far, from ``target`` (W, L, H)."""
+        assert self.inputs is not None
+        return float((self.outputs(self.module, self.inputs) - target).double().square().mean())
+
     @torch.no_grad()
     def groups(self) -> list[list[str]]:
         """Names of the layers in the order in which they run, those with the same input together.
@@ -206,15 +211,18 @@ class Block:
         return ran + [[name] for name in self.layers if not any(name in names for names in ran)]
 
     @torch.no_grad()
-    def moments(self, group: list[str], batches: list[torch.Tensor] | None = None) -> Moments:
-        """The moments of the common input of ``group``; cross moments too where the float activations are there.
+    def moments(
+        self, group: list[str], batches: list[torch.Tensor] | None = None, cross: bool | None = None
+    ) -> Moments:
+        """The moments of the common input of ``group``.
 
         Args:
             group: Names of layers.
             batches: Some of :meth:`batches`; all by default.
+            cross: Whether cross moments too; by default where the float activations are there.
         """
         name = group[0]
-        cross = self.reference_inputs is not None
+        cross = self.reference_inputs is not None if cross is None else cross
         assert self.inputs is not None
         moments = Moments(self.layers[name].weight.shape[1], cross, self.device)
         for windows in self.batches() if batches is None else batches:

@@ -5,12 +5,15 @@ the weight alone, as when a model is quantized while it loads.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers.utils import logging
 
+from ..methods import BlockMethod
+from ..plan import Plan
 from ..quantizer import quantize_weight
-from .pipeline import LayerHook, Solution
+from .pipeline import Layer, LayerHook, Solution
+from .statistics import Moments
 
 logger = logging.get_logger(__name__)
 
@@ -22,9 +25,16 @@ class Planned(LayerHook):
     activations: ClassVar[str] = "quantized"
 
     def solve_layer(self, layer, moments, generator):
+        if not layer.planned.method.needs_calibration:
+            return Solution(quantize_weight(layer.weight, layer.planned, layer.name + ".weight"))
+        self.check_tokens(layer, moments)
+        tensors = quantize_weight(layer.weight, layer.planned, layer.name + ".weight", moments)
+        return Solution(tensors, tokens=moments.tokens)
+
+    def check_tokens(self, layer: Layer, moments: Moments) -> None:
+        """Raises ``ValueError`` if ``layer`` saw no token, and warns if there were few."""
         method, name = layer.planned.method, layer.name
-        if not method.needs_calibration:
-            return Solution(quantize_weight(layer.weight, layer.planned, name + ".weight"))
+        assert method is not None
         if moments.tokens == 0:
             raise ValueError(
                 f"{name} never saw a token of the calibration, so method {method.name!r} knows nothing of it: give "
@@ -35,4 +45,36 @@ class Planned(LayerHook):
                 "%s saw %d tokens of the calibration, fewer than its %d inputs: give more text",
                 name, moments.tokens, layer.weight.shape[1],
             )  # fmt: skip
-        return Solution(quantize_weight(layer.weight, layer.planned, name + ".weight", moments), tokens=moments.tokens)
+
+
+@dataclass
+class PlannedBlocks(Planned):
+    """The same where some methods are a :class:`~hf_lowbit.methods.BlockMethod`."""
+
+    activations: ClassVar[str] = "both"
+
+    def solve(self, block):
+        trained: list[tuple[BlockMethod, dict[str, Any]]] = []
+        for group in block.groups():
+            moments = block.moments(group, cross=False)
+            for name in group:
+                layer = block.layers[name]
+                method, format = layer.planned.method, layer.planned.format
+                if not isinstance(method, BlockMethod):
+                    block.set(name, self.solve_layer(layer, moments, block.generator))
+                    continue
+                self.check_tokens(layer, moments)
+                quantized, state = method.begin(layer.weight, format, moments)
+                block.set(name, Solution(format.pack(quantized), tokens=moments.tokens))
+                alike = (s for m, s in trained if (type(m), vars(m)) == (type(method), vars(method)))
+                if (states := next(alike, None)) is None:
+                    trained.append((method, states := {}))
+                states[name] = state
+        for method, states in trained:
+            method.train(block, states)
+
+
+def planned_hook(plan: Plan) -> Planned:
+    """The hook for the methods of ``plan``."""
+    blocks = any(isinstance(p.method, BlockMethod) for p in plan.packed.values())
+    return PlannedBlocks() if blocks else Planned()

@@ -11,11 +11,14 @@ against them.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from ..formats import Format, Quantized
+
+if TYPE_CHECKING:
+    from ..calibration import Block
 
 # Weights of one chunk of rows in GridMethod. A method holds about ten float32 temporaries of this size: 10 MB, which
 # also fit a processor's cache.
@@ -44,6 +47,31 @@ class Method(ABC):
             weight: What to quantize.
             format: As what.
             statistics: For methods that need calibration, the :class:`~hf_lowbit.calibration.Moments` of the inputs.
+        """
+
+
+class BlockMethod(Method):
+    """A method that starts layer by layer and then works on all its layers of a decoder block together."""
+
+    needs_calibration = True
+
+    def quantize(self, weight, format, statistics=None):
+        """The start alone."""
+        if statistics is None:
+            raise ValueError(f"method {self.name!r} needs calibration data: give calibration=, such as a list of texts")
+        return self.begin(weight, format, statistics)[0]
+
+    @abstractmethod
+    def begin(self, weight: torch.Tensor, format: Format, statistics: Any) -> tuple[Quantized, Any]:
+        """The start of a layer, as :meth:`quantize` gives it, and what :meth:`train` needs of it."""
+
+    @abstractmethod
+    def train(self, block: "Block", states: dict[str, Any]) -> None:
+        """Solves layers of ``block`` again, by :meth:`~hf_lowbit.calibration.Block.set`.
+
+        Args:
+            block: The block, whose layers all have a solution, with the float model's activations.
+            states: What :meth:`begin` returned for each layer of this method, by its name in the block.
         """
 
 

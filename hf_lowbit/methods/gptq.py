@@ -53,10 +53,13 @@ class Gptq(Method):
         chosen = Lloyd() if format.learns_levels else Rtn("mse")
         chosen.columns = H.diagonal()
         grid = chosen.quantize(W, format)
-        order = torch.arange(len(H), device=H.device)
+        return Quantized(feed_back(W, H, self.order(H), format, grid), grid.scales, grid.zeros, grid.levels)
+
+    def order(self, H: torch.Tensor) -> torch.Tensor:
+        """The order (K,), int64, in which columns are rounded where the damped moments are H (K, K)."""
         if self.act_order:
-            order = H.diagonal().argsort(descending=True, stable=True)
-        return Quantized(feed_back(W, H, order, format, grid), grid.scales, grid.zeros, grid.levels)
+            return H.diagonal().argsort(descending=True, stable=True)
+        return torch.arange(len(H), device=H.device)
 
 
 def feed_back(

@@ -1,0 +1,164 @@
+"""``method="signround"``: rounding and ranges learned by the sign of the gradient, a block at a time.
+
+Cheng et al., 2023 (arXiv 2309.05516). The codes of a block's layers are
+
+    code = clip(round(p + v), 0, 2**bits - 1),    |v| <= 1/2,
+
+with p the place of the weight on its group's grid, in steps, and the scale of every group is ``(1 + r)`` times that of
+the start. v and r are trained so that the block gives what the float model's block gives, gradients passing straight
+through the rounding; each number moves by the learning rate in the direction of its gradient's sign, at a rate that
+falls to zero.
+
+It differs from the paper in where it starts: at GPTQ's codes. p is then the place of what GPTQ rounded, the weight with
+the corrections for the columns before it, so that training begins with no loss against GPTQ and v decides again about
+every rounding that was close. Zero points stay those of the start. Trained is a block's output on the quantized model's
+inputs, towards the float model's output on its own. A block keeps its start if training did not bring it closer.
+
+Not learned: biases, norms, and anything of layers that the plan keeps or gives to other methods.
+"""
+
+import torch
+
+from ..formats.base import Format, Quantized, inverse
+from ..formats.integer import IntFormat
+from .base import BlockMethod
+from .gptq import Gptq, inverse_factor
+
+MAX_RANGE_CHANGE = 0.5
+
+
+class SignRound(BlockMethod):
+    """Learned rounding.
+
+    Args:
+        steps: Training steps for a block, each on one batch of calibration windows.
+        lr: Learning rate of v, in steps of the grid; ``1 / steps`` by default, with which v just reaches its limits.
+        range_lr: Learning rate of r; ``0.2 / steps`` by default.
+        damping: As in "gptq".
+        act_order: As in "gptq".
+    """
+
+    name = "signround"
+    formats = ("int",)
+
+    def __init__(
+        self,
+        steps: int = 64,
+        lr: float | None = None,
+        range_lr: float | None = None,
+        damping: float = 0.01,
+        act_order: bool = True,
+    ):
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps={steps!r} is not possible: method 'signround' takes a whole number from 1")
+        for option, value in (("lr", lr), ("range_lr", range_lr)):
+            if value is not None and not value >= 0:
+                raise ValueError(
+                    f"{option}={value!r} is not possible: method 'signround' takes a number from 0, or None"
+                )
+        Gptq(damping, act_order)  # which checks them
+        self.steps, self.damping, self.act_order = steps, damping, act_order
+        self.lr = 1 / steps if lr is None else lr
+        self.range_lr = 0.2 / steps if range_lr is None else range_lr
+
+    @torch.no_grad()
+    def begin(self, weight, format, statistics):
+        start = Gptq(self.damping, self.act_order)
+        grid, H = start.quantize(weight, format, statistics), statistics.damped(self.damping)
+        return grid, Learned(format, grid, rounded(weight.to(torch.float32), format.decode(grid), H, start.order(H)))
+
+    @torch.enable_grad()
+    def train(self, block, states):
+        from ..calibration import Solution
+
+        assert block.inputs is not None and block.reference_inputs is not None
+        target = block.outputs(block.reference, block.reference_inputs)
+        starts = {name: block.layers[name].solution for name in states}
+        before = block.error(target)
+        power = (target - block.reference_inputs).square().mean()
+        batches, order = block.batches(), []
+        for step in range(self.steps):
+            order = order or torch.randperm(len(batches), generator=block.generator).tolist()
+            windows = batches[order.pop()]
+            weights: dict[str, torch.Tensor] = {}
+            for name, learned in states.items():
+                weights |= block.as_parameter(name, learned.value())
+            output = block.arguments.run(block.module, block.inputs[windows], windows, weights)
+            ((output - target[windows]).square().mean() / power).backward()
+            for learned in states.values():
+                learned.step(self.lr, self.range_lr, 1 - step / self.steps)
+        for name, learned in states.items():
+            layer = block.layers[name]
+            block.set(name, Solution(layer.planned.format.pack(learned.quantized()), tokens=starts[name].tokens))
+        if not block.error(target) < before:
+            for name, solution in starts.items():
+                block.set(name, solution)
+
+
+class Learned:
+    """What is learned for one layer.
+
+    Attributes:
+        place: p (N, K), in steps, inside the grid.
+        offset: v (N, K).
+        change: r (N, G).
+    """
+
+    def __init__(self, format: Format, grid: Quantized, rounded: torch.Tensor):
+        assert isinstance(format, IntFormat) and grid.scales is not None
+        self.format, self.grid, self.first = format, grid, grid.scales
+        self.zeros = torch.full_like(grid.scales, format.fixed_zero) if grid.zeros is None else grid.zeros
+        place = format.by_group(
+            lambda w, s, z: w * inverse(s).unsqueeze(-1) + z.unsqueeze(-1), rounded, self.first, self.zeros
+        )
+        self.place = place.clamp_(-0.5, format.max_code + 0.5)  # so that every rounding can still be changed
+        self.offset = torch.zeros_like(place).requires_grad_()
+        self.change = torch.zeros_like(self.first).requires_grad_()
+
+    def scales(self) -> torch.Tensor:
+        """Scales (N, G) as they will be stored, differentiable as if they were stored exactly."""
+        exact = self.first * (1 + self.change)
+        return exact + (self.format.storable_scales(exact.detach()) - exact).detach()
+
+    def codes(self) -> torch.Tensor:
+        """(N, K), float32."""
+        return (self.place + self.offset.detach()).round_().clamp_(0, self.format.max_code)
+
+    def value(self) -> torch.Tensor:
+        """The weight (N, K), differentiable as if nothing were rounded or clipped."""
+        codes = self.codes() + self.offset - self.offset.detach()
+        return self.format.by_group(
+            lambda c, s, z: (c - z.unsqueeze(-1)) * s.unsqueeze(-1), codes, self.scales(), self.zeros
+        )
+
+    @torch.no_grad()
+    def step(self, lr: float, range_lr: float, fraction: float) -> None:
+        """Moves v and r by ``fraction`` of their rates against the signs of their gradients, and forgets those."""
+        assert self.offset.grad is not None and self.change.grad is not None
+        self.offset.add_(self.offset.grad.sign_(), alpha=-lr * fraction).clamp_(-0.5, 0.5)
+        self.change.add_(self.change.grad.sign_(), alpha=-range_lr * fraction)
+        self.change.clamp_(-MAX_RANGE_CHANGE, MAX_RANGE_CHANGE)
+        self.offset.grad = self.change.grad = None
+
+    @torch.no_grad()
+    def quantized(self) -> Quantized:
+        """Codes and scales as learned so far."""
+        return Quantized(self.codes().to(torch.uint8), self.scales(), self.grid.zeros)
+
+
+def rounded(W: torch.Tensor, Q: torch.Tensor, H: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """What GPTQ rounded: the weight W (N, K), every column with the corrections for those before it.
+
+    Its errors E leave ``W - Q = E D^-1 U`` behind, with U the factor of the inverse of H and D its diagonal.
+
+    Args:
+        W: The weight (N, K), float32.
+        Q: What it was rounded to (N, K), float32.
+        H: Damped moments (K, K).
+        order: (K,) int64, the order in which columns were rounded.
+    """
+    U = inverse_factor(H[order][:, order])
+    errors = torch.linalg.solve_triangular(U, (W - Q)[:, order], upper=True, left=False) * U.diagonal()
+    result = Q.clone()
+    result[:, order] += errors
+    return result
