@@ -22,8 +22,16 @@ def check_load_bits(config: LowBitConfig, pre_quantized: bool) -> None:
     """Refuses a ``load_bits`` that the repo cannot give.
 
     Raises:
-        ValueError: for a model that is not packed, a repo that is not nested, or one of fewer bits.
+        ValueError: for a model that is not packed, a repo that is not nested, or one of fewer bits; and for a nested one
+            under ``max_memory_bytes``.
     """
+    formats = [parse_format(text) for text in (config.layers or {}).values()]
+    stored = [format.bits for format in formats if isinstance(format, NestedFormat)]
+    if stored and config.max_memory_bytes is not None:
+        raise ValueError(
+            "max_memory_bytes= reads layers from disk as they run, and nested planes are put together first: load the "
+            "repo with load_bits= once, save_pretrained() it, and stream that"
+        )
     if config.load_bits is None:
         return
     if not pre_quantized:
@@ -31,8 +39,6 @@ def check_load_bits(config: LowBitConfig, pre_quantized: bool) -> None:
             f"load_bits={config.load_bits} is for repos that are nested already: to pack this float model use bits=, or "
             "make a nested one by format='nested' and load that"
         )
-    formats = [parse_format(text) for text in (config.layers or {}).values()]
-    stored = [format.bits for format in formats if isinstance(format, NestedFormat)]
     if not stored:
         held = ", ".join(sorted({f"{f.name} of {f.bits} bits" for f in formats}))
         raise ValueError(
