@@ -86,8 +86,8 @@ class LowBitConfig(MetalConfig):
         scale_dtype: "float16", "bfloat16", "float32", "log8", "e8m0" or "e4m3"; the default depends on the format.
         codebook: For "codebook": one table per "tensor" (default) or "row".
         bits_stored: Bits per weight that packed linears are to take once they are entropy-coded, 0.5 to 7, such as 3.0.
-            The method is then "ecsq", which needs no data, and ``bits`` the width of the codes in memory, 8 by default.
-            A rule that names ``bits`` alone asks for a fixed width.
+            The method is then "ecsq", which needs no data, unless you name "gptq", and ``bits`` the width of the codes
+            in memory, 8 by default. A rule that names ``bits`` alone asks for a fixed width.
         storage: How ``save_pretrained`` stores tensors: "raw" (default), or "entropy" or "zstd", coded without loss, see
             ``docs/format.md``. A repo may be loaded with any, whatever it is stored as.
         method_options: Options of the method, such as ``{"range": "minmax"}`` for "rtn".
@@ -308,12 +308,16 @@ class LowBitConfig(MetalConfig):
             gone = (options["bits_stored"] is None) != (self.bits_stored is None)
             if gone and "bits" not in overrides:
                 options["bits"] = 4 if options["bits_stored"] is None else BITS_IN_MEMORY
-            if "method" not in overrides and (options["format"] != self.format or gone):
+            able = options["method"] in methods() and "bits_stored" in method_options(options["method"])
+            unfit = options["method"] == BEST_RATE_AWARE if options["bits_stored"] is None else not able
+            if "method" not in overrides and (options["format"] != self.format or (gone and unfit)):
                 fixed = BEST.get(options["format"], "rtn")
                 options["method"] = fixed if options["bits_stored"] is None else BEST_RATE_AWARE
                 options["method_options"] = overrides.get("method_options") or {}
         bits, format_name, method_name = options["bits"], options["format"], options["method"]
         options["method_options"] = {**options["method_options"], **_rate(options)}
+        if options["bits_stored"] is not None and format_name == "int" and method_name != BEST_RATE_AWARE:
+            format_name = "int_columns"
         if format_name not in FORMATS:
             raise ValueError(f"format={format_name!r} is unknown: use one of {', '.join(FORMATS)}")
         if isinstance(bits, bool) or not isinstance(bits, (int, float)):
@@ -340,7 +344,7 @@ class LowBitConfig(MetalConfig):
         ):
             raise ValueError(f"group_size={options['group_size']!r} is not possible: use a power of two, or 'row'")
         if format_name == "int":
-            if method_name == BEST_RATE_AWARE or options["bits_stored"] is not None:
+            if method_name == BEST_RATE_AWARE:
                 arguments = {"group_size": -1, "symmetric": True, **arguments}
             arguments.setdefault("symmetric", arguments["bits"] == 1)
             if arguments["symmetric"] and options["zeros"] is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends import select
+from .formats.columns import PREFIX, split_columns
 
 # `backend` has no default here: autograd would be given one input less whenever it is "auto".
 _SCHEMAS = {
@@ -161,6 +162,8 @@ def linear(
     Returns:
         (..., N).
     """
+    if format.startswith(PREFIX):
+        x, companions, format = split_columns(x, companions, format)
     if _direct(x, bias):
         return _linear(x, weight, companions, bias, format, in_features, backend)
     return torch.ops.lowbit.linear(x, weight, companions, bias, format, in_features, backend)
@@ -179,6 +182,8 @@ def linear_int8(
 
     A row of ``x`` with anything that is not finite gives a row of NaN. The gradient is that of :func:`linear`.
     """
+    if format.startswith(PREFIX):
+        x, companions, format = split_columns(x, companions, format)
     if _direct(x, bias):
         return _linear_int8(x, weight, companions, bias, format, in_features, backend)
     return torch.ops.lowbit.linear_int8(x, weight, companions, bias, format, in_features, backend)

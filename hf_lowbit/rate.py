@@ -127,3 +127,10 @@ def find_step(rate: Callable[[float], float], target: float, start: float, toler
         else:
             at = at + off if low < at + off < high else (low + high) / 2
     return best
+
+
+def check_bits_stored(bits_stored: float) -> float:
+    """``bits_stored`` if it can be met at all; raises ``ValueError`` naming it otherwise."""
+    if isinstance(bits_stored, bool) or not isinstance(bits_stored, (int, float)) or not 0.5 <= bits_stored <= 7:
+        raise ValueError(f"bits_stored={bits_stored!r} is not possible: use a number from 0.5 to 7, such as 3.0")
+    return float(bits_stored)

@@ -9,6 +9,7 @@ from typing import Any
 
 from .base import Format, Quantized
 from .codebook import CodebookFormat
+from .columns import ColumnsFormat
 from .fp4 import Fp4Format
 from .integer import IntFormat
 from .nested import NestedFormat
@@ -16,7 +17,8 @@ from .nf import NormalFloatFormat
 from .ternary import TernaryFormat
 
 FORMATS: dict[str, type[Format]] = {
-    cls.name: cls for cls in (IntFormat, NormalFloatFormat, Fp4Format, CodebookFormat, TernaryFormat, NestedFormat)
+    cls.name: cls
+    for cls in (IntFormat, NormalFloatFormat, Fp4Format, CodebookFormat, TernaryFormat, NestedFormat, ColumnsFormat)
 }
 
 _TRUTH = {"True": True, "False": False}

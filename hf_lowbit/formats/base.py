@@ -8,6 +8,7 @@ in_features) becomes
 - ``scales`` (N, G) and, where the grid is asymmetric, ``zeros`` (N, G), float32, for ``G`` groups of consecutive
   inputs;
 - ``levels`` (1, L) or (N, L), float32, for formats that learn their table;
+- ``columns`` (K,), float32, for the format with a factor for each column;
 
 together a :class:`Quantized`, which ``pack`` turns into the tensors that are saved, named by the suffix that they add
 to the parameter's name: ``""`` is the packed weight itself, ``"_scales"`` its scales, and so on. ``tensors`` gives
@@ -39,6 +40,7 @@ class Quantized:
     scales: torch.Tensor | None = None
     zeros: torch.Tensor | None = None
     levels: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
 
 
 def inverse(scales: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ In memory these are ordinary integers of ``bits`` bits: without ``storage="entro
 import torch
 
 from ..formats import Quantized
-from ..rate import SLOPE, bare_bits, cheapest_codes, code_lengths, coded_bits, count_codes, find_step
+from ..rate import SLOPE, bare_bits, cheapest_codes, check_bits_stored, code_lengths, coded_bits, count_codes, find_step
 from .base import CHUNK_WEIGHTS, Method
 
 SAMPLE_WEIGHTS = 2**20  # to find the step
@@ -90,13 +90,6 @@ class Ecsq(Method):
 def in_steps(weight: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     """``weight`` (n, K) by ``steps`` (n, 1); 0 where a row is 0."""
     return torch.where(steps > 0, weight / steps, 0)
-
-
-def check_bits_stored(bits_stored: float) -> float:
-    """``bits_stored`` if it can be met at all; raises ``ValueError`` naming it otherwise."""
-    if isinstance(bits_stored, bool) or not isinstance(bits_stored, (int, float)) or not 0.5 <= bits_stored <= 7:
-        raise ValueError(f"bits_stored={bits_stored!r} is not possible: use a number from 0.5 to 7, such as 3.0")
-    return float(bits_stored)
 
 
 def check_grid(format, method: str) -> None:

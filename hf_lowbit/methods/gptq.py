@@ -15,10 +15,13 @@ reach the columns of a block at once and the rest of the matrix when the block i
 - What is called true sequential lies in the pipeline: a layer sees the inputs that the layers quantized before leave.
 """
 
+from collections.abc import Callable
+
 import torch
 from transformers.utils import logging
 
 from ..formats import Format, Quantized
+from ..rate import check_bits_stored
 from .base import Method
 from .lloyd import Lloyd
 from .rtn import Rtn
@@ -33,22 +36,34 @@ class Gptq(Method):
     Args:
         damping: Added to the diagonal of the moments, in parts of its mean; above 0.
         act_order: Whether columns run in order of falling second moment, not from left to right.
+        bits_stored: Bits per weight to meet once entropy-coded, on the unclipped grid of :mod:`.rate_aware`; by default
+            the format's own width.
     """
 
     name = "gptq"
-    formats = ("int", "nf", "fp4", "ternary", "codebook")
+    formats = ("int", "nf", "fp4", "ternary", "codebook", "int_columns")
     needs_calibration = True
 
-    def __init__(self, damping: float = 0.01, act_order: bool = True):
+    def __init__(self, damping: float = 0.01, act_order: bool = True, bits_stored: float | None = None):
         if not damping > 0:
             raise ValueError(f"damping={damping!r} is not possible: method 'gptq' takes a number above 0, such as 0.01")
         self.damping, self.act_order = damping, act_order
+        self.bits_stored = None if bits_stored is None else check_bits_stored(bits_stored)
+
+    def check(self, format):
+        if (format.name == "int_columns") != (self.bits_stored is not None):
+            raise ValueError("format 'int_columns' and bits_stored= belong together: use neither, or both, with 'gptq'")
 
     @torch.no_grad()
     def quantize(self, weight, format, statistics=None):
         if statistics is None:
             raise ValueError("method 'gptq' needs calibration data: give calibration=, such as a list of texts")
         W = weight.to(torch.float32)
+        if self.bits_stored is not None:
+            from .rate_aware import Share, quantize_to_rate  # which feeds errors back by this module's functions
+
+            share = statistics if isinstance(statistics, Share) else Share(statistics, self.bits_stored * W.numel())
+            return quantize_to_rate(W, share, format, self.damping)
         H = statistics.damped(self.damping)
         chosen = Lloyd() if format.learns_levels else Rtn("mse")
         chosen.columns = H.diagonal()
@@ -79,23 +94,40 @@ def feed_back(
     U = inverse_factor(H[order][:, order])
     size = K if format.group_size == -1 else format.group_size
     of_column = (order // size).tolist()
-    left, codes = W.T[order].contiguous(), torch.empty((K, N), dtype=torch.uint8, device=W.device)
-    for begin in range(0, K, block):
-        end = min(begin + block, K)
-        errors = torch.empty((end - begin, N), device=W.device)
-        for i in range(begin, end):
-            group = slice(of_column[i], of_column[i] + 1)
-            scales, zeros = (None if t is None else t[:, group] for t in (grid.scales, grid.zeros))
-            code = format.encode_groups(left[i].view(N, 1, 1), scales, zeros, grid.levels)
-            value = format.decode_groups(code, scales, zeros, grid.levels).view(N)
-            codes[i] = code.view(N)
-            error = (left[i] - value) / U[i, i]
-            left[i + 1 : end].addr_(U[i, i + 1 : end], error, alpha=-1)
-            errors[i - begin] = error
-        left[end:].addmm_(U[begin:end, end:].T, errors, alpha=-1)
+    codes = torch.empty((K, N), dtype=torch.uint8, device=W.device)
+
+    def to_grid(i: int, column: torch.Tensor) -> torch.Tensor:
+        group = slice(of_column[i], of_column[i] + 1)
+        scales, zeros = (None if t is None else t[:, group] for t in (grid.scales, grid.zeros))
+        code = format.encode_groups(column.view(N, 1, 1), scales, zeros, grid.levels)
+        codes[i] = code.view(N)
+        return format.decode_groups(code, scales, zeros, grid.levels).view(N)
+
+    round_columns(W.T[order].contiguous(), U, to_grid, block)
     result = torch.empty((N, K), dtype=torch.uint8, device=W.device)
     result[:, order] = codes.T
     return result
+
+
+def round_columns(
+    left: torch.Tensor, U: torch.Tensor, to_grid: Callable[[int, torch.Tensor], torch.Tensor], block: int = BLOCK
+) -> None:
+    """Rounds columns one after the other, and adds what makes up for the error of each to those after it.
+
+    Args:
+        left: The columns (K, N), float32, in the order in which they are rounded; changed.
+        U: From :func:`inverse_factor`, (K, K), in the same order.
+        to_grid: What column i (N,) is rounded to.
+        block: As in :func:`feed_back`.
+    """
+    for begin in range(0, len(left), block):
+        end = min(begin + block, len(left))
+        errors = torch.empty_like(left[begin:end])
+        for i in range(begin, end):
+            error = (left[i] - to_grid(i, left[i])) / U[i, i]
+            left[i + 1 : end].addr_(U[i, i + 1 : end], error, alpha=-1)
+            errors[i - begin] = error
+        left[end:].addmm_(U[begin:end, end:].T, errors, alpha=-1)
 
 
 def inverse_factor(H: torch.Tensor) -> torch.Tensor:

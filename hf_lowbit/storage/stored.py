@@ -19,7 +19,8 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from ..formats import parse_format
 from . import entropy
 
-PLAIN = ("int", "nf", "fp4", "codebook", "ternary")  # formats whose `weight` is planes of whole codes, or ternary lanes
+# Formats whose `weight` is planes of whole codes, or ternary lanes.
+PLAIN = ("int", "int_columns", "nf", "fp4", "codebook", "ternary")
 LEAST_GAIN = 0.02
 LEAST_BYTES = 4096  # below which a head is too large a part of it
 

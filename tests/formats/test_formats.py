@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from hf_lowbit.formats import FORMATS, Quantized, parse_format
 from hf_lowbit.formats.codebook import CodebookFormat
+from hf_lowbit.formats.columns import ColumnsFormat
 from hf_lowbit.formats.fp4 import MAGNITUDES, NEGATIVE_ZERO, Fp4Format
 from hf_lowbit.formats.integer import MAX_FLOAT_ZERO, IntFormat
 from hf_lowbit.formats.nested import NestedFormat
@@ -48,6 +49,8 @@ def formats(draw):
         return Fp4Format(**common)
     if name == "ternary":
         return TernaryFormat(**common)
+    if name == "int_columns":
+        return ColumnsFormat(draw(WIDTHS), scale_dtype=common["scale_dtype"])
     if name == "nested":
         return NestedFormat(draw(st.integers(2, 8)), **common)
     if draw(st.booleans()):

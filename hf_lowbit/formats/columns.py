@@ -1,0 +1,67 @@
+"""``format="int_columns"``: integers around zero, a step for each row and a factor for each column.
+
+``w[n, k] = scale[n] * column[k] * (code - zero)``. Inputs of a layer differ widely in what an error of their weights
+costs, and a calibrated grid is fine where that is much (:mod:`hf_lowbit.methods.rate_aware`). The factors are the same
+for all rows, so a product takes them off the weight: ``(x * column) @ V^T`` with V an ordinary ``int`` weight, which
+every kernel multiplies. ``weight_columns`` is float16 (K,).
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from .base import Quantized, Tensors
+from .integer import IntFormat
+
+PREFIX = "int_columns:"
+
+
+@dataclass(frozen=True)
+class ColumnsFormat(IntFormat):
+    """Symmetric integers with row scales and column factors."""
+
+    group_size: int = -1
+    symmetric: bool = True
+
+    name = "int_columns"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.group_size != -1 or not self.symmetric:
+            raise ValueError("format='int_columns' has one step a row and is symmetric: drop group_size and symmetric")
+
+    @property
+    def inner(self) -> IntFormat:
+        """The format of the weight without its column factors."""
+        return IntFormat(**{f.name: getattr(self, f.name) for f in fields(self)})
+
+    def tensors(self, shape):
+        return {**super().tensors(shape), "_columns": ((shape[1],), torch.float16)}
+
+    def whole_tensor_suffixes(self):
+        return super().whole_tensor_suffixes() | {"_columns"}
+
+    def pack(self, quantized: Quantized) -> Tensors:
+        assert quantized.columns is not None
+        return {**super().pack(quantized), "_columns": quantized.columns.to(torch.float16)}
+
+    def unpack(self, stored: Tensors, shape) -> Quantized:
+        quantized = super().unpack(stored, shape)
+        quantized.columns = stored["_columns"].to(torch.float32)
+        return quantized
+
+    def decode(self, quantized: Quantized) -> torch.Tensor:
+        assert quantized.columns is not None
+        return super().decode(quantized).mul_(quantized.columns)
+
+
+def split_columns(x: torch.Tensor, companions: list[torch.Tensor], format: str):
+    """What a kernel for ``int`` needs for ``int_columns``: x times the factors, the other companions, their format.
+
+    Args:
+        x: (..., K).
+        companions: The stored tensors besides the weight, the factors last.
+        format: Text of the format.
+    """
+    *others, columns = companions
+    return x * columns.to(x.dtype), others, "int:" + format.removeprefix(PREFIX)

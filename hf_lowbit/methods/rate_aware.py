@@ -1,0 +1,150 @@
+"""GPTQ on a uniform, unclipped grid whose steps meet a rate: ``method="gptq", bits_stored=3.0``.
+
+What is stored is entropy-coded, so the grid needs no groups and no range: step sizes alone say what is spent where.
+With ``H = mean x^T x`` of a layer's inputs, G the mean squared gradient of the model's loss at its outputs, and U the
+Cholesky factor of ``H^-1`` that error feedback works with (:mod:`.gptq`), rounding the weight of row n and column k
+costs, after feedback,
+
+    G_n * (step_nk / U_kk)^2 / 12                (in nats of KL at the model's output, with a half in front).
+
+At high rates the best steps are those at which every weight of the model costs the same (reverse water-filling):
+proportional to ``U_kk / sqrt(G_n)``, with one factor for all layers. So a weight has a step for its row and a factor
+for its column, and the model one number that is sought for the bits wanted. What that leaves a layer is its
+:class:`Share` (:mod:`hf_lowbit.calibration.damage`), and the layer's own number is sought until its codes, as coded,
+take just that.
+
+- Codes are chosen by error and rate together (:func:`hf_lowbit.rate.cheapest_codes`). Columns that are hardly worth a
+  bit become zero by that.
+- A column whose largest weight does not fit the codes in memory gets a wider step; what feedback pushes out of range
+  after that is clipped, and the error fed back like any other. Their number is logged.
+- Steps of rows are fitted to the codes last, in the norm of H.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.utils import logging
+
+from ..formats import Quantized
+from ..formats.columns import ColumnsFormat
+from ..formats.scales import storable
+from ..rate import SLOPE, cheapest_codes, code_lengths, coded_bits, count_codes, find_step
+from .gptq import inverse_factor, round_columns
+
+if TYPE_CHECKING:
+    from ..calibration import Moments
+
+logger = logging.get_logger(__name__)
+PASSES = 4  # of error feedback at most, each with the step that the one before asks for
+TOLERANCE = 0.002  # in parts of the rate, at which no further pass is made
+SAMPLE_WEIGHTS = 2**17  # to begin with a good step
+SHRINK = 0.1
+
+
+@dataclass
+class Share:
+    """What a layer may take, and what its rows are worth.
+
+    Attributes:
+        moments: Of its inputs.
+        bits: For the coded weight, its steps and its column factors, in all.
+        gradients: Mean squared gradient at each output (N,), or None where all count the same.
+    """
+
+    moments: "Moments"
+    bits: float
+    gradients: torch.Tensor | None = None
+
+
+def row_worth(weight: torch.Tensor, gradients: torch.Tensor | None) -> torch.Tensor:
+    """Steps of rows (N, 1) up to the model's factor: ``1 / sqrt(G_n)``, a tenth of their mean added to each G_n.
+
+    The gradients of a few thousand tokens are noisy: rows that seem to be worth nothing must not get nothing.
+    """
+    if gradients is None:
+        return torch.ones(len(weight), 1, device=weight.device)
+    worth = gradients.to(weight.device).double()
+    return (worth + SHRINK * worth.mean()).clamp_min(1e-30).rsqrt().float().unsqueeze(1)
+
+
+def side_bits(shape: tuple[int, int]) -> int:
+    """Bits of the row steps and the column factors of a weight of ``shape`` (N, K)."""
+    return 16 * sum(shape)
+
+
+@torch.no_grad()
+def quantize_to_rate(W: torch.Tensor, share: Share, format: ColumnsFormat, damping: float) -> Quantized:
+    """Codes, row steps and column factors of ``W`` (N, K), float32, that take ``share.bits`` when they are coded.
+
+    A weight so small that steps and factors would be half of that or more gets codes of half of it.
+    """
+    N, K = W.shape
+    H = share.moments.damped(damping)
+    U, rows = inverse_factor(H), row_worth(W, share.gradients)
+    worth = U.diagonal() / U.diagonal().log().mean().exp()
+    limit = 2 ** (int(format.bits) - 1) - 1
+    wanted = max(share.bits - side_bits((N, K)), share.bits / 2)
+    part = slice(None, None, -(-N * K // SAMPLE_WEIGHTS))
+    start = float((W[part] / rows[part] / worth).square().mean().sqrt())
+    if start == 0:
+        zeros = torch.full(W.shape, format.fixed_zero, device=W.device).to(torch.uint8)
+        return Quantized(zeros, torch.zeros_like(rows), columns=torch.ones_like(worth))
+    factor = find_step(lambda f: rate_of(W[part], f * rows[part], worth, format, N), wanted / (N * K), start)
+    best, nearest, lengths = None, float("inf"), None
+    for _ in range(PASSES):
+        steps = format.storable_scales(factor * rows)
+        columns = storable(torch.maximum(worth, (W / steps).nan_to_num_(0, 0, 0).abs().amax(0) / limit), "float16")
+        if lengths is None:
+            lengths = code_lengths(count_codes(in_steps(W, steps, columns).round_().clamp_(-limit, limit)))
+        codes, clipped = _feed_back(W, U, steps, columns, lengths, limit)
+        bits = coded_bits((codes + format.fixed_zero).to(torch.uint8), format)
+        if abs(bits - wanted) < nearest:
+            best, nearest = (codes, steps, columns, clipped), abs(bits - wanted)
+        if nearest < TOLERANCE * wanted:
+            break
+        lengths = code_lengths(count_codes(codes))
+        factor *= 2.0 ** ((bits - wanted) / (N * K))
+    assert best is not None
+    codes, steps, columns, clipped = best
+    if clipped:
+        logger.info("%d of %d codes were clipped to %d bits", clipped, N * K, format.bits)
+    steps = format.storable_scales(fitted_steps(W, codes * columns, H, steps))
+    return Quantized((codes + format.fixed_zero).to(torch.uint8), steps, columns=columns)
+
+
+def in_steps(W: torch.Tensor, steps: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """``W`` (N, K) by ``steps`` (N, 1) and ``columns`` (K,); 0 where those are 0."""
+    return (W / steps / columns).nan_to_num_(0, 0, 0)
+
+
+def rate_of(W: torch.Tensor, steps: torch.Tensor, columns: torch.Tensor, format: ColumnsFormat, rows: int) -> float:
+    """Bits per weight of ``W`` (n, K), a sample of a matrix of ``rows`` rows, when it is coded without feedback."""
+    limit = 2 ** (int(format.bits) - 1) - 1
+    x = in_steps(W, steps, columns)
+    codes = cheapest_codes(x, code_lengths(count_codes(x.round().clamp_(-limit, limit))), SLOPE, limit)
+    return coded_bits((codes + format.fixed_zero).to(torch.uint8), format, rows) / (rows * W.shape[1])
+
+
+def _feed_back(W, U, steps, columns, lengths, limit) -> tuple[torch.Tensor, int]:
+    """Codes (N, K), float32, and how many were clipped."""
+    codes, clipped = torch.empty_like(W.T), 0
+    inverse = torch.where(steps > 0, 1 / steps, 0)[:, 0]
+
+    def to_grid(i: int, column: torch.Tensor) -> torch.Tensor:
+        nonlocal clipped
+        x = column * inverse / columns[i]
+        codes[i] = cheapest_codes(x, lengths, SLOPE, limit)
+        clipped += int((x.abs() > limit + 0.5).sum())
+        return codes[i] * steps[:, 0] * columns[i]
+
+    round_columns(W.T.contiguous(), U, to_grid)
+    return codes.T.contiguous(), clipped
+
+
+def fitted_steps(W: torch.Tensor, values: torch.Tensor, H: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Steps (N, 1) of least ``(W - s V) H (W - s V)^T`` for the rows of ``values`` V (N, K); ``steps`` where V is 0."""
+    weighted = values @ H
+    power = (weighted * values).sum(1, keepdim=True)
+    fitted = (weighted * W).sum(1, keepdim=True) / power
+    return torch.where((power > 0) & (fitted > 0), fitted, steps)
