@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 import torch
 
-from .formats import Format
+from .formats.integer import IntFormat
 from .storage.entropy import (
     HEAD,
     block_rows,
@@ -53,7 +53,7 @@ def entropy(counts: torch.Tensor) -> float:
     return float(-(p * p.log2()).sum()) if len(p) else 0.0
 
 
-def coded_bits(codes: torch.Tensor, format: Format, rows: int | None = None) -> float:
+def coded_bits(codes: torch.Tensor, format: IntFormat, rows: int | None = None) -> float:
     """Bits of the packed weight of ``codes`` as ``storage="entropy"`` writes it, or raw where that is smaller.
 
     The coder's own account of its size, which leaves out only how full the last words of a block are: 10 bytes of it.
@@ -74,10 +74,17 @@ def coded_bits(codes: torch.Tensor, format: Format, rows: int | None = None) -> 
     return 8 * min(head + expected_bytes(counts, frequencies, blocks), shape[0] * row_bytes)
 
 
-def bare_bits(codes: torch.Tensor, format: Format, rows: int | None = None) -> float:
+def bare_bits(codes: torch.Tensor, format: IntFormat, rows: int | None = None) -> float:
     """The entropy of ``codes`` alone; arguments as for :func:`coded_bits`."""
     counts = torch.bincount(codes.flatten().to(torch.int64), minlength=SYMBOLS)
     return entropy(counts) * (rows or codes.shape[0]) * codes.shape[1]
+
+
+def account(total: float, shape: tuple[int, int], format: IntFormat) -> Callable[..., float]:
+    """:func:`coded_bits`, or :func:`bare_bits` for a weight of ``shape`` so small that coding nothing takes half of
+    ``total`` bits: it will be stored raw, and its codes get the entropy that was asked for."""
+    nothing = torch.full((1, shape[1]), round(format.fixed_zero), dtype=torch.uint8)
+    return coded_bits if coded_bits(nothing, format, shape[0]) < total / 2 else bare_bits
 
 
 def code_lengths(counts: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from transformers.modeling_utils import local_torch_dtype
 
 from ..convert import Source
 from ..pieces import Piece, realize
+from ..plan import _tied_weights
 from ..quantizer import quantize_weight
 from ..skeleton import model_class
 
@@ -131,6 +132,30 @@ class Blocks:
             raise ValueError(f"{type(self.model).__name__} does not run its blocks {self.names[0]} to {self.names[-1]}")
         assert hidden is not None
         return hidden, arguments
+
+    def head(self, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The model after its last block: a function from a window (L,) and that block's output (1, L, H) to logits.
+
+        It can be differentiated by the output. The logits are (L, vocabulary).
+        """
+        head = copy.deepcopy(self.model)
+        _fill(head, self._parameters(""), "")
+        for name, source in _tied_weights(head).items():
+            owner, _, leaf = name.rpartition(".")
+            head.get_submodule(owner)._parameters[leaf] = head.get_parameter(source)
+        given: list[torch.Tensor] = []
+        for name in self.names:
+            last = name == self.names[-1]
+            head.get_submodule(name).forward = lambda x, *_, last=last, **__: given.pop() if last else x
+            for module in head.get_submodule(name).modules():
+                module._parameters.clear()  # which were never read
+        nn.Module.to(head, device)
+
+        def logits(window: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+            given.append(output)
+            return head(input_ids=window[None].to(device), use_cache=False).logits[0]
+
+        return logits
 
     def _parameters(self, owner: str, wanted: set[str] | None = None):
         """Parameters (and buffers) of a block, or of what is in none (""), by full name, read one piece at a time."""

@@ -24,7 +24,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.utils import WeakFileLock
@@ -91,6 +91,21 @@ class Hook(ABC):
 
     def check(self, name: str, planned: Packed) -> None:  # noqa: B027  (most have nothing to check)
         """Raises ``ValueError`` if the layer ``name`` cannot be solved as it is planned; asked before any work."""
+
+    def prepare(  # noqa: B027  (most have nothing to prepare)
+        self, blocks: Blocks, run: "Run", tokens: torch.Tensor | None, seed: int, **options: Any
+    ) -> None:
+        """What has to be known of the whole float model before its first block is solved.
+
+        It is called whenever a run begins or goes on, and may keep files in the folder of ``run``.
+
+        Args:
+            blocks: The model.
+            run: The run.
+            tokens: The calibration windows.
+            seed: For random choices.
+            options: ``batch_size`` and ``device``, as in :func:`calibrate`.
+        """
 
     @abstractmethod
     def solve(self, block: "Block") -> None:
@@ -451,6 +466,7 @@ def _solve(blocks: Blocks, run: Run, hook: Hook, tokens, batch_size: int, seed: 
     todo = [i for i in range(count) if blocks.layers[i] and not run.finished(i)]
     if not todo:
         return
+    hook.prepare(blocks, run, tokens, seed, batch_size=batch_size, device=device)
     hidden, reference, arguments = None, None, [Arguments()] * count
     if tokens is not None:
         both = hook.activations == "both"

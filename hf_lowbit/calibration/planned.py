@@ -4,14 +4,16 @@ A plan may mix methods by its rules. Those that need calibration get the moments
 the weight alone, as when a model is quantized while it loads.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from transformers.utils import logging
 
 from ..methods import BlockMethod
+from ..methods.rate_aware import Share
 from ..plan import Plan
 from ..quantizer import quantize_weight
+from .damage import LayerShare, bits_stored, divide, measure_damage, read_damage
 from .pipeline import Layer, LayerHook, Solution
 from .statistics import Moments
 
@@ -74,7 +76,37 @@ class PlannedBlocks(Planned):
             method.train(block, states)
 
 
+@dataclass
+class PlannedRates(Planned):
+    """The same where some layers have ``bits_stored`` between them: each gets its share before the first is solved."""
+
+    shares: dict[str, LayerShare] = field(init=False, default_factory=dict, repr=False)
+
+    def prepare(self, blocks, run, tokens, seed, **options):
+        aimed = {name: p for name, p in run.planned.items() if bits_stored(p) is not None}
+        damage = read_damage(run.work) or measure_damage(blocks, run.work, list(aimed), tokens, seed, **options)
+        self.shares = divide(damage, aimed)
+
+    def solve_layer(self, layer, moments, generator):
+        share = self.shares.get(layer.name)
+        if share is None:
+            return super().solve_layer(layer, moments, generator)
+        self.check_tokens(layer, moments)
+        statistics = Share(moments, share.bits, share.gradients)
+        tensors = quantize_weight(layer.weight, layer.planned, layer.name + ".weight", statistics)
+        return Solution(tensors, tokens=moments.tokens)
+
+
 def planned_hook(plan: Plan) -> Planned:
-    """The hook for the methods of ``plan``."""
-    blocks = any(isinstance(p.method, BlockMethod) for p in plan.packed.values())
-    return PlannedBlocks() if blocks else Planned()
+    """The hook for the methods of ``plan``.
+
+    Raises:
+        ValueError: for methods that cannot be mixed, naming a layer of each.
+    """
+    block = next((p.name for p in plan.packed.values() if isinstance(p.method, BlockMethod)), None)
+    rate = next((p.name for p in plan.packed.values() if bits_stored(p) is not None), None)
+    if block is not None and rate is not None:
+        raise ValueError(
+            f"{rate} aims at bits_stored=, and {block} is trained a block at a time: a model can have one of the two"
+        )
+    return PlannedBlocks() if block is not None else PlannedRates() if rate is not None else Planned()

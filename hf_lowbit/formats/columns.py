@@ -6,7 +6,7 @@ for all rows, so a product takes them off the weight: ``(x * column) @ V^T`` wit
 every kernel multiplies. ``weight_columns`` is float16 (K,).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -29,11 +29,6 @@ class ColumnsFormat(IntFormat):
         super().__post_init__()
         if self.group_size != -1 or not self.symmetric:
             raise ValueError("format='int_columns' has one step a row and is symmetric: drop group_size and symmetric")
-
-    @property
-    def inner(self) -> IntFormat:
-        """The format of the weight without its column factors."""
-        return IntFormat(**{f.name: getattr(self, f.name) for f in fields(self)})
 
     def tensors(self, shape):
         return {**super().tensors(shape), "_columns": ((shape[1],), torch.float16)}

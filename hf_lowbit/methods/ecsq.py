@@ -20,7 +20,7 @@ In memory these are ordinary integers of ``bits`` bits: without ``storage="entro
 import torch
 
 from ..formats import Quantized
-from ..rate import SLOPE, bare_bits, cheapest_codes, check_bits_stored, code_lengths, coded_bits, count_codes, find_step
+from ..rate import SLOPE, account, bare_bits, cheapest_codes, check_bits_stored, code_lengths, count_codes, find_step
 from .base import CHUNK_WEIGHTS, Method
 
 SAMPLE_WEIGHTS = 2**20  # to find the step
@@ -48,9 +48,9 @@ class Ecsq(Method):
         rows, columns = weight.shape
         limit = 2 ** (int(format.bits) - 1) - 1
         total = self.bits_stored * rows * columns - 16 * rows  # for the coded weight
-        nothing = coded_bits(torch.full((1, columns), round(format.fixed_zero), dtype=torch.uint8), format, rows)
-        # What is too small to be worth coding is stored raw; its codes get the entropy that was asked for.
-        bits_of, total = (coded_bits, total) if nothing < total / 2 else (bare_bits, self.bits_stored * rows * columns)
+        bits_of = account(total, (rows, columns), format)
+        if bits_of is bare_bits:
+            total = self.bits_stored * rows * columns
         size = max(1, CHUNK_WEIGHTS // columns)
         rms, widest = torch.empty(2, rows, 1, device=weight.device)
         for i in range(0, rows, size):

@@ -29,7 +29,7 @@ from transformers.utils import logging
 from ..formats import Quantized
 from ..formats.columns import ColumnsFormat
 from ..formats.scales import storable
-from ..rate import SLOPE, cheapest_codes, code_lengths, coded_bits, count_codes, find_step
+from ..rate import SLOPE, account, cheapest_codes, code_lengths, coded_bits, count_codes, find_step
 from .gptq import inverse_factor, round_columns
 
 if TYPE_CHECKING:
@@ -85,12 +85,13 @@ def quantize_to_rate(W: torch.Tensor, share: Share, format: ColumnsFormat, dampi
     worth = U.diagonal() / U.diagonal().log().mean().exp()
     limit = 2 ** (int(format.bits) - 1) - 1
     wanted = max(share.bits - side_bits((N, K)), share.bits / 2)
+    bits_of = account(wanted, (N, K), format)
     part = slice(None, None, -(-N * K // SAMPLE_WEIGHTS))
     start = float((W[part] / rows[part] / worth).square().mean().sqrt())
     if start == 0:
         zeros = torch.full(W.shape, format.fixed_zero, device=W.device).to(torch.uint8)
         return Quantized(zeros, torch.zeros_like(rows), columns=torch.ones_like(worth))
-    factor = find_step(lambda f: rate_of(W[part], f * rows[part], worth, format, N), wanted / (N * K), start)
+    factor = find_step(lambda f: rate_of(W[part], f * rows[part], worth, format, N, bits_of), wanted / (N * K), start)
     best, nearest, lengths = None, float("inf"), None
     for _ in range(PASSES):
         steps = format.storable_scales(factor * rows)
@@ -98,7 +99,7 @@ def quantize_to_rate(W: torch.Tensor, share: Share, format: ColumnsFormat, dampi
         if lengths is None:
             lengths = code_lengths(count_codes(in_steps(W, steps, columns).round_().clamp_(-limit, limit)))
         codes, clipped = _feed_back(W, U, steps, columns, lengths, limit)
-        bits = coded_bits((codes + format.fixed_zero).to(torch.uint8), format)
+        bits = bits_of((codes + format.fixed_zero).to(torch.uint8), format)
         if abs(bits - wanted) < nearest:
             best, nearest = (codes, steps, columns, clipped), abs(bits - wanted)
         if nearest < TOLERANCE * wanted:
@@ -118,12 +119,14 @@ def in_steps(W: torch.Tensor, steps: torch.Tensor, columns: torch.Tensor) -> tor
     return (W / steps / columns).nan_to_num_(0, 0, 0)
 
 
-def rate_of(W: torch.Tensor, steps: torch.Tensor, columns: torch.Tensor, format: ColumnsFormat, rows: int) -> float:
+def rate_of(
+    W: torch.Tensor, steps: torch.Tensor, columns: torch.Tensor, format: ColumnsFormat, rows: int, bits_of=coded_bits
+) -> float:
     """Bits per weight of ``W`` (n, K), a sample of a matrix of ``rows`` rows, when it is coded without feedback."""
     limit = 2 ** (int(format.bits) - 1) - 1
     x = in_steps(W, steps, columns)
     codes = cheapest_codes(x, code_lengths(count_codes(x.round().clamp_(-limit, limit))), SLOPE, limit)
-    return coded_bits((codes + format.fixed_zero).to(torch.uint8), format, rows) / (rows * W.shape[1])
+    return bits_of((codes + format.fixed_zero).to(torch.uint8), format, rows) / (rows * W.shape[1])
 
 
 def _feed_back(W, U, steps, columns, lengths, limit) -> tuple[torch.Tensor, int]:
