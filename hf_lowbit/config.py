@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import difflib
 import importlib.util
+import math
 import re
 from typing import Any
 
@@ -20,6 +21,7 @@ from .version import __version__
 QUANT_METHOD = "lowbit"
 LOADING_OPTIONS = ("dequantize", "backend", "activations", "storage", "max_memory_bytes", "load_bits")
 ACTIVATIONS = ("float", "int8")
+BUDGETED = ("int", "nf", "codebook")  # formats whose width a budget may choose
 STORAGES = ("raw", "entropy", "zstd")
 # Options that a rule may change for the layers that it matches.
 LAYER_OPTIONS = (
@@ -65,6 +67,11 @@ def _rate(options: dict[str, Any]) -> dict[str, Any]:
     return {"bits_stored": bits_stored}
 
 
+def is_fraction(bits: Any) -> bool:
+    """Whether ``bits`` is a budget and not a width."""
+    return isinstance(bits, float) and bits != int(bits) and bits != 1.58
+
+
 def _is_record(calibration: Any) -> bool:
     """Whether ``calibration`` is what a packed repo says of one, not data to calibrate on."""
     return isinstance(calibration, dict) and "sha256" in calibration
@@ -74,7 +81,10 @@ class LowBitConfig(MetalConfig):
     """How to quantize a model, or how to load one that is packed already.
 
     Args:
-        bits: 1 to 8, or 1.58 for ternary weights; 4 by default, 8 for "nested".
+        bits: 1 to 8, or 1.58 for ternary weights; 4 by default, 8 for "nested". Any other fraction is a budget: bits per
+            weight, everything counted, for the layers that no rule speaks of, embedding and head aside; widths of 2 to 8
+            for each are searched, by what they harm on ``calibration`` or, without it, by their squared error. The name of
+            a file from ``hf-lowbit plan`` replays what was found before.
         format: "int" (default), "nf", "fp4", "codebook", "ternary", or "nested" for codes whose first bits are codes
             too, of which ``load_bits`` reads as many as are wanted; see ``docs/format.md``.
         method: "rtn", "hqq", "lloyd" or, with calibration, "gptq"; by default the best measured one for the format.
@@ -126,7 +136,7 @@ class LowBitConfig(MetalConfig):
 
     def __init__(
         self,
-        bits: float | None = None,
+        bits: float | str | None = None,
         format: str | None = None,
         method: str | None = None,
         group_size: int | str | None = None,
@@ -167,6 +177,13 @@ class LowBitConfig(MetalConfig):
         self.given = {k: copy.deepcopy(v) for k, v in arguments.items() if v is not None}
         if rules is not None:
             self.given["rules"] = _ordered(rules)
+        self.allocation: dict[str, int] | None = None  # widths by layer, under a budget
+        if isinstance(bits, str) and bits.endswith(".json"):
+            from .allocation.allocation import read_allocation  # whose package imports this module
+
+            found = read_allocation(bits)
+            bits, self.allocation = found.budget, found.layers
+            self.given["bits"] = bits
         self.requested: dict[str, Any] | None = None  # of a user's config, when this one came from a packed repo
 
         self.bits_stored = bits_stored
@@ -278,12 +295,17 @@ class LowBitConfig(MetalConfig):
                 f"method {self.method!r} (or one of the rules) needs calibration data: give calibration=, such as a list "
                 "of texts"
             )
-        if given and not self.needs_calibration:
+        if given and not self.needs_calibration and not self.seeks_allocation:
             able = sorted(name for name, method in methods().items() if method.needs_calibration)
             raise ValueError(
                 f"method {self.method!r} looks at weights alone: drop calibration=, or use "
                 f"{' or '.join(map(repr, able))}"
             )
+
+    @property
+    def seeks_allocation(self) -> bool:
+        """Whether ``bits`` is a budget for which widths are still to be found."""
+        return is_fraction(self.bits) and self.allocation is None and self.layers is None
 
     def embedding_options(self) -> dict[str, Any]:
         """What a rule for the input embedding and the output head would say, where they are packed by default."""
@@ -324,10 +346,15 @@ class LowBitConfig(MetalConfig):
             raise ValueError(f"bits={bits!r} is not a number: use bits=1 to 8, or 1.58 for ternary weights")
         if not 1 <= bits <= 8:
             raise ValueError(f"bits={bits!r} is out of range: use bits=1 to 8, or 1.58 for ternary weights")
-        if bits != int(bits) and bits != 1.58:
-            raise ValueError(
-                f"bits={bits!r}: fractional budgets are not available yet; use a whole number, 1.58, or rules per layer"
-            )
+        if is_fraction(bits):
+            if overrides and "bits" in overrides:
+                raise ValueError(f"bits={bits!r} is a budget, which is for the whole model: use a whole number here")
+            if format_name not in BUDGETED or options["bits_stored"] is not None:
+                raise ValueError(
+                    f"bits={bits!r} is a budget, which needs formats of several widths: use {' or '.join(BUDGETED)}, without "
+                    "bits_stored="
+                )
+            bits = math.ceil(bits)  # stands for any of them
         cls = FORMATS[format_name]
         arguments: dict[str, Any] = {"bits": bits if bits == 1.58 else int(bits)}
         known = {f.name for f in dataclasses.fields(cls)}

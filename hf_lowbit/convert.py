@@ -83,6 +83,10 @@ def quantize_folder(
         raise FileExistsError(f"{destination} exists and is not an empty folder: remove it, or choose another name")
     folder = fetch(str(source))
     check_source(folder)
+    if config.seeks_allocation:
+        from .allocation.budget import settle  # which imports this module
+
+        config = settle(folder, config, dtype)
     opened = open_source(folder, config, dtype)
     model, plan, pieces, reader = opened.model, opened.plan, opened.pieces, opened.reader
     parameters, hf_quantizer = opened.parameters, LowBitHfQuantizer(opened.config)

@@ -131,6 +131,9 @@ def make_plan(model: nn.Module, config: LowBitConfig) -> Plan:
         obstacle, asked = _obstacle(model, name, module), pattern is not None and options is not None
         by_default = not asked and (name in ends or kind == "embedding")
         decision: Packed | Kept
+        budgeted = pattern is None and not by_default and not (obstacle or name in skipped)
+        if budgeted and (config.allocation is not None or config.seeks_allocation):
+            options = {"bits": _allocated(config, name, prefix)}
         if pattern is not None and options is None:
             decision, by_default = Kept(name, nbytes, f"rule {pattern!r}"), False
         elif obstacle is not None:
@@ -165,6 +168,18 @@ def make_plan(model: nn.Module, config: LowBitConfig) -> Plan:
         raise ValueError(f"rule {unused[0]!r} matches no module that could be packed. There are: {names}")
     _keep_the_rest(model, plan, decisions)
     return plan
+
+
+def _allocated(config: LowBitConfig, name: str, prefix: str) -> int:
+    """The width that a budget gave to the module ``name``."""
+    widths = config.allocation or {}
+    found = next((widths[n] for n in names(name, prefix) if n in widths), None)
+    if found is None:
+        raise ValueError(
+            f"bits={config.bits} is a budget, and there is no width for {name!r}: the plan was made for another model, or "
+            "with other rules. Make one for this model by `hf-lowbit plan`"
+        )
+    return found
 
 
 def _agree_on_ties(choices: dict[str, _Choice], tied: dict[str, str]) -> dict[str, str]:

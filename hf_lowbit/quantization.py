@@ -110,6 +110,10 @@ def quantize(
     else:
         folder = save_model(model_or_path, saved)
         settings = {"model": content_hash(folder)}
+    if config.seeks_allocation:
+        from .allocation.budget import settle
+
+        config = settle(folder, config, dtype, tokenizer if tokenizer is not None else find_tokenizer(model_or_path))
     run = None
     if config.needs_calibration:
         check_source(folder)

@@ -16,6 +16,7 @@ The order in which transformers calls them:
 
 import copy
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -147,6 +148,8 @@ class LowBitHfQuantizer(HfQuantizer):
                 select(op, spec, device, torch.float32, config.backend)
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
+        if self.quantization_config.seeks_allocation:
+            self._spend_budget(model, checkpoint_files)
         self.plan = make_plan(model, self.quantization_config)
         if not self.plan.packed:
             logger.warning(
@@ -167,6 +170,18 @@ class LowBitHfQuantizer(HfQuantizer):
 
             self.streaming = Streaming(model, checkpoint_files, budget)
         return model
+
+    def _spend_budget(self, model, checkpoint_files) -> None:
+        """Searches widths for the checkpoint that is about to be loaded."""
+        from .allocation.budget import settle  # which imports this module
+
+        if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
+            raise ValueError(
+                f"bits={self.quantization_config.bits} is a budget, which is searched on safetensors files, and there are "
+                "none: save the model by save_pretrained, and load that folder"
+            )
+        folder = Path(checkpoint_files[0]).parent
+        self.quantization_config = settle(folder, self.quantization_config, model.config.dtype)
 
     # -- while loading -------------------------------------------------------------------------------------------------
 
