@@ -233,6 +233,7 @@ def quantize(
     config,
     dtype: Annotated[str | None, Option(help="Dtype of what stays in float. [default: as stored]")] = None,
     max_shard_size: Annotated[str, Option(help="Size of a file.")] = "5GB",
+    storage: Annotated[str, Option(help="raw, entropy or zstd: coded without loss.")] = "raw",
     calibration: Annotated[
         str | None,
         Option(metavar="TEXT", help="For gptq: a text file, a .jsonl file, or NAME or NAME:CONFIG of a data set."),
@@ -254,7 +255,7 @@ def quantize(
     start = time.perf_counter()
     data = None if calibration is None else Calibration(calibration, windows, length, seed, chat_template)
     repo = run(
-        source, LowBitConfig(**config), output=destination, calibration=data, dtype=dtype,
+        source, LowBitConfig(**config, storage=storage), output=destination, calibration=data, dtype=dtype,
         max_shard_size=max_shard_size, device=device, max_activation_bytes=max_activation_bytes,
     )  # fmt: skip
     seen = {"calibrated_modules": len(repo.tokens), "fewest_tokens": min(repo.tokens.values(), default=0)}
@@ -265,11 +266,39 @@ def quantize(
 def inspect(
     path: PathOrId,
     every: Annotated[bool, Option("--all", help="A row for every layer, not one for layers that are alike.")] = False,
+    entropy: Annotated[
+        bool, Option("--entropy", help="Read the weights: what do their codes hold, and take coded?")
+    ] = False,
 ):
     """Show how each layer of a packed repo is stored, and what was kept in float and why."""
     from .inspection import inspect_repo
 
-    return inspect_repo(path)
+    return inspect_repo(path, entropy)
+
+
+@command
+def compress(
+    source: Annotated[str, Argument(metavar="SRC", help="A packed folder, or a repo id on the Hub.")],
+    destination: Annotated[Path, Argument(metavar="DST", help="The folder to write.")],
+    storage: Annotated[str, Option(help="entropy or zstd.")] = "entropy",
+):
+    """Code the tensors of a packed repo without loss; it loads like any other."""
+    from .compress import compress_folder
+
+    if storage == "raw":
+        raise ValueError("storage='raw' is not compressed: use `hf-lowbit decompress`")
+    return compress_folder(source, destination, storage)
+
+
+@command
+def decompress(
+    source: Annotated[str, Argument(metavar="SRC", help="A coded folder, or a repo id on the Hub.")],
+    destination: Annotated[Path, Argument(metavar="DST", help="The folder to write.")],
+):
+    """Decode the tensors of a coded repo."""
+    from .compress import compress_folder
+
+    return compress_folder(source, destination, "raw")
 
 
 @command

@@ -17,7 +17,7 @@ import errno
 import json
 import os
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +34,14 @@ from .plan import Plan, make_plan
 from .quantizer import LowBitHfQuantizer, replace_modules
 from .skeleton import KeyMap, build_skeleton, checkpoint_files, read_config, read_json
 from .storage.headers import read_headers
+from .storage.recode import store_file
 from .storage.shards import TEMPORARY, Layout, Reader, explained, sync_folder
+from .storage.stored import Widths
 from .version import __version__
 
 logger = logging.get_logger(__name__)
 
-MANIFEST, LOCK = "hf_lowbit_manifest.json", ".hf_lowbit_lock"
+MANIFEST, LOCK, RAW = "hf_lowbit_manifest.json", ".hf_lowbit_lock", ".raw"
 # What is taken over from a repo besides its weights.
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.bpe", "LICENSE*", "NOTICE*"]
 REWRITTEN = [CONFIG_NAME, "*.index.json", MANIFEST]
@@ -78,9 +80,7 @@ def quantize_folder(
         OSError: for a destination that is not empty, not writable or full.
     """
     destination = Path(destination).absolute()
-    partial = destination.with_name(destination.name + ".partial")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise FileExistsError(f"{destination} exists and is not an empty folder: remove it, or choose another name")
+    check_destination(destination)
     folder = fetch(str(source))
     check_source(folder)
     if config.seeks_allocation:
@@ -114,21 +114,13 @@ def quantize_folder(
         },
         "shards": {file: layout.size for file, layout in layouts.items()},
     }
-    with ExitStack() as stack:
-        try:
-            partial.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(WeakFileLock(partial / LOCK, timeout=0.1))
-        except TimeoutError:
-            raise FileExistsError(f"another process is packing into {destination}: it holds {partial / LOCK}") from None
-        except OSError as error:
-            raise OSError(
-                error.errno, f"{destination} cannot be written ({error.strerror}): choose another place"
-            ) from error
-        resume(partial, manifest)
-        write_shards(partial, shards, layouts, reader, plan, model, progress, solved)
+    coded = opened.config.storage != "raw"
+    with begun(destination, manifest, set(layouts)) as partial:
+        write_shards(partial, shards, layouts, reader, plan, model, progress, solved, opened.config)
         with explained(partial, 2**20):
             if split.is_sharded:
-                index = {"metadata": {"total_parameters": parameters, **split.metadata}}
+                size = {"total_size": sum(os.path.getsize(partial / file) for file in layouts)} if coded else {}
+                index = {"metadata": {"total_parameters": parameters, **split.metadata, **size}}
                 index["weight_map"] = {name: file for file, layout in layouts.items() for name in layout.tensors}
                 write_json(partial / SAFE_WEIGHTS_INDEX_NAME, index)
             for name in small_files(folder):
@@ -136,16 +128,6 @@ def quantize_folder(
                 shutil.copyfile(folder / name, partial / name)
             model.config.quantization_config = opened.config
             model.config.save_pretrained(partial)
-            for path in partial.rglob("*"):
-                if path.is_file() and path.name not in layouts:
-                    with open(path, "rb+") as file:
-                        os.fsync(file.fileno())
-    if destination.exists():
-        destination.rmdir()
-    os.rename(partial, destination)
-    sync_folder(destination.parent)
-    for name in (MANIFEST, LOCK):
-        (destination / name).unlink(missing_ok=True)
     logger.info(plan.report())
     return plan.coverage()
 
@@ -263,10 +245,16 @@ def write_shards(
     model,
     progress: bool,
     solved: Solved | None,
+    config: LowBitConfig,
 ) -> None:
-    """Writes every shard that is not finished."""
+    """Writes every shard that is not finished; coded ones are written raw first, since their sizes are not known."""
+    coded, widths = config.storage != "raw", Widths(config.layers or {}, model.base_model_prefix)
     sizes = {file: sum(reader.nbytes(key) for p in members for key in p.keys) for file, members in shards.items()}
-    finished = [file for file, layout in layouts.items() if layout.finished(partial / file)]
+    finished = [
+        file
+        for file, layout in layouts.items()
+        if (partial / file).is_file() and (coded or layout.finished(partial / file))
+    ]
     todo = sum(layouts[file].size for file in layouts if file not in finished)
     free = shutil.disk_usage(partial).free
     if free < todo:
@@ -285,10 +273,51 @@ def write_shards(
 
         for file, members in shards.items():
             if file not in finished:
-                layouts[file].write(partial / file, tensors(members))
+                path = partial / (file + RAW if coded else file)
+                layouts[file].write(path, tensors(members))
+                if coded:
+                    store_file(path, partial / file, widths, config.storage)
+            (partial / (file + RAW)).unlink(missing_ok=True)
 
 
 # -- the partial folder ------------------------------------------------------------------------------------------------
+
+
+def check_destination(destination: Path) -> None:
+    """Refuses a destination that exists and is not an empty folder."""
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise FileExistsError(f"{destination} exists and is not an empty folder: remove it, or choose another name")
+
+
+@contextmanager
+def begun(destination: Path, manifest: dict, shards: set[str]):
+    """Yields the folder in which ``destination`` is made, and gives it its name when all is written.
+
+    ``shards`` are names of files in it that are on disk by then; every other one is made sure of here.
+    """
+    partial = destination.with_name(destination.name + ".partial")
+    with ExitStack() as stack:
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(WeakFileLock(partial / LOCK, timeout=0.1))
+        except TimeoutError:
+            raise FileExistsError(f"another process is packing into {destination}: it holds {partial / LOCK}") from None
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{destination} cannot be written ({error.strerror}): choose another place"
+            ) from error
+        resume(partial, manifest)
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file() and path.name not in shards:
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+    if destination.exists():
+        destination.rmdir()
+    os.rename(partial, destination)
+    sync_folder(destination.parent)
+    for name in (MANIFEST, LOCK):
+        (destination / name).unlink(missing_ok=True)
 
 
 def resume(partial: Path, manifest: dict) -> None:

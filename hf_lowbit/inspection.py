@@ -12,6 +12,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 from huggingface_hub import get_hf_file_metadata, get_safetensors_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 from transformers.modeling_utils import str_to_torch_dtype
@@ -23,25 +24,33 @@ from .low_rank import described
 from .plan import make_plan
 from .quantizer import LowBitHfQuantizer, replace_modules
 from .skeleton import KeyMap, NoSkeleton, build_skeleton, checkpoint_files, read_config
+from .storage import entropy as coder
 from .storage.headers import Entry, read_headers
+from .storage.shards import Reader
 
 
-def inspect_repo(path: str | os.PathLike) -> dict:
+def inspect_repo(path: str | os.PathLike, entropy: bool = False) -> dict:
     """Describes the packed repo ``path``, a folder or the id of a repo on the Hub.
+
+    Args:
+        path: Where it is.
+        entropy: Read the weights of a folder, too, and add to each layer what :func:`measure` says.
 
     Returns:
         A dict that can be written as JSON:
 
         - ``config``: the ``quantization_config``;
         - ``layers``: for each packed module ``name``, ``format`` (and its low-rank correction), ``bits``,
-          ``bits_per_weight`` (whole, with scales), ``shape`` (N, K) and ``bytes``; tied modules once;
+          ``bits_per_weight`` (whole, with scales), ``shape`` (N, K), ``bytes`` in memory and ``stored_bytes`` in the
+          files, fewer where it is coded; tied modules once;
         - ``kept``: ``name``, ``bytes`` and ``reason`` of what is in float;
-        - ``totals``: ``packed_weights``, ``packed_bytes``, ``bits_per_packed_weight``, ``kept_bytes`` and
-          ``file_bytes``;
+        - ``totals``: ``packed_weights``, ``packed_bytes``, ``bits_per_packed_weight``, ``stored_bytes`` (of what is
+          packed), ``kept_bytes`` and ``file_bytes``;
         - ``note``: what could not be found out, or None.
 
     Raises:
-        ValueError: for a repo that is not packed by hf_lowbit, or damaged, naming the file.
+        ValueError: for a repo that is not packed by hf_lowbit, or damaged, naming the file, and for ``entropy`` of one
+            whose weights are not on this machine.
     """
     folder, entries, file_bytes = _headers(str(path))
     raw = read_config(folder).get("quantization_config")
@@ -59,6 +68,8 @@ def inspect_repo(path: str | os.PathLike) -> dict:
     except NoSkeleton as error:
         note = f"without the model's skeleton ({error})"
         layers, kept = _by_name(config, entries)
+    if entropy:
+        measure(layers, entries)
     weights = None if note else sum(math.prod(layer["shape"]) for layer in layers)
     packed_bytes = sum(layer["bytes"] for layer in layers)
     return {
@@ -69,6 +80,7 @@ def inspect_repo(path: str | os.PathLike) -> dict:
             "packed_weights": weights,
             "packed_bytes": packed_bytes,
             "bits_per_packed_weight": 8 * packed_bytes / weights if weights else None,
+            "stored_bytes": sum(layer["stored_bytes"] for layer in layers),
             "kept_bytes": sum(entry["bytes"] for entry in kept),
             "file_bytes": file_bytes,
         },
@@ -102,6 +114,40 @@ def _nbytes(entry: Entry) -> int:
     return math.prod(entry.shape) * str_to_torch_dtype[entry.dtype].itemsize
 
 
+def _stored(entry: Entry) -> int:
+    return _nbytes(entry) if entry.coded_bytes is None else entry.coded_bytes
+
+
+def measure(layers: list[dict], entries: dict[str, Entry]) -> None:
+    """Adds to ``layers`` what their codes hold, and what the entropy coder makes of them; reads every weight.
+
+    ``entropy``: Shannon's order-0 entropy of the codes, in bits a code: no coder that looks at one code after the other
+    takes fewer. ``coded_bits``: what the coder of ``storage="entropy"`` takes, whole, in bits a code: as it is in the
+    files, or else as it would be. ``above_entropy``: the ratio of the two, less one.
+
+    Raises:
+        ValueError: for a weight that is damaged or not on this machine, naming it.
+    """
+    reader = Reader(sorted({entry.file for entry in entries.values()}))
+    for layer in layers:
+        tensor = reader.read(layer["tensor"])
+        try:
+            packed = coder.decode_tensor(tensor) if coder.is_coded(tensor) else tensor
+        except ValueError as error:
+            raise ValueError(f"{layer['tensor']} cannot be decoded: {error}") from error
+        format = parse_format(layer["format"].partition(" with ")[0])
+        columns = layer["shape"][1] if layer["shape"] else None
+        codes = format.unpack_codes(packed, columns) if columns else None
+        symbols = coder.symbols_for("", packed.dtype, format.bits)
+        if codes is None or not coder.is_coded(tensor) or coder.read_head(tensor).codec != coder.ENTROPY:
+            tensor = coder.encode(packed, symbols)
+        count = packed.shape[0] * columns if columns else None
+        counts = np.bincount(codes.reshape(-1).numpy(), minlength=1) if codes is not None else None
+        layer["entropy"] = coder.entropy(counts) if counts is not None else None
+        layer["coded_bits"] = 8 * tensor.nbytes / count if count else None
+        layer["above_entropy"] = layer["coded_bits"] / layer["entropy"] - 1 if layer["entropy"] else None
+
+
 def _by_skeleton(model, config: LowBitConfig, entries: dict[str, Entry]) -> tuple[list[dict], list[dict]]:
     """Layers and kept modules as this transformers' model sees them."""
     fresh = copy.deepcopy(config)
@@ -111,12 +157,17 @@ def _by_skeleton(model, config: LowBitConfig, entries: dict[str, Entry]) -> tupl
     replace_modules(model, plan, "auto")
     key_map = KeyMap(model, LowBitHfQuantizer(config))
     sizes: dict[str, int] = {}
+    stored: dict[str, int] = {}
+    tensors: dict[str, str] = {}
     for key, entry in entries.items():
         target, _ = key_map(key)
         module, _, tensor = target.rpartition(".")
         name = module if module in plan.packed and tensor.startswith("weight") else target
+        name = plan.tied.get(name, name)
         sizes[name] = sizes.get(name, 0) + _nbytes(entry)
-    sizes = {plan.tied.get(name, name): size for name, size in sizes.items()}
+        stored[name] = stored.get(name, 0) + _stored(entry)
+        if tensor == "weight":
+            tensors[name] = key
     for name, packed in plan.packed.items():
         found, needed = sizes.get(name, 0), packed.nbytes
         if name not in plan.tied and found != needed:
@@ -132,6 +183,8 @@ def _by_skeleton(model, config: LowBitConfig, entries: dict[str, Entry]) -> tupl
             "bits_per_weight": 8 * sizes[name] / math.prod(packed.shape),
             "shape": list(packed.shape),
             "bytes": sizes[name],
+            "stored_bytes": stored[name],
+            "tensor": tensors.get(name),
         }
         for name, packed in plan.packed.items()
         if name in sizes
@@ -165,5 +218,7 @@ def _by_name(config: LowBitConfig, entries: dict[str, Entry]) -> tuple[list[dict
             kept.append({"name": key, "bytes": _nbytes(entry), "reason": "kept when it was packed"})
             continue
         layer = {"name": name, "format": format.spec, "bits": format.bits, "bits_per_weight": None, "shape": None}
-        layers.setdefault(name, {**layer, "bytes": 0})["bytes"] += _nbytes(entry)
+        found = layers.setdefault(name, {**layer, "bytes": 0, "stored_bytes": 0, "tensor": f"{name}.weight"})
+        found["bytes"] += _nbytes(entry)
+        found["stored_bytes"] += _stored(entry)
     return list(layers.values()), kept

@@ -63,17 +63,35 @@ def quantize(console: Console, result: dict, arguments: dict) -> None:
     )
 
 
+def _measured(layers: list[dict], columns: tuple[str, ...]) -> list[str]:
+    """Entropy and coded size in bits a code, of all ``layers`` together, and by how much the one is above the other."""
+    if not columns:
+        return []
+    if any(layer["entropy"] is None for layer in layers):
+        return ["?"] * len(columns)
+    codes = [layer["shape"][0] * layer["shape"][1] for layer in layers]
+    entropy, coded = (
+        sum(n * layer[key] for n, layer in zip(codes, layers, strict=True)) / sum(codes)
+        for key in ("entropy", "coded_bits")
+    )
+    return [f"{entropy:.3f}", f"{coded:.3f}", f"{coded / entropy - 1:.2%}" if entropy else "?"]
+
+
 def inspect(console: Console, result: dict, arguments: dict) -> None:
     groups: dict[tuple, list[dict]] = {}
     for layer in result["layers"]:
         key = (layer["name"] if arguments["every"] else _wildcard(layer["name"]), layer["format"], str(layer["shape"]))
         groups.setdefault(key, []).append(layer)
-    table = _table("<layer", "count", "<format", "bits", "bits per weight", "shape", "MB")
+    measured = ("entropy", "coded", "above") if arguments["entropy"] else ()
+    table = _table("<layer", "count", "<format", "bits", "bits per weight", "shape", "MB", "stored MB", *measured)
     for (name, format, _), layers in groups.items():
         bits, shape = layers[0]["bits_per_weight"], layers[0]["shape"]
         bits, shape = "?" if bits is None else f"{bits:.3f}", "?" if shape is None else "x".join(map(str, shape))
         size = megabytes(sum(layer["bytes"] for layer in layers))
-        _row(table, name, len(layers), format, layers[0]["bits"], bits, shape, size)
+        stored = megabytes(sum(layer["stored_bytes"] for layer in layers))
+        _row(
+            table, name, len(layers), format, layers[0]["bits"], bits, shape, size, stored, *_measured(layers, measured)
+        )
     console.print(table)
     _kept(console, result["kept"])
     totals = _table("<total", "value")
@@ -82,6 +100,19 @@ def inspect(console: Console, result: dict, arguments: dict) -> None:
     console.print(totals)
     if result.get("note"):
         console.print(result["note"], soft_wrap=True, highlight=False, markup=False)
+
+
+def compress(console: Console, result: dict, arguments: dict) -> None:
+    before, after = result["bytes_before"], result["bytes_after"]
+    console.print(
+        f"{result['destination']}: {megabytes(after)} MB stored as {result['storage']}, {after / before:.1%} of the "
+        f"source's {megabytes(before)} MB",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+decompress = compress
 
 
 def generate(console: Console, result: dict, arguments: dict) -> None:

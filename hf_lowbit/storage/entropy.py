@@ -14,11 +14,11 @@ to 7 (whose planes hide how codes are distributed), five digits for ternary lane
 turned by one bit for bfloat16 so that it is the exponent (DFloat11, arXiv 2504.11651); lower bytes stay as they are.
 
 Exact size of a coded tensor, for who models it: 40 bytes, 8 a dimension, 8 a block, the frequency table (2 bytes, and
-for each symbol between the first and the last that occur 1 byte where its frequency is below 128 of 4096, else 2), and
-for each block 128 bytes of states and 2 a word. A word leaves whenever a state overflows 32 bits, and 32 states begin
-with 16 bits each and end with 24 on the average, so that a block takes ``information / 8 + 96`` bytes, give or take 10,
-``information`` being minus the sum of ``log2(frequency / 4096)`` over its symbols. There are :data:`BLOCK_SYMBOLS`
-symbols in a block, more or less: whole rows, about as many in each block (:func:`block_rows`).
+for each symbol between the first and the last that occur 1 byte where its frequency is below 128 of 4096, else 2), for
+each block 128 bytes of states and 2 a word, all rounded up to 8 bytes. A word leaves when a state overflows 32 bits,
+and 32 states begin with 16 bits each and end with 24 on the average, so that a block takes ``information / 8 + 96``
+bytes, give or take 10, ``information`` being minus the sum of ``log2(frequency / 4096)`` over its symbols. A block has
+whole rows, about :data:`BLOCK_SYMBOLS` symbols and up to four times as many of few bits (:func:`block_rows`).
 
 :func:`decode` uses the CPU kernels and releases the interpreter's lock; without them :mod:`.entropy_plain`, the
 specification of both, serves. All of it may run in any number of threads.
@@ -41,6 +41,7 @@ ENTROPY, ZSTD = 1, 2
 CODECS = {"entropy": ENTROPY, "zstd": ZSTD}
 DTYPES = (torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16)
 BLOCK_SYMBOLS = 65536
+ALIGNMENT = 8  # of its size, by zeros at its end, so that what follows it in a file is aligned
 RAW = 1 << 31
 FREQUENCIES = 4096
 LARGEST_BLOCK = 1 << 30
@@ -84,7 +85,7 @@ class Coded:
     @property
     def size(self) -> int:
         """Bytes of the coded tensor."""
-        return self.head + int(self.starts[-1])
+        return -(-(self.head + int(self.starts[-1])) // ALIGNMENT) * ALIGNMENT
 
 
 def is_coded(tensor: torch.Tensor) -> bool:
@@ -128,8 +129,11 @@ def read_head(coded: torch.Tensor | memoryview | bytes) -> Coded:
     entries = np.frombuffer(data, "<u4", 2 * blocks, index).reshape(blocks, 2)
     starts = np.zeros(blocks + 1, np.int64)
     np.cumsum(entries[:, 0] & (RAW - 1), dtype=np.int64, out=starts[1:])
-    if starts[-1] != len(data) - head:
-        raise ValueError(f"its blocks take {starts[-1]} bytes, and {len(data) - head} are there: it is truncated")
+    end = head + int(starts[-1])
+    if len(data) != -(-end // ALIGNMENT) * ALIGNMENT or any(data[end:]):
+        raise ValueError(
+            f"its head and blocks take {end} bytes, and {len(data)} are there: it is truncated or too long"
+        )
     table = bytes(data[index + 8 * blocks : head])
     frequencies = unpack_frequencies(table) if codec == ENTROPY else None
     return Coded(
@@ -221,11 +225,13 @@ def encode(tensor: torch.Tensor, symbols: int | None = None, codec: str = "entro
         raise ValueError(f"rows of {row_bytes} bytes are not made of the {kind.unit} that {kind.name} need")
     raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().reshape(-1, row_bytes)
     rows = raw.shape[0]
-    step = block_rows(rows, kind.count(row_bytes), row_bytes)
     if codec == "zstd":
+        step = block_rows(rows, kind.count(row_bytes), row_bytes)
         blocks, table = _zstd_blocks(raw, step), b""
     else:
-        frequencies = choose_frequencies(count_symbols(raw, symbols))
+        counts = count_symbols(raw, symbols)
+        step = block_rows(rows, kind.count(row_bytes), row_bytes, entropy(counts))
+        frequencies = choose_frequencies(counts)
         table = pack_frequencies(frequencies)
         encoded = native_codec.encode(raw, step, symbols, frequencies)
         blocks = encoded or entropy_plain.encode_blocks(raw, step, symbols, frequencies)
@@ -238,12 +244,18 @@ def encode(tensor: torch.Tensor, symbols: int | None = None, codec: str = "entro
     )  # fmt: skip
     rest += shape + index + table
     head = MAGIC + struct.pack("<I", zlib.crc32(rest)) + rest
-    return torch.cat([torch.frombuffer(bytearray(head), dtype=torch.uint8), torch.from_numpy(payload)])
+    padding = bytearray(-(len(head) + len(payload)) % ALIGNMENT)
+    parts = [np.frombuffer(part, np.uint8) for part in (bytearray(head), payload, padding)]
+    return torch.from_numpy(np.concatenate(parts))
 
 
-def block_rows(rows: int, row_symbols: int, row_bytes: int) -> int:
-    """Rows of a block: about :data:`BLOCK_SYMBOLS` symbols, all blocks about alike."""
-    blocks = max(1, round(rows * row_symbols / BLOCK_SYMBOLS))
+def block_rows(rows: int, row_symbols: int, row_bytes: int, bits: float = 8) -> int:
+    """Rows of a block: about :data:`BLOCK_SYMBOLS` symbols, all blocks about alike.
+
+    Symbols of fewer than 2 ``bits`` make longer blocks, up to four times, so that states stay half a percent of them.
+    """
+    symbols = BLOCK_SYMBOLS * min(4, max(1, 2 / max(bits, 0.5)))
+    blocks = max(1, round(rows * row_symbols / symbols))
     return max(1, min(-(-rows // blocks), LARGEST_BLOCK // row_bytes))
 
 

@@ -78,8 +78,10 @@ def store_model(model, layers: dict[str, str], codec: str) -> dict[str, torch.Te
     converters = [c for c in conversions if not isinstance(c, WeightRenaming)]
     widths, stored = Widths(layers, getattr(model, "base_model_prefix", "")), {}
     done: dict[int, torch.Tensor] = {}  # tied tensors stay one
+    streaming = getattr(getattr(model, "hf_quantizer", None), "streaming", None)
+    as_stored = streaming.as_stored if streaming is not None else ()
     for name, tensor in tensors.items():
-        if tensor.device.type == "meta" or any(c.rename_source_key(name)[1] for c in converters):
+        if tensor.device.type == "meta" or name in as_stored or any(c.rename_source_key(name)[1] for c in converters):
             stored[name] = tensor
             continue
         place = tensor.data_ptr()
@@ -126,6 +128,9 @@ class DecodeStored(ConversionOps):
         tensors = {}
         for name, found in input_dict.items():
             tensor = found[0] if isinstance(found, list) else found
+            if self.hf_quantizer.streaming is not None and name in self.hf_quantizer.streaming.fields:
+                tensors[name] = self.hf_quantizer.streaming.placeholder(name)
+                continue
             here = tensor.cpu()
             try:
                 if not entropy.is_coded(here):

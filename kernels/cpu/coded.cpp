@@ -13,6 +13,10 @@
 #include "lowbit_cpu.h"
 #include "parallel.h"
 
+#if defined(LOWBIT_X86)
+#include <immintrin.h>
+#endif
+
 namespace lowbit {
 namespace {
 
@@ -33,8 +37,7 @@ struct Crc {
 };
 constexpr Crc CRC;
 
-uint32_t crc32(const uint8_t *bytes, size_t size) {
-    uint32_t c = ~0u;
+uint32_t crc_by_eight(uint32_t c, const uint8_t *bytes, size_t size) {
     for (; size >= 8; size -= 8, bytes += 8) {
         uint64_t v;
         memcpy(&v, bytes, 8);
@@ -43,7 +46,43 @@ uint32_t crc32(const uint8_t *bytes, size_t size) {
         for (int i = 0; i < 8; i++) c ^= CRC.table[7 - i][v >> (8 * i) & 255];
     }
     for (; size; size--) c = c >> 8 ^ CRC.table[0][(c ^ *bytes++) & 255];
-    return ~c;
+    return c;
+}
+
+#if defined(LOWBIT_X86)
+
+// The same sixteen bytes at a time: four registers, folded by products without carries (Gopal and others, "Fast CRC Computation for
+// Generic Polynomials Using PCLMULQDQ Instruction", Intel 2009). The constants are powers of x modulo the polynomial, bits reversed.
+// Takes a multiple of 64 bytes, at least 64; c is the state so far, without the inversions at both ends.
+__attribute__((target("pclmul,sse4.1"))) uint32_t crc_folded(uint32_t c, const uint8_t *bytes, size_t size) {
+    const auto load = [&](size_t i) { return _mm_loadu_si128((const __m128i *)(bytes + 16 * i)); };
+    const __m128i by512 = _mm_set_epi64x(0x1c6e41596, 0x154442bd4), by128 = _mm_set_epi64x(0x0ccaa009e, 0x1751997d0);
+    const auto fold = [](__m128i a, __m128i by, __m128i next) __attribute__((target("pclmul,sse4.1"))) {
+        return _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(a, by, 0x00), _mm_clmulepi64_si128(a, by, 0x11)), next);
+    };
+    __m128i a[4] = {_mm_xor_si128(load(0), _mm_cvtsi32_si128((int)c)), load(1), load(2), load(3)};
+    for (bytes += 64, size -= 64; size >= 64; bytes += 64, size -= 64)
+        for (int i = 0; i < 4; i++) a[i] = fold(a[i], by512, load((size_t)i));
+    __m128i all = a[0];
+    for (int i = 1; i < 4; i++) all = fold(all, by128, a[i]);
+    uint8_t left[16];
+    _mm_storeu_si128((__m128i *)left, all);
+    return crc_by_eight(0, left, 16);
+}
+
+#endif
+
+uint32_t crc32(const uint8_t *bytes, size_t size) {
+    uint32_t c = ~0u;
+#if defined(LOWBIT_X86)
+    static const bool here = __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1");
+    if (here && size >= 64) {
+        const size_t folded = size / 64 * 64;
+        c = crc_folded(c, bytes, folded);
+        bytes += folded, size -= folded;
+    }
+#endif
+    return ~crc_by_eight(c, bytes, size);
 }
 
 // ---------------------------------------------------------------- symbols
@@ -129,6 +168,7 @@ void from_rows(int kind, const uint8_t *in, uint8_t *symbols, uint8_t *low, int6
 // ---------------------------------------------------------------- the container
 
 constexpr int64_t FIXED_BYTES = 40, MOST_BYTES = (int64_t)1 << 46, MOST_BLOCK = (int64_t)1 << 30;
+constexpr uint8_t ITEM_BYTES[] = {1, 1, 2, 2, 2};  // of the dtypes
 constexpr uint32_t RAW = 1u << 31;  // of a block's size
 
 template <class T> T at(const uint8_t *bytes) {
@@ -158,6 +198,7 @@ struct Container {
         const int64_t dims = 8 * (int64_t)coded[15], frequencies = FIXED_BYTES + dims + 8 * blocks;
         if (frequencies > head) return LOWBIT_BAD_CODED;
         index = coded + FIXED_BYTES + dims;
+        if (!fits(coded)) return LOWBIT_BAD_CODED;
         if (!read_table(coded + frequencies, coded + head)) return LOWBIT_BAD_CODED;
         payload = coded + head;
         starts.resize((size_t)blocks + 1);
@@ -166,7 +207,23 @@ struct Container {
             if (sum > size - head) return LOWBIT_BAD_CODED;
             starts[(size_t)b + 1] = sum;
         }
-        return starts[(size_t)blocks] == size - head ? LOWBIT_OK : LOWBIT_BAD_CODED;
+        const int64_t end = head + starts[(size_t)blocks];
+        if (size != (end + 7) / 8 * 8) return LOWBIT_BAD_CODED;
+        for (int64_t i = end; i < size; i++)
+            if (coded[i]) return LOWBIT_BAD_CODED;
+        return LOWBIT_OK;
+    }
+
+    // Whether dtype and shape are those of the rows.
+    bool fits(const uint8_t *coded) const {
+        if (coded[14] >= sizeof(ITEM_BYTES)) return false;
+        int64_t product = ITEM_BYTES[coded[14]];
+        for (int d = 0; d < coded[15]; d++) {
+            const uint64_t length = at<uint64_t>(coded + FIXED_BYTES + 8 * d);
+            if (length < 1 || length > (uint64_t)(MOST_BYTES / product)) return false;
+            product *= (int64_t)length;
+        }
+        return product == rows * bytes;
     }
 
     // First and last symbol, then the frequency of each from the first to the last, seven bits a byte, low ones first.
