@@ -18,13 +18,16 @@ import torch
 
 from . import native_backend, ops, triton_backend
 from .backends import BACKENDS, ENVIRONMENT_VARIABLE, Problem, explain, select
-from .formats import FORMATS, Format
+from .formats import FORMATS as ALL_FORMATS
+from .formats import Format
 from .methods import BEST, make_method
 from .version import __version__
 
 OPS = ("linear", "linear_int8", "input_gradient", "dequantize", "embedding")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITS = {"int": 4, "nf": 4, "fp4": 4, "codebook": 4, "ternary": 1.58}
+# Others run as one of these: nested codes as a codebook, a factor for each column on the activations.
+FORMATS = {name: cls for name, cls in ALL_FORMATS.items() if name in BITS}
 PACKAGES = (
     "torch",
     "transformers",

@@ -34,6 +34,7 @@ VECTORS = [
     ("codebook-3-tensor", "codebook:bits=3,group_size=64,codebook=tensor", (2, 70)),
     ("codebook-2-row", "codebook:bits=2,group_size=-1,codebook=row", (2, 70)),
     ("nested-4", "nested:bits=4,group_size=32", (2, 70)),
+    ("int-columns-8", "int_columns:bits=8", (2, 70)),
     ("ternary-row", "ternary:bits=1.58", (2, 23)),
     ("ternary-groups", "ternary:bits=1.58,group_size=16,scale_dtype=float16", (3, 40)),
 ]
@@ -64,6 +65,8 @@ def make(name: str, text: str, shape: tuple[int, int]) -> dict:
     if format.name == "nested":
         tables = [torch.linspace(-1, 1, 2**bits) for bits in format.widths]
         quantized.levels = torch.cat([t * t.abs().sqrt() + 0.01 * len(t) for t in tables])[None]
+    if "_columns" in tensors:
+        quantized.columns = 1.21 ** ((7 * k[0]) % 9 - 4).to(torch.float32)
     stored = format.pack(quantized)
     meant = format.unpack(stored, shape)
     return {
@@ -74,6 +77,7 @@ def make(name: str, text: str, shape: tuple[int, int]) -> dict:
         "scales": None if meant.scales is None else meant.scales.tolist(),
         "zeros": None if meant.zeros is None else meant.zeros.tolist(),
         "levels": None if meant.levels is None else meant.levels.tolist(),
+        **({} if meant.columns is None else {"columns": meant.columns.tolist()}),
         "tensors": {
             "weight" + suffix: {
                 "dtype": DTYPES[t.dtype],

@@ -81,7 +81,8 @@ def random_quantized(format, shape, seed):
     if format.name == "nested":
         tables = [torch.randn(1, 2**bits, generator=generator).sort(-1).values for bits in format.widths]
         levels = format.codebook.storable_levels(torch.cat(tables, 1))
-    return Quantized(codes, scales, zeros, levels)
+    columns = torch.rand(shape[1], generator=generator).half().float() if "_columns" in tensors else None
+    return Quantized(codes, scales, zeros, levels, columns)
 
 
 @settings(deadline=None, max_examples=150)
@@ -100,7 +101,7 @@ def test_pack_and_unpack_are_inverse_and_take_the_stated_bytes(format, rows, col
 
     again = format.unpack(stored, shape)
     assert torch.equal(again.codes, quantized.codes)
-    for name in ("zeros", "levels"):
+    for name in ("zeros", "levels", "columns"):
         wanted, got = getattr(quantized, name), getattr(again, name)
         assert (got is None) == (wanted is None) and (wanted is None or torch.equal(got, wanted))
     if quantized.scales is None:

@@ -25,6 +25,7 @@ DEFAULTS = {
     "codebook": {"group_size": "64", "scale_dtype": "log8", "codebook": "tensor"},
     "ternary": {"group_size": "-1", "scale_dtype": "log8"},
     "nested": {"group_size": "32", "scale_dtype": "e4m3"},
+    "int_columns": {"group_size": "-1", "scale_dtype": "float16", "symmetric": "True", "zeros": "int"},
 }
 NF = {
     2: "-1 0 0.435818166 1",
@@ -188,7 +189,7 @@ class Port:
             out = []
             for k, code in enumerate(row):
                 g = k // self.size
-                if self.name == "int":
+                if self.name in ("int", "int_columns"):
                     middle = 0.5 if self.bits == 1 else 2 ** (self.bits - 1)
                     value = f32(code) - f32(middle if zeros is None else zeros[n][g])
                 elif self.name == "ternary":
@@ -199,7 +200,10 @@ class Port:
                     value = f32(levels[0][code - 2**self.bits])
                 else:
                     value = f32(FP4[code] if self.name == "fp4" else float(NF[self.bits].split()[code]))
-                out.append(float(value if scales is None else value * f32(scales[n][g])))
+                value = value if scales is None else value * f32(scales[n][g])
+                if self.name == "int_columns":
+                    value *= f32(self.numbers("weight_columns")[k])
+                out.append(float(value))
             result.append(out)
         return result
 
@@ -285,6 +289,7 @@ def test_the_library_writes_the_vectors(vector):
         return None if vector[name] is None else torch.tensor(vector[name], dtype=dtype)
 
     quantized = Quantized(tensor("codes", torch.uint8), tensor("scales"), tensor("zeros"), tensor("levels"))
+    quantized.columns = tensor("columns") if "columns" in vector else None
     stored = parse_format(vector["format"]).pack(quantized)
     for suffix, wanted in stored_tensors(vector).items():
         if suffix == "_scales_range":  # found again from the decoded scales, not copied
