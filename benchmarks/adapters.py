@@ -11,13 +11,12 @@ adapters are kept in ~/.cache/hf_lowbit_benchmarks/adapters, to be finetuned, an
 
 import argparse
 import json
-import re
 import shutil
 import time
-from pydoc_data.topics import topics
 
 import torch
-from common import CACHE, Reference, model_folder, news_text, write_results
+from common import CACHE, model_folder, write_results
+from held_out import HeldOut, calibration_documents, evaluation_texts
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -26,45 +25,9 @@ from hf_lowbit import LowBitConfig
 from hf_lowbit.adapters.initialization import METHODS, Initialized, initialize
 from hf_lowbit.calibration import Calibration
 from hf_lowbit.calibration.data import digest
-from hf_lowbit.evaluate import evaluate, log_probabilities, make_windows
+from hf_lowbit.evaluate import evaluate
 
 logging.disable_progress_bar()
-# Topics that the methods' defaults were chosen on, and topics to calibrate on; all others are for evaluation.
-CHOSEN_ON = {"assert", "assignment", "dict", "dynamic-features", "specialnames", "with"}
-CALIBRATE_ON = re.findall(
-    r"\S+",
-    """
-attribute-access attribute-references augassign booleans break callable-types calls comparisons compound customization
-exprlists floating for formatstrings identifiers if import operator-summary pass power string-methods truth try types
-typesmapping typesmethods typesmodules typesseq
-""",
-)
-
-
-def articles() -> list[str]:
-    """The news articles: every third from the first is what defaults were chosen on, from the second for evaluation,
-    from the third for calibration."""
-    return [line for line in news_text().splitlines() if line.strip()]
-
-
-def calibration_documents() -> list[str]:
-    """Documents to calibrate on."""
-    return articles()[2::3] + [topics[name] for name in CALIBRATE_ON]
-
-
-def evaluation_texts() -> dict[str, str]:
-    """Texts by name, of documents that nothing was calibrated on and no default chosen on."""
-    unseen = [topics[name] for name in sorted(topics) if name not in CHOSEN_ON.union(CALIBRATE_ON)]
-    return {"news": "\n".join(articles()[1::3]), "docs": "\n".join(unseen)}
-
-
-class HeldOut(Reference):
-    """The float model's log-probabilities on ``text``."""
-
-    def __init__(self, folder: str, text: str, limit: int, length: int = 512):
-        self.windows = make_windows(AutoTokenizer.from_pretrained(folder), text, length, limit)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.log_probabilities = [log_probabilities(model, window) for window in self.windows]
 
 
 def load_merged(made):

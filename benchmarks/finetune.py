@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 
 import torch
-from adapters import calibration_documents
 from common import CACHE, RESULTS, model_folder, news_text, write_results
+from held_out import calibration_documents
 from loading import Peak, anonymous_mb
 
 SEED = 0
