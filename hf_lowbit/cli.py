@@ -87,10 +87,16 @@ def _options(
 # -- how to quantize ---------------------------------------------------------------------------------------------------
 
 QUANTIZATION = {
-    "bits": Annotated[str | None, Option(help="1 to 8, or 1.58 for ternary weights. [default: 4]")],
-    "format": Annotated[str | None, Option(help="int, nf, fp4, codebook or ternary. [default: int]")],
+    "bits": Annotated[
+        str | None,
+        Option(help="1 to 8; 1.58 for ternary weights; a budget such as 2.6; or a file of `plan`. [default: 4]"),
+    ],
+    "bits_stored": Annotated[
+        str | None, Option(help="Bits per weight once entropy-coded, such as 3.0; method ecsq, or gptq if you say so.")
+    ],
+    "format": Annotated[str | None, Option(help="int, nf, fp4, codebook, ternary or nested. [default: int]")],
     "method": Annotated[
-        str | None, Option(help="rtn, hqq, lloyd or gptq. [default: the best measured without calibration]")
+        str | None, Option(help="rtn, hqq, lloyd, ecsq or gptq. [default: the best measured without calibration]")
     ],
     "group_size": Annotated[str | None, Option(help="Inputs that share a scale: 16 to 1024, or row.")],
     "symmetric": Annotated[bool | None, Option(help="For int: no zero points.")],
@@ -107,7 +113,7 @@ QUANTIZATION = {
         Option("--method-option", metavar="KEY=VALUE", help="An option of the method, 'range=minmax'; repeatable."),
     ],
 }
-_RULE_OPTION = r"(?:bits|format|method|group_size|symmetric|zeros|scale_dtype|codebook)=[^=,]+"
+_RULE_OPTION = r"(?:bits|bits_stored|format|method|group_size|symmetric|zeros|scale_dtype|codebook)=[^=,]+"
 _RULE = re.compile(rf"(?P<pattern>.+?)=(?P<options>keep|{_RULE_OPTION}(?:,{_RULE_OPTION})*)", re.DOTALL)
 
 
@@ -206,20 +212,28 @@ PathOrId = Annotated[str, Argument(metavar="PATH", help="A folder, or a repo id 
 Dtype = Annotated[str, Option(help="auto (as stored), float32, bfloat16 or float16.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, ...")]
 Backend = Annotated[str, Option(help="auto, torch, triton or native.")]
+LoadBits = Annotated[int | None, Option(help="For a nested repo: the width to load. [default: all bits]")]
 
 
-def _load(path: str, config: dict, dtype: str = "auto", device: str = "auto", backend: str = "auto"):
+def _load(
+    path: str,
+    config: dict,
+    dtype: str = "auto",
+    device: str = "auto",
+    backend: str = "auto",
+    load_bits: int | None = None,
+):
     """The causal language model at ``path``, quantized on the fly if ``config`` says so."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from .config import QUANT_METHOD, LowBitConfig
 
     options = {}
-    if config or backend != "auto":
+    if config or backend != "auto" or load_bits is not None:
         saved = getattr(AutoConfig.from_pretrained(path), "quantization_config", None) or {}
-        if not config and saved.get("quant_method") != QUANT_METHOD:
+        if not config and load_bits is None and saved.get("quant_method") != QUANT_METHOD:
             raise ValueError(f"{path} is not packed, so backend={backend!r} has nothing to run: add --bits to quantize")
-        options["quantization_config"] = LowBitConfig(**config, backend=backend)
+        options["quantization_config"] = LowBitConfig(**config, backend=backend, load_bits=load_bits)
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device, **options).eval()
 
 
@@ -260,6 +274,36 @@ def quantize(
     )  # fmt: skip
     seen = {"calibrated_modules": len(repo.tokens), "fewest_tokens": min(repo.tokens.values(), default=0)}
     return {"destination": str(destination), "seconds": time.perf_counter() - start, **repo.coverage, **seen}
+
+
+@command
+def plan(
+    source: Annotated[str, Argument(metavar="SRC", help="A folder, or a repo id on the Hub.")],
+    config,
+    budget: Annotated[
+        float | None, Option(help="Bits per weight, everything counted, if a whole number; others are --bits.")
+    ] = None,
+    output: Annotated[Path, Option(help="The file to write; `quantize --bits FILE` packs by it.")] = Path("plan.json"),
+    calibration: Annotated[
+        str | None, Option(metavar="TEXT", help="What to measure on, as for quantize; without it, weights decide.")
+    ] = None,
+    length: Annotated[int, Option(min=2, help="Tokens in a window.")] = 512,
+    seed: Annotated[int, Option(help="Chooses the windows.")] = 0,
+    dtype: Annotated[str | None, Option(help="Dtype to cast weights to first. [default: as stored]")] = None,
+):
+    """Search a width for each layer under a budget of bits, such as --bits 2.6, and show and save it."""
+    from dataclasses import asdict
+
+    from .allocation import allocate
+    from .allocation.budget import WINDOWS
+    from .calibration import Calibration
+    from .config import LowBitConfig
+
+    start = time.perf_counter()
+    data = None if calibration is None else Calibration(calibration, WINDOWS, length, seed)
+    found = allocate(source, LowBitConfig(**config), bits=budget, calibration=data, dtype=dtype)
+    found.save(output)
+    return {"output": str(output), "seconds": time.perf_counter() - start, **asdict(found)}
 
 
 @command
@@ -313,6 +357,7 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
+    load_bits: LoadBits = None,
 ):
     """Write a text as it is generated; with --bits, from a float model that is quantized while it loads."""
     import torch
@@ -329,7 +374,7 @@ def generate(
     prompt_tokens = inputs["input_ids"].shape[1]
     if prompt_tokens == 0:
         raise ValueError("the prompt is empty: there is nothing to continue")
-    model = _load(path, config, dtype, device, backend)
+    model = _load(path, config, dtype, device, backend, load_bits)
     torch.manual_seed(seed)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     start = time.perf_counter()
@@ -359,6 +404,7 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = "auto",
     backend: Backend = "auto",
+    load_bits: LoadBits = None,
 ):
     """Measure perplexity, and KL divergence to and top-1 agreement with the unquantized model, on a text."""
     from transformers import AutoTokenizer
@@ -367,7 +413,7 @@ def evaluate(
     from .evaluate import make_windows
 
     windows = make_windows(AutoTokenizer.from_pretrained(path), text.read_text(encoding="utf-8"), length, limit)
-    model = _load(path, config, dtype, device, backend)
+    model = _load(path, config, dtype, device, backend, load_bits)
     reference = reference or (path if config else None)
     compared = _load(reference, {}, dtype, device) if reference else None
     result = {"model": path, "reference": reference, "text": text.name, "length": length}

@@ -1,8 +1,9 @@
 """Loading a nested repo at one of its widths (``load_bits=``): only the planes of that width are read.
 
-While it loads, a nested module has just the tensors of the asked width (a nested format of fewer bits has the same ones,
-fewer of them: :mod:`.formats.nested`); what else is in the file has no place in the model and is never read. Then each
-becomes an ordinary ``codebook`` module, the one that kernels run and ``save_pretrained`` writes, and the config says so.
+While it loads, a nested module has just the tensors of the asked width (a nested format of fewer bits has the same
+ones, fewer of them: :mod:`.formats.nested`); what else is in the file has no place in the model and is never read. Then
+each becomes an ordinary ``codebook`` module, the one that kernels run and ``save_pretrained`` writes, and the config
+says so.
 """
 
 from dataclasses import replace
@@ -22,8 +23,8 @@ def check_load_bits(config: LowBitConfig, pre_quantized: bool) -> None:
     """Refuses a ``load_bits`` that the repo cannot give.
 
     Raises:
-        ValueError: for a model that is not packed, a repo that is not nested, or one of fewer bits; and for a nested one
-            under ``max_memory_bytes``.
+        ValueError: for a model that is not packed, a repo that is not nested, or one of fewer bits; and for a nested
+            one under ``max_memory_bytes``.
     """
     formats = [parse_format(text) for text in (config.layers or {}).values()]
     stored = [format.bits for format in formats if isinstance(format, NestedFormat)]
@@ -36,19 +37,19 @@ def check_load_bits(config: LowBitConfig, pre_quantized: bool) -> None:
         return
     if not pre_quantized:
         raise ValueError(
-            f"load_bits={config.load_bits} is for repos that are nested already: to pack this float model use bits=, or "
-            "make a nested one by format='nested' and load that"
+            f"load_bits={config.load_bits} is for repos that are nested already: to pack this float model use bits=, "
+            "or make a nested one by format='nested' and load that"
         )
     if not stored:
         held = ", ".join(sorted({f"{f.name} of {f.bits} bits" for f in formats}))
         raise ValueError(
-            f"load_bits={config.load_bits} needs a nested repo, and this one holds {held}: load it without load_bits, or "
-            "pack the original model with format='nested'"
+            f"load_bits={config.load_bits} needs a nested repo, and this one holds {held}: load it without load_bits, "
+            "or pack the original model with format='nested'"
         )
     if config.load_bits > max(stored):
         raise ValueError(
-            f"load_bits={config.load_bits} is more than this repo has: it holds {max(stored)} bits. Use at most that, or "
-            "pack the original model with more bits"
+            f"load_bits={config.load_bits} is more than this repo has: it holds {max(stored)} bits. Use at most that, "
+            "or pack the original model with more bits"
         )
 
 

@@ -77,6 +77,27 @@ def _measured(layers: list[dict], columns: tuple[str, ...]) -> list[str]:
     return [f"{entropy:.3f}", f"{coded:.3f}", f"{coded / entropy - 1:.2%}" if entropy else "?"]
 
 
+def plan(console: Console, result: dict, arguments: dict) -> None:
+    widths = sorted(set(result["layers"].values()))
+    table = _table("<layers", *(f"{bits} bits" for bits in widths))
+    rows: dict[str, dict[int, list[str]]] = {}
+    for name, bits in result["layers"].items():
+        number = re.search(r"(?<=\.)\d+(?=\.)", name)
+        rows.setdefault(_wildcard(name), {}).setdefault(bits, []).append(number[0] if number else "all")
+    for name, by in rows.items():
+        _row(table, name, *(" ".join(by.get(bits, [])) for bits in widths))
+    console.print(table)
+    what = {"kl": "sum of divergences measured", "error": "sum of relative squared errors"}[result["sensitivity"]]
+    uniform = ", ".join(
+        f"{bits} bits everywhere ({bpw:.2f}): {harm:.4g}" for bits, (bpw, harm) in result["uniform"].items()
+    )
+    console.print(
+        f"{result['output']}: {result['bits_per_weight']:.3f} bits per weight of {result['budget']}; {what} "
+        f"{result['damage']:.4g}; {uniform}",
+        highlight=False,
+    )
+
+
 def inspect(console: Console, result: dict, arguments: dict) -> None:
     groups: dict[tuple, list[dict]] = {}
     for layer in result["layers"]:

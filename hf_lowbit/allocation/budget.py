@@ -171,8 +171,8 @@ def _check_budget(budget: float, costs: dict[str, dict[int, int]], weights: int,
     least = sum(min(c.values()) for c in costs.values())
     if allowed < least:
         raise ValueError(
-            f"bits={budget} is below the least that this format takes, {8 * least / weights + 0.005:.2f} bits per weight "
-            "with everything counted: give more, or use larger groups (group_size=)"
+            f"bits={budget} is below the least that this format takes, {8 * least / weights + 0.005:.2f} bits per "
+            "weight with everything counted: give more, or use larger groups (group_size=)"
         )
 
 

@@ -6,8 +6,8 @@ Malinovskii et al., 2024, arXiv 2411.17525); without data the constants are take
 
 :class:`Probes` measures the constants: one unit of layers is packed at :data:`PROBE` bits, everything else stays in
 float, and KL(float ‖ that) is taken at the model's output, at every fourth position of a few windows. What lies before
-the unit's block is computed once. From there each unit is a batch of hidden states of its own, and all units of a *wave*
-of blocks go through the model together: it is read once a wave, one block at a time. A wave is as large as
+the unit's block is computed once. From there each unit is a batch of hidden states of its own, and all units of a
+*wave* of blocks go through the model together: it is read once a wave, one block at a time. A wave is as large as
 :data:`WAVE_BYTES` of hidden states allow, an eighth of the model at most; after each, what was measured is written
 down, so that a search which was stopped goes on there.
 
