@@ -351,8 +351,8 @@ class LowBitConfig(MetalConfig):
                 raise ValueError(f"bits={bits!r} is a budget, which is for the whole model: use a whole number here")
             if format_name not in BUDGETED or options["bits_stored"] is not None:
                 raise ValueError(
-                    f"bits={bits!r} is a budget, which needs formats of several widths: use {' or '.join(BUDGETED)}, without "
-                    "bits_stored="
+                    f"bits={bits!r} is a budget, which needs formats of several widths: use "
+                    f"{' or '.join(map(repr, BUDGETED))}, without bits_stored="
                 )
             bits = math.ceil(bits)  # stands for any of them
         cls = FORMATS[format_name]
