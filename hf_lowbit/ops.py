@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .backends import select
 from .formats.columns import PREFIX, split_columns
+from .formats.rotated import PREFIX as ROTATED
+from .transforms.hadamard import rotate
 
 # `backend` has no default here: autograd would be given one input less whenever it is "auto".
 _SCHEMAS = {
@@ -162,6 +164,8 @@ def linear(
     Returns:
         (..., N).
     """
+    if format.startswith(ROTATED):
+        x, format = rotate(x), format.removeprefix(ROTATED)
     if format.startswith(PREFIX):
         x, companions, format = split_columns(x, companions, format)
     if _direct(x, bias):
@@ -182,6 +186,8 @@ def linear_int8(
 
     A row of ``x`` with anything that is not finite gives a row of NaN. The gradient is that of :func:`linear`.
     """
+    if format.startswith(ROTATED):
+        x, format = rotate(x), format.removeprefix(ROTATED)
     if format.startswith(PREFIX):
         x, companions, format = split_columns(x, companions, format)
     if _direct(x, bias):

@@ -138,7 +138,7 @@ class LowBitHfQuantizer(HfQuantizer):
             if p not in ("disk", "auto", "balanced", "balanced_low_0", "sequential")
         }
         formats = (runs_as(p.format) if self.pre_quantized else p.format for p in self.plan.packed.values())
-        for spec in dict.fromkeys(format.spec for format in formats):
+        for spec in dict.fromkeys(format.inner.spec for format in formats):
             for device in devices:
                 if op == "linear_int8" and device not in ("cpu", "meta"):
                     raise ValueError(
@@ -393,7 +393,10 @@ def quantize_weight(weight: torch.Tensor, planned: Packed, name: str, statistics
             f"{name} has {bad} NaN or infinite values: the checkpoint is damaged, or overflowed in its dtype"
         )
     try:
-        return planned.format.pack(planned.method.quantize(weight, planned.format, statistics))
+        format = planned.format
+        if format.inner is not format:
+            weight, statistics = format.turn(weight.float()), statistics and statistics.turned(format)
+        return format.pack(planned.method.quantize(weight, format.inner, statistics))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

@@ -92,6 +92,18 @@ def train_scales(model: Any, zeros: bool = False, scale_dtype: str | None = None
             f"{corrected[0]} has a low-rank correction from a merged adapter, beside which scales cannot be trained: "
             "train them before merging, or merge by 'requantize'"
         )
+    streamed = [name for name, layer in layers.items() if layer.streamed is not None]
+    if streamed:
+        raise ValueError(
+            f"{streamed[0]} is streamed from disk, where its scales stay as they are: load the model without "
+            "max_memory_bytes to train them"
+        )
+    rotated = [name for name, layer in layers.items() if layer.format.inner is not layer.format]
+    if rotated:
+        raise ValueError(
+            f"{rotated[0]} is stored with transform={layers[rotated[0]].format.name!r}, whose scales cannot be trained: "
+            "quantize the model without it"
+        )
     model.requires_grad_(False)
     for name, layer in layers.items():
         try:

@@ -7,8 +7,6 @@ the weight alone, as when a model is quantized while it loads.
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from transformers.utils import logging
-
 from ..methods import BlockMethod
 from ..methods.rate_aware import Share
 from ..plan import Plan
@@ -16,8 +14,6 @@ from ..quantizer import quantize_weight
 from .damage import LayerShare, bits_stored, divide, measure_damage, read_damage
 from .pipeline import Layer, LayerHook, Solution
 from .statistics import Moments
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -34,7 +30,7 @@ class Planned(LayerHook):
         return Solution(tensors, tokens=moments.tokens)
 
     def check_tokens(self, layer: Layer, moments: Moments) -> None:
-        """Raises ``ValueError`` if ``layer`` saw no token, and warns if there were few."""
+        """Raises ``ValueError`` if ``layer`` saw no token."""
         method, name = layer.planned.method, layer.name
         assert method is not None
         if moments.tokens == 0:
@@ -42,11 +38,6 @@ class Planned(LayerHook):
                 f"{name} never saw a token of the calibration, so method {method.name!r} knows nothing of it: give "
                 f"more or other text, or plan it without calibration by a rule {{{name!r}: {{'method': 'rtn'}}}}"
             )
-        if moments.tokens < layer.weight.shape[1]:
-            logger.warning(
-                "%s saw %d tokens of the calibration, fewer than its %d inputs: give more text",
-                name, moments.tokens, layer.weight.shape[1],
-            )  # fmt: skip
 
 
 @dataclass
@@ -66,7 +57,7 @@ class PlannedBlocks(Planned):
                     block.set(name, self.solve_layer(layer, moments, block.generator))
                     continue
                 self.check_tokens(layer, moments)
-                quantized, state = method.begin(layer.weight, format, moments)
+                quantized, state = method.begin(format.turn(layer.weight), format.inner, moments.turned(format))
                 block.set(name, Solution(format.pack(quantized), tokens=moments.tokens))
                 alike = (s for m, s in trained if (type(m), vars(m)) == (type(method), vars(method)))
                 if (states := next(alike, None)) is None:

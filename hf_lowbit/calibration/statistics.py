@@ -11,6 +11,8 @@ weight whose output is nearest to the float model's.
 
 import torch
 
+from ..formats import Format
+
 
 class Moments:
     """Mean second moments of the inputs of one or several layers, float32.
@@ -48,6 +50,15 @@ class Moments:
         if not level > 0:
             return identity
         return self.square + damping * level * identity
+
+    def turned(self, format: Format) -> "Moments":
+        """The moments of the inputs in the basis in which ``format`` stores its codes."""
+        if format.inner is format:
+            return self
+        result = Moments(0, device=self.square.device)
+        result.tokens, result.square = self.tokens, format.turn(format.turn(self.square).T).T
+        result.cross = None if self.cross is None else format.turn(format.turn(self.cross).T).T
+        return result
 
     def output_error(self, weight: torch.Tensor, other: torch.Tensor) -> float:
         """Mean over tokens of ``|x V^T - x W^T|^2`` for ``weight`` W and ``other`` V (N, K)."""

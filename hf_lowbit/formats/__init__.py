@@ -14,6 +14,8 @@ from .fp4 import Fp4Format
 from .integer import IntFormat
 from .nested import NestedFormat
 from .nf import NormalFloatFormat
+from .rotated import PREFIX as ROTATED
+from .rotated import RotatedFormat
 from .ternary import TernaryFormat
 
 FORMATS: dict[str, type[Format]] = {
@@ -23,7 +25,7 @@ FORMATS: dict[str, type[Format]] = {
 
 _TRUTH = {"True": True, "False": False}
 
-__all__ = ["FORMATS", "Format", "Quantized", "parse_format"]
+__all__ = ["FORMATS", "Format", "Quantized", "RotatedFormat", "parse_format"]
 
 
 @functools.cache
@@ -33,6 +35,8 @@ def parse_format(spec: str) -> Format:
     Raises:
         ValueError: if the text is not one that this version of the package can read.
     """
+    if spec.startswith(ROTATED):
+        return RotatedFormat(stored=parse_format(spec.removeprefix(ROTATED)))
     name, _, text = spec.partition(":")
     if name not in FORMATS:
         raise ValueError(f"unknown format {name!r}: this version reads {', '.join(FORMATS)}")

@@ -83,6 +83,19 @@ class Format:
         fields = ",".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
         return f"{self.name}:{fields}"
 
+    @property
+    def inner(self) -> "Format":
+        """The format whose codes methods choose and kernels multiply: this one, unless weights are turned before."""
+        return self
+
+    def turn(self, weight: torch.Tensor) -> torch.Tensor:
+        """``weight`` (..., K) in the basis in which :attr:`inner` stores it."""
+        return weight
+
+    def turn_back(self, weight: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`turn`; differentiable."""
+        return weight
+
     def groups(self, in_features: int) -> int:
         """Number of groups in a row of ``in_features`` weights."""
         return 1 if self.group_size == -1 else -(-in_features // self.group_size)

@@ -82,7 +82,8 @@ class SignRound(BlockMethod):
             windows = batches[order.pop()]
             weights: dict[str, torch.Tensor] = {}
             for name, learned in states.items():
-                weights |= block.as_parameter(name, learned.value())
+                value = block.layers[name].planned.format.turn_back(learned.value())
+                weights |= block.as_parameter(name, value)
             output = block.arguments.run(block.module, block.inputs[windows], windows, weights)
             ((output - target[windows]).square().mean() / power).backward()
             for learned in states.values():
