@@ -5,9 +5,12 @@ import math
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from hf_lowbit import LowBitConfig
+from hf_lowbit.cli import app
 from hf_lowbit.formats import parse_format
+from hf_lowbit.inspection import inspect_repo
 from hf_lowbit.methods import make_method
 from hf_lowbit.rate import coded_bits, count_codes, entropy
 from hf_lowbit.storage.entropy import encode, symbols_for
@@ -118,3 +121,23 @@ def test_what_the_config_stands_for():
     assert other.resolve(other.rules["a"])[0] == BYTES
     assert LowBitConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
     assert "bits_stored" not in LowBitConfig().to_dict()
+
+
+def test_from_the_command_line_the_files_take_what_was_asked_for(tiny, tmp_path):
+    """With rules, in a coded repo, by what inspect says of its files."""
+    out = tmp_path / "out"
+    rule = "--rule=.*gate_proj=bits_stored=5"
+    result = CliRunner().invoke(
+        app, ["quantize", tiny("llama-tied"), str(out), "--bits-stored", "3", rule, "--storage", "entropy"]
+    )
+    assert result.exit_code == 0, result.output
+    layers = {
+        layer["name"]: layer
+        for layer in inspect_repo(out)["layers"]
+        if math.prod(layer["shape"]) >= 4096 and "proj" in layer["name"]
+    }
+    stored = {name: 8 * layer["stored_bytes"] / math.prod(layer["shape"]) for name, layer in layers.items()}
+    gates = [bits for name, bits in stored.items() if "gate_proj" in name]
+    others = [bits for name, bits in stored.items() if "gate_proj" not in name]
+    assert gates == pytest.approx([5.0] * len(gates), rel=0.03) and gates
+    assert others == pytest.approx([3.0] * len(others), rel=0.03) and others
