@@ -1,5 +1,6 @@
 """What packed modules have in common: parameters laid out by a format, and their way back to floats."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,7 +60,8 @@ class PackedMixin:
 
     def restore_dtypes(self) -> None:
         """Undoes casts of stored tensors, which do not ask what a parameter means; wider floats lose nothing."""
-        self._restored(self.fixed_names())
+        self._restored(self.packed_names if self.streamed is None else ())  # which are then as their file has them
+        self.factors()
 
     def _restored(self, names: tuple[str, ...]) -> list[torch.Tensor]:
         tensors, dtypes, parameters = [], self.dtypes, self._parameters
@@ -78,8 +80,16 @@ class PackedMixin:
         """The stored tensors besides ``weight``, in the order in which ops take them."""
         return self._restored(self.packed_names[1:])
 
+    def products(self) -> AbstractContextManager[tuple[torch.Tensor, list[torch.Tensor]]]:
+        """The packed weight and its companions for products, for as long as the context lasts."""
+        return nullcontext((self.weight, self.companions())) if self.streamed is None else self.streamed.use()
+
     def stored(self) -> dict[str, torch.Tensor]:
-        """All stored tensors by suffix."""
+        """All stored tensors by suffix; copies of them where they are streamed."""
+        if self.streamed is not None:
+            with self.products() as (weight, companions):
+                tensors = [weight.clone(), *(tensor.clone() for tensor in companions)]
+            return dict(zip(("", *self.format.suffixes()), tensors, strict=True))
         return {name.removeprefix("weight"): getattr(self, name) for name in self.packed_names}
 
     def set_packed(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -106,7 +116,8 @@ class PackedMixin:
 
     def dequantize_packed(self, dtype: torch.dtype) -> torch.Tensor:
         """What the packed tensors alone stand for, (N, K) in ``dtype``."""
-        return ops.dequantize(self.weight, self.companions(), self.spec, self.packed_shape[1], dtype, self.backend)
+        with self.products() as (weight, companions):
+            return ops.dequantize(weight, companions, self.spec, self.packed_shape[1], dtype, self.backend)
 
     def freeze_packed(self) -> None:
         """Switches gradients of the stored tensors off; loaders switch them on for float companions."""

@@ -316,7 +316,7 @@ class LowBitHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        return self.streaming is None
+        return self.streaming is None or not self.streaming.streams
 
     def get_state_dict_and_metadata(self, model):
         config, metadata = self.quantization_config, {"quantized_with": f"hf_lowbit {__version__}"}

@@ -3,11 +3,12 @@
 What is outside of numbered layers (embedding, head), norms, biases and whatever is not packed stays in memory. Of the
 layers' packed weights, as many layers as fit stay there too, spread evenly over the model, so that the disk is busy
 while they are computed. The others are read when their turn comes, by :mod:`.storage.stream`: two buffers of one layer
-each count as part of the budget. Activations and the cache of keys and values do not.
+each count as part of the budget, and so do those that coded tensors are decoded from. Where a coded layer still fits
+as it is stored, it stays in memory like that. Activations and the cache of keys and values do not count.
 
-Parameters of a streamed layer stay views of the mapped file, which take no memory: saving, dequantizing or looking at
-them works as ever and reads the file. Only products take the stream's buffers. Autograd saves nothing of them: the
-backward asks the stream for the layer again, which learns that order too.
+Parameters of a streamed layer are views of the mapped file, which take no memory: the packed tensors, or the coded ones
+as they are stored, which ``save_pretrained`` writes as they are. Whatever computes asks the stream for the layer.
+Autograd saves nothing of it: the backward asks the stream again, which learns that order too.
 
 Left out: devices other than the CPU, merging adapters into streamed layers and training their scales (all refused),
 and weights of layers that are not packed, such as fused experts, which stay in memory.
@@ -27,9 +28,10 @@ from transformers.utils import logging
 
 from .linear import LowBitLinear
 from .plan import names
-from .storage.content import Place, places_in
-from .storage.layers import Layer, by_layer, lay_out_layer
-from .storage.stream import Counts, Files, LayerStream, allocate, read_layer
+from .storage.content import places_in
+from .storage.headers import Entry, read_headers
+from .storage.layers import Layer, Stored, by_layer, lay_out_layer
+from .storage.stream import Counts, LayerStream, allocate, read_layer, staging_bytes
 
 logger = logging.get_logger("transformers.hf_lowbit")
 SLOTS = 2
@@ -43,6 +45,7 @@ class StreamingReport(Counts):
         budget_bytes: What was allowed.
         held_bytes: What is held: parameters in memory, layers in memory, buffers.
         layers_kept: Layers in memory.
+        layers_coded: Layers in memory as they are stored, which are decoded in each pass.
         layers_streamed: Layers read from disk in each pass.
         pass_bytes: Bytes of one pass over the streamed layers.
     """
@@ -50,16 +53,21 @@ class StreamingReport(Counts):
     budget_bytes: int = 0
     held_bytes: int = 0
     layers_kept: int = 0
+    layers_coded: int = 0
     layers_streamed: int = 0
     pass_bytes: int = 0
 
     def __str__(self) -> str:
         return (
-            f"{self.layers_kept} layers in memory, {self.layers_streamed} streamed ({self.pass_bytes / 1e6:.1f} MB a "
-            f"pass); {self.held_bytes / 1e6:.1f} of {self.budget_bytes / 1e6:.1f} MB held; read "
-            f"{self.bytes_read / 1e6:.1f} MB in {self.reading_s:.2f} s ({self.wasted_bytes / 1e6:.1f} MB for nothing), "
-            f"waited {self.waiting_s:.2f} s in {self.waits} waits"
+            f"{self.layers_kept} layers in memory, {self.layers_coded} there as stored, {self.layers_streamed} read in "
+            f"each pass ({_mb(self.pass_bytes)}); held {_mb(self.held_bytes)} of {_mb(self.budget_bytes)}; read "
+            f"{_mb(self.bytes_read)} in {self.reading_s:.2f} s ({_mb(self.wasted_bytes)} for nothing), decoded "
+            f"{_mb(self.bytes_decoded)} in {self.decoding_s:.2f} s, waited {self.waiting_s:.2f} s in {self.waits} waits"
         )
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.1f} MB"
 
 
 class Streaming:
@@ -73,6 +81,8 @@ class Streaming:
     Attributes:
         layers: Every layer with packed linears, in order.
         kept: Numbers of those that stay in memory.
+        coded: Numbers of those that stay in memory as they are stored.
+        fields: Names of all their tensors.
 
     Raises:
         ValueError: for files that are not safetensors, modules that are not in them, and a budget that is too small,
@@ -81,57 +91,61 @@ class Streaming:
 
     def __init__(self, model: nn.Module, files: Iterable[str] | None, budget: int):
         self.budget = budget
-        places: dict[str, Place] = {}
-        for file in files or ():
+        files = list(files or ())
+        for file in files:
             if not str(file).endswith(".safetensors"):
                 raise ValueError(f"max_memory_bytes= streams safetensors files, and {file} is none")
-            places.update(places_in(Path(file)))
+        entries = read_headers(files)
         self._modules = by_layer(name for name, m in model.named_modules() if isinstance(m, LowBitLinear))
-        prefix = getattr(model, "base_model_prefix", "")
         self.layers = [
-            lay_out_layer(layer, _places_of(model, modules, places, prefix)) for layer, modules in self._modules.items()
+            lay_out_layer(layer, _stored(model, modules, entries)) for layer, modules in self._modules.items()
         ]
+        self.fields = {name for layer in self.layers for name in layer.fields}
         self._stream: LayerStream | None = None
         self.fit(model)
 
     def fit(self, model: nn.Module) -> None:
         """Decides which layers stay in memory."""
-        inside = {field for layer in self.layers for field in layer.fields}
-        self.other_bytes = _nbytes(model, inside)
+        self.other_bytes = _nbytes(model, self.fields)
         sizes, least = [layer.nbytes for layer in self.layers], self.other_bytes
         for count in range(len(sizes), -1, -1):
-            kept = _spread(count, len(sizes))
-            streamed = [size for i, size in enumerate(sizes) if i not in kept]
-            slots = min(SLOTS, len(streamed))
-            least = self.other_bytes + sum(sizes[i] for i in kept) + slots * max(streamed, default=0)
-            if least <= self.budget:
-                self.kept, self.held_bytes = kept, least
-                return
+            self.kept, self.coded = _spread(count, len(sizes)), set[int]()
+            streamed = [i for i in range(len(sizes)) if i not in self.kept]
+            buffers = min(SLOTS, len(streamed)) * max((sizes[i] for i in streamed), default=0)
+            buffers += staging_bytes([self.layers[i] for i in streamed])
+            self.held_bytes = least = self.other_bytes + sum(sizes[i] for i in self.kept) + buffers
+            if least > self.budget:
+                continue
+            for i in streamed:
+                stored = self.layers[i].read_bytes
+                if self.layers[i].coded and self.held_bytes + stored <= self.budget:
+                    self.coded.add(i)
+                    self.held_bytes += stored
+            return
         raise ValueError(
-            f"max_memory_bytes={self.budget} ({self.budget / 1e6:.1f} MB) is too small: what is outside of this model's "
-            f"{len(sizes)} layers needs {self.other_bytes / 1e6:.1f} MB, and {min(SLOTS, len(sizes))} buffers of one "
-            f"layer {(least - self.other_bytes) / 1e6:.1f} MB; the least that would do is {least}"
+            f"max_memory_bytes={self.budget} ({_mb(self.budget)}) is too small: what is outside of this model's "
+            f"{len(sizes)} layers needs {_mb(self.other_bytes)}, and buffers for {min(SLOTS, len(sizes))} of them "
+            f"{_mb(least - self.other_bytes)}; the least that would do is {least}"
         )
 
     @torch.no_grad()
     def start(self, model: nn.Module) -> None:
         """Puts what stays into memory, and the stream behind the other layers of the loaded ``model``."""
         self.fit(model)  # again: a tie that the checkpoint does not have makes a model larger
-        inside = {field for layer in self.layers for field in layer.fields}
         for name, parameter in model.named_parameters():
-            if name not in inside:
+            if name not in self.fields:
                 parameter.data = parameter.data.clone()  # out of the mapped file
         for index in sorted(self.kept):
             layer = self.layers[index]
-            buffer, files = allocate(layer.nbytes), Files([extent.file for extent in layer.extents])
-            read_layer(files, layer, buffer, Counts())
-            files.close()
+            buffer = allocate(layer.nbytes)
+            read_layer(layer, buffer)
             for name, field in layer.fields.items():
                 model.get_parameter(name).data = field.view(buffer)
         streamed = [i for i in range(len(self.layers)) if i not in self.kept]
         if not streamed:
             return
-        self._stream = LayerStream([self.layers[i] for i in streamed], SLOTS)
+        coded = [number for number, i in enumerate(streamed) if i in self.coded]
+        self._stream = LayerStream([self.layers[i] for i in streamed], SLOTS, coded)
         for number, index in enumerate(streamed):
             layer = self.layers[index]
             _map(model, layer)
@@ -144,16 +158,33 @@ class Streaming:
         model._apply = functools.partial(_apply_streamed, weakref.ref(model))  # type: ignore[method-assign]
         logger.info("streaming: %s", self.report())
 
+    @property
+    def as_stored(self) -> set[str]:
+        """Names of parameters that are coded, as their file has them."""
+        return {name for i, layer in enumerate(self.layers) if i not in self.kept for name in layer.coded}
+
+    @property
+    def streams(self) -> bool:
+        """Whether any layer is streamed."""
+        return self._stream is not None
+
+    def placeholder(self, name: str) -> Tensor:
+        """What loading puts in the place of the layers' coded tensor ``name``: its shape and dtype without memory."""
+        field = next(layer.fields[name] for layer in self.layers if name in layer.fields)
+        return torch.zeros(1, dtype=field.dtype, device="cpu").expand(field.shape)
+
     def report(self) -> StreamingReport:
         """Counts and sizes so far."""
         counts = Counts() if self._stream is None else self._stream.counts
+        streamed = [layer for i, layer in enumerate(self.layers) if i not in self.kept and i not in self.coded]
         return StreamingReport(
             **dataclasses.asdict(counts),
             budget_bytes=self.budget,
             held_bytes=self.held_bytes,
             layers_kept=len(self.kept),
-            layers_streamed=len(self.layers) - len(self.kept),
-            pass_bytes=sum(layer.read_bytes for i, layer in enumerate(self.layers) if i not in self.kept),
+            layers_coded=len(self.coded),
+            layers_streamed=len(streamed),
+            pass_bytes=sum(layer.read_bytes for layer in streamed),
         )
 
     def reset(self) -> None:
@@ -162,18 +193,24 @@ class Streaming:
             self._stream.reset()
 
 
-def _places_of(model: nn.Module, modules: list[str], places: dict[str, Place], prefix: str) -> dict[str, Place]:
+def _stored(model: nn.Module, modules: list[str], entries: dict[str, Entry]) -> dict[str, Stored]:
     """Where the packed tensors of ``modules`` lie, by the names of their parameters."""
-    found = {}
+    found, places = {}, functools.cache(places_in)
     for name in modules:
-        alias = next((alias for alias in names(name, prefix) if f"{alias}.weight" in places), None)
+        aliases = names(name, str(getattr(model, "base_model_prefix", "")))
+        alias = next((alias for alias in aliases if f"{alias}.weight" in entries), None)
         if alias is None:
             raise ValueError(
                 f"{name} has another name in this repo's files, so that its layer cannot be streamed: load the model "
                 "without max_memory_bytes and save it, which writes it under its own name"
             )
-        for tensor in model.get_submodule(name).packed_names:
-            found[f"{name}.{tensor}"] = places[f"{alias}.{tensor}"]
+        module = model.get_submodule(name)
+        assert isinstance(module, LowBitLinear)
+        for tensor in module.packed_names:
+            parameter, entry = module.get_parameter(tensor), entries[f"{alias}.{tensor}"]
+            place = places(Path(entry.file))[f"{alias}.{tensor}"]
+            coded = entry.coded_bytes is not None
+            found[f"{name}.{tensor}"] = Stored(place, tuple(parameter.shape), parameter.dtype, coded)
     return found
 
 
@@ -195,12 +232,12 @@ def _spread(count: int, total: int) -> set[int]:
 
 
 def _map(model: nn.Module, layer: Layer) -> None:
-    """Makes the parameters of ``layer`` views of its file, whatever loading made of them."""
+    """Makes the parameters of ``layer`` what is stored, as views of its files."""
     for file in dict.fromkeys(extent.file for extent in layer.extents):
         with safe_open(file, framework="pt") as handle:
             stored = set(handle.keys())
             for name in layer.fields:
-                alias = next((a for a in names(name, model.base_model_prefix) if a in stored), None)
+                alias = next((a for a in names(name, str(model.base_model_prefix)) if a in stored), None)
                 if alias is not None:
                     model.get_parameter(name).data = handle.get_tensor(alias)
 
@@ -235,7 +272,6 @@ class StreamedWeight:
             weight, *companions = self.views[slot]
             yield weight, companions
 
-    @torch.compiler.disable(reason="the layers of this model are streamed from disk")
     def linear(self, module: LowBitLinear, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
         """``run``, an op of :mod:`.ops`, with the packed weight of ``module``; differentiable."""
         if x.device.type != "cpu":

@@ -105,7 +105,8 @@ class FloatView:
         if isinstance(base, PackedMixin):
             self.check_start(base, r, start, plain)
             if self.target_name and base.weight.device.type != "meta":
-                note_layer(config, self.target_name, base.weight)
+                with base.products() as (weight, _):
+                    note_layer(config, self.target_name, weight)
         with contextlib.nullcontext() if plain else self.float_view():
             if self._view is not None:
                 for name in STATISTICS & vars(base).keys():  # which PEFT consumes

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from transformers.modeling_utils import str_to_torch_dtype
 
 from .content import Place
 
 GAP_BYTES = 2**16
-"""Gaps up to this size are read: a disk that reads 1 GB/s needs as long for them as for a request of its own."""
+"""Gaps up to this size, and an eighth of the layer, are read: a request of its own would take as long."""
+STAGED_BYTES = 2**22
+"""Coded tensors are read together up to this size and an eighth of their layer; a larger one is read by itself."""
 ALIGNMENT = 64
 """Of what each read begins with, in memory: a line of the cache."""
 
@@ -35,18 +36,18 @@ def natural(name: str) -> list:
 
 
 @dataclass(frozen=True)
-class Extent:
-    """Bytes ``begin`` to ``end`` of ``file``, which go to ``offset`` of the layer's buffer."""
+class Stored:
+    """One tensor: where its bytes lie, what they are, and whether they are coded (:mod:`.entropy`)."""
 
-    file: str
-    begin: int
-    end: int
-    offset: int
+    place: Place
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    coded: bool = False
 
 
 @dataclass(frozen=True)
 class Field:
-    """One tensor of a layer, at ``offset`` of its buffer."""
+    """One tensor of a layer, as it is used: at ``offset`` of the layer's buffer."""
 
     offset: int
     shape: tuple[int, ...]
@@ -62,52 +63,93 @@ class Field:
 
 
 @dataclass(frozen=True)
+class Extent:
+    """One run of bytes to read, ``begin`` to ``end`` of ``file``.
+
+    They go to ``offset`` of the layer's buffer; coded ones go somewhere else first, and are decoded from there:
+    ``parts`` are the tensors' names with their first byte in the run.
+    """
+
+    file: str
+    begin: int
+    end: int
+    offset: int
+    parts: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
 class Layer:
     """What is read for one layer, and where its tensors then are.
 
     Attributes:
         name: "model.layers.12".
-        extents: The reads, in the order of their buffer offsets.
-        fields: The tensors, by stored name.
+        extents: The reads, in the order of the files.
+        fields: The tensors, by name.
         nbytes: Bytes of the buffer.
+        coded: Names of those that are coded.
     """
 
     name: str
     extents: tuple[Extent, ...]
     fields: dict[str, Field]
     nbytes: int
+    coded: frozenset[str] = frozenset()
 
     @property
     def read_bytes(self) -> int:
         """Bytes that are read for it."""
-        return sum(extent.end - extent.begin for extent in self.extents)
+        return sum(extent.nbytes for extent in self.extents)
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of its largest coded run."""
+        return max((extent.nbytes for extent in self.extents if extent.parts), default=0)
 
 
-def lay_out_layer(name: str, places: Mapping[str, Place]) -> Layer:
-    """The reads for the tensors in ``places``, by stored name, of the layer ``name``.
+def lay_out_layer(name: str, tensors: Mapping[str, Stored]) -> Layer:
+    """The reads for ``tensors``, by name, of the layer ``name``.
 
     Raises:
         ValueError: for a tensor whose bytes do not fit its shape, or lie outside of its file, naming both.
     """
     fields: dict[str, Field] = {}
     extents: list[Extent] = []
-    for tensor, place in sorted(places.items(), key=lambda item: (str(item[1].file), item[1].begin)):
-        file, dtype = str(place.file), str_to_torch_dtype.get(place.dtype)
-        if dtype is None or math.prod(place.shape) * dtype.itemsize != place.end - place.begin:
-            raise ValueError(f"{file}: {tensor} has {place.end - place.begin} bytes, which {place.dtype} does not fill")
-        if place.end > os.path.getsize(file):
+    end = 0
+    coded_bytes = sum(s.place.end - s.place.begin for s in tensors.values() if s.coded)
+    gap_bytes = min(GAP_BYTES, sum(s.place.end - s.place.begin for s in tensors.values()) // 8)
+    staged_bytes = min(STAGED_BYTES, coded_bytes // 8)
+    for tensor, stored in sorted(tensors.items(), key=lambda item: (str(item[1].place.file), item[1].place.begin)):
+        file, begin, stop = str(stored.place.file), stored.place.begin, stored.place.end
+        field = Field(end, stored.shape, stored.dtype)
+        if not stored.coded and field.nbytes != stop - begin:
+            raise ValueError(f"{file}: {tensor} has {stop - begin} bytes, and its shape needs {field.nbytes}")
+        if stop > os.path.getsize(file):
             raise ValueError(f"{file} ends before {tensor}: it is truncated")
-        last = extents[-1] if extents else None
-        near = last is not None and last.file == file and 0 <= place.begin - last.end <= GAP_BYTES
-        if last is not None and near and (last.offset + place.begin - last.begin) % dtype.itemsize == 0:
-            extents[-1] = Extent(file, last.begin, place.end, last.offset)
+        last = extents[-1] if extents else Extent("", 0, 0, 0)
+        joins = last.file == file and bool(last.parts) == stored.coded and 0 <= begin - last.end <= gap_bytes
+        if stored.coded:
+            joins = joins and stop - last.begin <= staged_bytes
+            part = (tensor, begin - last.begin if joins else 0)
+            merged = Extent(file, last.begin if joins else begin, stop, 0, (*(last.parts if joins else ()), part))
+            end = _aligned(end)
+            fields[tensor] = Field(end, stored.shape, stored.dtype)
+            end += field.nbytes
         else:
-            end = 0 if last is None else last.offset + last.end - last.begin
-            extents.append(Extent(file, place.begin, place.end, -(-end // ALIGNMENT) * ALIGNMENT))
-        offset = extents[-1].offset + place.begin - extents[-1].begin
-        fields[tensor] = Field(offset, place.shape, dtype)
-    end = extents[-1].offset + extents[-1].end - extents[-1].begin
-    return Layer(name, tuple(extents), fields, -(-end // ALIGNMENT) * ALIGNMENT)
+            joins = joins and (last.offset + begin - last.begin) % stored.dtype.itemsize == 0
+            merged = Extent(file, last.begin, stop, last.offset) if joins else Extent(file, begin, stop, _aligned(end))
+            fields[tensor] = Field(merged.offset + begin - merged.begin, stored.shape, stored.dtype)
+            end = merged.offset + merged.nbytes
+        extents[len(extents) - joins :] = [merged]
+    coded = frozenset(tensor for tensor, stored in tensors.items() if stored.coded)
+    return Layer(name, tuple(extents), fields, _aligned(end), coded)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
 def by_layer(names: Iterable[str]) -> dict[str, list[str]]:

@@ -7,6 +7,9 @@ layer comes next is learned: what followed this pair of layers the last time, or
 direction, from the last layer to the first. A wrong guess costs what had been read of it, at most one piece of
 :data:`PIECE_BYTES` after it was found wrong.
 
+Coded tensors are read into buffers of their own, from where other threads decode them into the layer's while the next
+ones are read. There is one such buffer more than there are decoders, which bounds what waits for them.
+
 A layer is used inside ``with stream.use(i) as buffer``, by one thread at a time. Its buffer may be filled with another
 layer as soon as another one is used: whoever wants a tensor for longer has to copy it, or to ask again.
 
@@ -15,19 +18,36 @@ cache and find nothing of itself there in the next cycle.
 """
 
 import dataclasses
+import functools
+import io
 import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from .layers import ALIGNMENT, Layer
+from . import entropy
+from .layers import ALIGNMENT, Extent, Layer
 
 PIECE_BYTES = 2**22
 """Of one read: large enough for the disk's full speed, small enough to stop soon."""
+MOST_DECODERS = 4
+
+
+def decoders() -> int:
+    """Threads that decode: one for each processor that this process may use, up to :data:`MOST_DECODERS`."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_DECODERS, usable)
+
+
+def staging_bytes(layers: Collection[Layer]) -> int:
+    """Bytes of the buffers for coded tensors that a stream of ``layers`` has."""
+    largest = max((layer.staged_bytes for layer in layers), default=0)
+    return largest and (decoders() + 1) * largest
 
 
 @dataclasses.dataclass
@@ -37,57 +57,60 @@ class Counts:
     Attributes:
         bytes_read: Bytes read from disk.
         wasted_bytes: Of these, those of layers that were not used then.
+        bytes_decoded: Bytes that coded tensors became.
         layers_read: Layers read whole.
         waits: How often a layer had to be waited for.
         waiting_s: Time that this took, in s.
-        reading_s: Time that the thread spent in reads, in s.
+        reading_s: Time that the reader spent in reads, in s.
+        decoding_s: Time that the decoders spent, together, in s.
     """
 
     bytes_read: int = 0
     wasted_bytes: int = 0
+    bytes_decoded: int = 0
     layers_read: int = 0
     waits: int = 0
     waiting_s: float = 0.0
     reading_s: float = 0.0
+    decoding_s: float = 0.0
 
 
 class Files:
-    """Files kept open for reading at any place. Closed by :meth:`close`, or when it is no longer used."""
+    """Files kept open, read by one thread at a time; closed by :meth:`close`, or when nobody uses this any more."""
 
     def __init__(self, names: Sequence[str]):
-        self.handles: dict[str, int] = {}
+        self.handles: dict[str, io.FileIO] = {}
         self.close = weakref.finalize(self, _close, self.handles)
         for name in dict.fromkeys(names):
-            self.handles[name] = os.open(name, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self.handles[name] = open(name, "rb", buffering=0)  # noqa: SIM115 (until close)
 
     def read(self, name: str, into: memoryview, begin: int) -> int:
         """Reads into the whole of ``into`` from ``begin`` on, or less where the file ends; bytes read."""
-        if hasattr(os, "preadv"):
-            return os.preadv(self.handles[name], [into], begin)
-        data = os.pread(self.handles[name], len(into), begin)
-        into[: len(data)] = data
-        return len(data)
+        self.handles[name].seek(begin)
+        return self.handles[name].readinto(into)
 
     def forget(self, name: str, begin: int, end: int) -> None:
         """Tells the system that these bytes of ``name`` need not stay in its cache."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.handles[name], begin, end - begin, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self.handles[name].fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
-def _close(handles: dict[str, int]) -> None:
+def _close(handles: dict[str, io.FileIO]) -> None:
     while handles:
-        os.close(handles.popitem()[1])
+        handles.popitem()[1].close()
 
 
 def allocate(nbytes: int) -> torch.Tensor:
     """``nbytes`` of uint8, uninitialised, that begin at a line of the cache."""
-    raw = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
+    raw = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device="cpu")
     start = -raw.data_ptr() % ALIGNMENT
     return raw[start : start + nbytes]
 
 
-def read_layer(files: Files, layer: Layer, buffer: torch.Tensor, counts: Counts, wanted=lambda: True) -> bool:
-    """Reads ``layer`` into ``buffer``, in pieces, for as long as ``wanted()``.
+def read_extent(
+    files: Files, layer: Layer, extent: Extent, buffer: torch.Tensor, counts: Counts, wanted: Callable[[], bool]
+) -> bool:
+    """Reads ``extent`` of ``layer`` to the beginning of ``buffer``, uint8, in pieces, for as long as ``wanted()``.
 
     Returns:
         Whether it was read whole.
@@ -95,87 +118,195 @@ def read_layer(files: Files, layer: Layer, buffer: torch.Tensor, counts: Counts,
     Raises:
         OSError: naming the file, the layer and the place, if the disk or the file's end is the reason.
     """
-    target = memoryview(buffer.numpy())
-    for extent in layer.extents:
-        begin, shift = extent.begin, extent.offset - extent.begin
-        while begin < extent.end:
-            if not wanted():
-                return False
-            piece = target[shift + begin : shift + min(begin + PIECE_BYTES, extent.end)]
-            start = time.perf_counter()
-            try:
-                found = files.read(extent.file, piece, begin)
-            except OSError as error:
-                message = f"{layer.name} cannot be read from byte {begin} of {extent.file}: {error.strerror or error}"
-                raise OSError(error.errno, message) from error
-            if not found:
-                raise OSError(f"{extent.file} ends at byte {begin}, inside {layer.name}: it was truncated")
-            counts.reading_s += time.perf_counter() - start
-            counts.bytes_read += found
-            begin += found
-        files.forget(extent.file, extent.begin, extent.end)
-    counts.layers_read += 1
+    target, begin = memoryview(buffer.numpy()), extent.begin  # type: ignore[arg-type]
+    while begin < extent.end:
+        if not wanted():
+            return False
+        piece = target[begin - extent.begin : min(begin + PIECE_BYTES, extent.end) - extent.begin]
+        start = time.perf_counter()
+        try:
+            found = files.read(extent.file, piece, begin)
+        except OSError as error:
+            message = f"{layer.name} cannot be read from byte {begin} of {extent.file}: {error.strerror or error}"
+            raise OSError(error.errno, message) from error
+        if not found:
+            raise OSError(f"{extent.file} ends at byte {begin}, inside {layer.name}: it was truncated")
+        counts.reading_s += time.perf_counter() - start
+        counts.bytes_read += found
+        begin += found
+    files.forget(extent.file, extent.begin, extent.end)
     return True
 
 
+def decode_extent(
+    layer: Layer, extent: Extent, staged: torch.Tensor, buffer: torch.Tensor, threads: int | None
+) -> tuple[int, float]:
+    """Decodes the tensors of ``extent``, which was read to ``staged``, into the layer's ``buffer``.
+
+    Returns:
+        How many bytes came out, and the time that it took, in s.
+
+    Raises:
+        ValueError: for damaged data, naming the tensor and the file.
+    """
+    start, nbytes = time.perf_counter(), 0
+    ends = [first for _, first in extent.parts[1:]] + [extent.nbytes]
+    for (name, first), last in zip(extent.parts, ends, strict=True):
+        field = layer.fields[name]
+        try:
+            entropy.decode(staged[first:last], field.view(buffer), threads)
+        except ValueError as error:
+            raise ValueError(f"{name} in {extent.file} cannot be decoded: {error}") from error
+        nbytes += field.nbytes
+    return nbytes, time.perf_counter() - start
+
+
+def read_layer(layer: Layer, buffer: torch.Tensor) -> None:
+    """Reads the whole of ``layer`` into ``buffer``, uint8, at once; errors as in :func:`read_extent`."""
+    files, counts = Files([extent.file for extent in layer.extents]), Counts()
+    staged = allocate(layer.staged_bytes)
+    for extent in layer.extents:
+        place = staged if extent.parts else buffer[extent.offset :]
+        read_extent(files, layer, extent, place, counts, lambda: True)
+        if extent.parts:
+            decode_extent(layer, extent, staged, buffer, None)
+    files.close()
+
+
 class _Slot:
-    """One buffer: the layer in it, and whether that has been read."""
+    """One buffer, and how far the layer in it is."""
 
     def __init__(self, nbytes: int):
         self.buffer = allocate(nbytes)
         self.layer: int | None = None
-        self.ready = self.used = False
+        self.turn = 0  # counts the layers that were assigned to it
+        self.left = 0  # extents that are not there yet
+        self.busy = 0  # decoders that are writing into it
+        self.used = False
         self.failure: Exception | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.layer is not None and not self.left
+
+
+def _is_free(slot: _Slot) -> bool:
+    """Whether no decoder writes into it what belongs to a layer before."""
+    return not slot.busy
 
 
 class _State:
-    """What the thread and the users of a stream share; it knows nothing of the stream, which can so be deleted."""
+    """What the threads and the user of a stream share; it knows nothing of the stream, which can so be deleted."""
 
-    def __init__(self, layers: Sequence[Layer], files: Files, slots: int):
-        self.layers, self.files, self.counts = layers, files, Counts()
+    def __init__(self, layers: Sequence[Layer], slots: int, kept: Collection[int]):
+        self.layers, self.counts = layers, Counts()
+        self.files = Files([extent.file for layer in layers for extent in layer.extents])
         self.slots = [_Slot(max(layer.nbytes for layer in layers)) for _ in range(slots)]
-        self.queue: list[int] = []  # layers to read, the most urgent one first
+        self.queue: list[tuple[int, _Slot, int]] = []  # (layer, slot, its turn) to read, the most urgent one first
+        self.jobs: deque = deque()  # to decode: (layer, slot, its turn, extent, staged, whether that is to be returned)
         self.changed, self.stopped = threading.Condition(), False
+        largest = staging_bytes(layers) // (decoders() + 1)
+        self.staging = [allocate(largest) for _ in range(decoders() + 1 if largest else 0)]
+        self.kept: dict[tuple[int, int], torch.Tensor] = {}  # coded extents that stay, by layer and number
+        for index in kept:
+            for number, extent in enumerate(layers[index].extents):
+                self.kept[index, number] = staged = allocate(extent.nbytes)
+                read_extent(self.files, layers[index], extent, staged, Counts(), lambda: True)
 
     def slot_of(self, layer: int) -> _Slot | None:
         return next((slot for slot in self.slots if slot.layer == layer), None)
 
-    def run(self) -> None:
-        """The thread."""
+    def wait_for(self, condition: Callable[[], object]) -> bool:
+        """Waits until ``condition()``; False where the stream has ended. The lock is held."""
+        self.changed.wait_for(lambda: self.stopped or condition())
+        return not self.stopped
+
+    def finish(self, slot: _Slot, turn: int, failure: Exception | None = None) -> None:
+        """Notes that one extent is there, or why not; the lock is held."""
+        if slot.turn == turn:
+            slot.left -= 1
+            slot.failure = slot.failure or failure
+            self.counts.layers_read += slot.ready and slot.failure is None
+            self.changed.notify_all()
+
+    def run_reader(self) -> None:
+        """The thread that reads."""
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.queue or self.stopped)
-                if self.stopped:
+                if not self.wait_for(lambda: self.queue):
                     return
-                index = self.queue.pop(0)
-                slot, counts = self.slot_of(index), self.counts
-            if slot is None or slot.ready:
-                continue
-            failure, before = None, counts.bytes_read
-            try:
-                whole = read_layer(
-                    self.files,
-                    self.layers[index],
-                    slot.buffer,
-                    counts,
-                    lambda slot=slot, index=index: slot.layer == index and not self.stopped,
-                )
-            except Exception as error:  # raised where the layer is used
-                whole, failure = False, error
-            with self.changed:
-                if slot.layer == index:
-                    slot.ready, slot.failure = whole, failure
-                else:
+                index, slot, turn = self.queue.pop(0)
+                counts = self.counts
+                before = counts.bytes_read
+                if not self.wait_for(functools.partial(_is_free, slot)):
+                    return
+            for number, extent in enumerate(self.layers[index].extents):
+                if not self.read(index, number, extent, slot, turn):
                     counts.wasted_bytes += counts.bytes_read - before
+                    break
+
+    def read(self, index: int, number: int, extent: Extent, slot: _Slot, turn: int) -> bool:
+        """Reads one extent and hands it to the decoders where it is coded; whether to go on."""
+        layer, kept = self.layers[index], self.kept.get((index, number))
+        staged, failure = kept, None
+        if extent.parts and kept is None:
+            with self.changed:
+                if not self.wait_for(lambda: self.staging):
+                    return False
+                staged = self.staging.pop()
+        place = slot.buffer[extent.offset :] if staged is None else staged
+        try:
+            if kept is not None and not extent.parts:
+                slot.buffer[extent.offset : extent.offset + extent.nbytes] = kept
+            whole = kept is not None or read_extent(
+                self.files, layer, extent, place, self.counts, lambda: slot.turn == turn and not self.stopped
+            )
+        except Exception as error:  # raised where the layer is used
+            whole, failure = False, error
+        with self.changed:
+            if extent.parts and whole:
+                self.jobs.append((layer, slot, turn, extent, staged, kept is None))
+                self.changed.notify_all()
+                return True
+            if extent.parts and kept is None:
+                self.staging.append(staged)  # type: ignore[arg-type]
+            if whole or failure is not None:
+                self.finish(slot, turn, failure)
+        return whole
+
+    def run_decoder(self) -> None:
+        """A thread that decodes."""
+        while True:
+            with self.changed:
+                if not self.wait_for(lambda: self.jobs):
+                    return
+                layer, slot, turn, extent, staged, returned = self.jobs.popleft()
+                wanted = slot.turn == turn
+                slot.busy += wanted
+            failure, nbytes, seconds = None, 0, 0.0
+            if wanted:
+                try:
+                    nbytes, seconds = decode_extent(layer, extent, staged, slot.buffer, 1)
+                except Exception as error:  # raised where the layer is used
+                    failure = error
+            with self.changed:
+                slot.busy -= wanted
+                if returned:
+                    self.staging.append(staged)
+                self.counts.bytes_decoded += nbytes
+                self.counts.decoding_s += seconds
+                self.finish(slot, turn, failure)
                 self.changed.notify_all()
 
 
-def _stop(state: _State, thread: threading.Thread) -> None:
+def _stop(state: _State, threads: list[threading.Thread]) -> None:
     with state.changed:
         state.stopped = True
         state.changed.notify_all()
-    if thread is not threading.current_thread():
-        thread.join()
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join()
+    state.files.close()
 
 
 class LayerStream:
@@ -184,6 +315,7 @@ class LayerStream:
     Args:
         layers: In the order of use.
         slots: Buffers, two or more (fewer layers need no more than one each).
+        kept: Numbers of layers whose stored bytes are kept in memory, so that they are only decoded.
 
     Attributes:
         buffers: The buffers, uint8.
@@ -192,17 +324,18 @@ class LayerStream:
         OSError: for a file that cannot be opened.
     """
 
-    def __init__(self, layers: Sequence[Layer], slots: int = 2):
-        files = Files([extent.file for layer in layers for extent in layer.extents])
-        self._state = _State(layers, files, min(slots, len(layers)))
+    def __init__(self, layers: Sequence[Layer], slots: int = 2, kept: Collection[int] = ()):
+        self._state = state = _State(layers, min(slots, len(layers)), kept)
         self._in_use = threading.RLock()
         self._previous: int | None = None
         self._current: int | None = None
         self._follows: dict[tuple[int | None, int], int] = {}
-        self._slot: _Slot = self._state.slots[0]
-        self._thread = threading.Thread(target=self._state.run, name="hf_lowbit reader", daemon=True)
-        self._thread.start()
-        self.close = weakref.finalize(self, _stop, self._state, self._thread)  # also when Python ends
+        self._slot = 0
+        runs = [state.run_reader] + [state.run_decoder] * (decoders() if any(x.coded for x in layers) else 0)
+        self._threads = [threading.Thread(target=run, name=f"hf_lowbit {run.__name__}", daemon=True) for run in runs]
+        for thread in self._threads:
+            thread.start()
+        self.close = weakref.finalize(self, _stop, state, self._threads)  # also when Python ends
 
     def __reduce__(self):
         raise TypeError(
@@ -229,33 +362,37 @@ class LayerStream:
 
         Raises:
             OSError: if it could not be read; the next use tries again.
+            ValueError: if it could not be decoded.
             RuntimeError: in a process that was forked, where there is no thread to read.
         """
         with self._in_use:
             if index != self._current:
                 self._go_to(index)
-            yield self._state.slots.index(self._slot)
+            yield self._slot
 
     def _go_to(self, index: int) -> None:
-        state = self._state
+        state, wanted = self._state, self._expected(index)
         if self._current is not None:
             self._follows[self._previous, self._current] = index
-        wanted = self._expected(index)
         with state.changed:
-            self._previous, self._current = (self._current, None)
-            free = [slot for slot in state.slots if slot.layer not in wanted]
+            self._previous, self._current = self._current, None
             for slot in state.slots:
                 if slot.failure is not None:  # try again
-                    slot.layer, slot.failure = None, None
-                    free.append(slot) if slot not in free else None
+                    slot.layer, slot.failure, slot.turn = None, None, slot.turn + 1
+            free = [slot for slot in state.slots if slot.layer not in wanted]
             for layer in wanted:
                 if state.slot_of(layer) is None:
                     slot = free.pop()
                     if slot.ready and not slot.used:
-                        state.counts.wasted_bytes += state.layers[slot.layer].read_bytes
-                    slot.layer, slot.ready, slot.used = layer, False, False
-                    state.queue.append(layer)
-            state.queue = [layer for layer in wanted if layer in state.queue]
+                        state.counts.wasted_bytes += state.layers[slot.layer or 0].read_bytes
+                    slot.layer, slot.turn, slot.used = layer, slot.turn + 1, False
+                    slot.left = len(state.layers[layer].extents)
+                    state.queue.append((layer, slot, slot.turn))
+            for slot in free:
+                if not slot.ready:
+                    slot.layer, slot.turn = None, slot.turn + 1
+            entries = [entry for entry in state.queue if entry[1].turn == entry[2]]
+            state.queue = sorted(entries, key=lambda entry: wanted.index(entry[0]))
             state.changed.notify_all()
             found = state.slot_of(index)
             assert found is not None
@@ -264,18 +401,18 @@ class LayerStream:
             if found.failure is not None:
                 raise found.failure
             found.used = True
-        self._slot, self._current = found, index
+        self._slot, self._current = state.slots.index(found), index
 
     def _wait(self, slot: _Slot) -> None:
-        counts, start = self._state.counts, time.perf_counter()
+        start = time.perf_counter()
         while not slot.ready and slot.failure is None:
-            if not self._state.changed.wait(1.0) and not self._thread.is_alive():
+            if not self._state.changed.wait(1.0) and not all(thread.is_alive() for thread in self._threads):
                 raise RuntimeError(
-                    "the thread that reads layers has ended: a streamed model cannot be used after it was closed, or "
+                    "the threads that read layers have ended: a streamed model cannot be used after it was closed, or "
                     "in a process forked from the one that loaded it"
                 )
-        counts.waits += 1
-        counts.waiting_s += time.perf_counter() - start
+        self._state.counts.waits += 1
+        self._state.counts.waiting_s += time.perf_counter() - start
 
     def _expected(self, index: int) -> list[int]:
         """``index`` and the layers that are likely to follow it, as many as there are buffers."""

@@ -1,0 +1,257 @@
+"""Models larger than the memory they may have: streamed layers beside disk offload.
+
+    python benchmarks/streaming.py                        # a Llama of 1.2 billion random weights, a third of its size
+    python benchmarks/streaming.py --small                # SmolLM2-135M
+    python benchmarks/streaming.py --disks 200,1000,none --only ours --tokens 4 --print
+
+Every row is a process of its own that decodes greedily with 16 tokens of prompt; its time for a token is the median.
+Memory is anonymous memory above what the process had before loading, sampled every 2 ms; that of the unlimited run,
+whose weights are mapped from their file, is what computing itself needs, and the streamed runs may need it besides
+their budget. They also run under a hard limit of private writable memory (RLIMIT_DATA): what was mapped before
+loading, 1.05 times the budget, and --constant.
+
+Disks are simulated: every read takes its bytes divided by the speed, in ours where a piece is read and in
+accelerate's disk offload where a tensor is. "none" is the disk as it is, without the system's cache, which a limited
+memory would not have: pages are dropped after they were read, in offload before each tensor. Such rows compare with
+the speed of the same reads without a model.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+from common import model_folder, write_results
+from cpu_models import FOLDER, large_folder, packed_folder
+
+PROMPT = 16
+# Name: what is loaded, and how.
+CONTESTANTS = {
+    "ours, all in memory": ("packed", "memory"),
+    "ours, streamed": ("packed", "stream"),
+    "ours, streamed, coded": ("coded", "stream"),
+    "disk offload, packed": ("packed", "offload"),
+    "disk offload, bf16": ("float", "offload"),
+}
+
+
+# -- in the process of a contestant ------------------------------------------------------------------------------------
+
+
+def status(key: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{key}:\s+(\d+) kB", text, re.M)[1]) * 1024
+
+
+class Peak(threading.Thread):
+    """The most anonymous memory since it was started."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.nbytes, self.ended = 0, threading.Event()
+
+    def run(self):
+        while not self.ended.wait(0.002):
+            self.nbytes = max(self.nbytes, status("RssAnon"))
+
+
+def simulate_disk(speed: float | None) -> None:
+    """Makes every read of ours and of accelerate take its bytes divided by ``speed``, in bytes a second."""
+    from accelerate.utils import OffloadedWeightsLoader
+
+    from hf_lowbit.storage.stream import Files
+
+    read, item = Files.read, OffloadedWeightsLoader.__getitem__
+
+    def slow_read(self, name, into, begin):
+        start = time.perf_counter()
+        found = read(self, name, into, begin)
+        time.sleep(max(0, found / speed - (time.perf_counter() - start)))
+        return found
+
+    def slow_item(self, key):
+        tensor = item(self, key)
+        time.sleep(tensor.nbytes / speed)
+        return tensor
+
+    def uncached_item(self, key):
+        for file in {info["safetensors_file"] for info in self.index.values() if "safetensors_file" in info}:
+            with open(file, "rb") as handle:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return item(self, key)
+
+    if speed is None:
+        OffloadedWeightsLoader.__getitem__ = uncached_item
+    else:
+        Files.read, OffloadedWeightsLoader.__getitem__ = slow_read, slow_item
+
+
+def load(folder: str, how: str, budget: int, offload_to: str):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from hf_lowbit import LowBitConfig
+
+    options = {"dtype": torch.float32}
+    if how == "stream":
+        options["quantization_config"] = LowBitConfig(max_memory_bytes=budget)
+    if how == "offload":
+        count = AutoConfig.from_pretrained(folder).num_hidden_layers
+        places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+        options["device_map"] = {**places, **{f"model.layers.{i}": "disk" for i in range(count)}}
+        options["offload_folder"] = offload_to
+        options["dtype"] = "auto"
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def child(folder, how, budget, constant, speed, tokens, threads) -> dict:
+    import resource
+
+    torch.set_num_threads(threads)
+    import accelerate  # noqa: F401
+    import transformers
+
+    import hf_lowbit.streaming  # noqa: F401
+
+    transformers.utils.logging.disable_progress_bar()
+    simulate_disk(speed)
+    torch.ones(64, 64) @ torch.ones(64, 64)
+    before, peak = status("RssAnon"), Peak()
+    peak.start()
+    limit = None
+    if how == "stream" and constant is not None:
+        limit = status("VmData") + int(1.05 * budget) + constant
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    model = load(folder, how, budget, folder + ".offload")
+    times: list[float] = []
+
+    def note(input_ids, scores):
+        times.append(time.perf_counter())
+        return scores
+
+    ids = torch.randint(10, 40000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+    processors = transformers.LogitsProcessorList([note])
+    out = model.generate(ids, logits_processor=processors, **options)
+    peak.ended.set()
+    peak.join()
+    found = {
+        "s/token": statistics.median(b - a for a, b in itertools.pairwise(times)),
+        "anonymous MB": (peak.nbytes - before) / 1e6,
+        "hard limit": limit is not None,
+        "tokens": out[0, PROMPT:].tolist(),
+    }
+    if how == "stream":
+        report = model.hf_quantizer.streaming.report()
+        print(report, file=sys.stderr)
+        found.update(
+            {
+                "held MB": report.held_bytes / 1e6,
+                "layers in memory": report.layers_kept + report.layers_coded,
+                "layers read": report.layers_streamed,
+                "MB/token": report.pass_bytes / 1e6,
+                "waiting s/token": report.waiting_s / tokens,
+                "decoding s/token": report.decoding_s / tokens,
+            }
+        )
+        reads = speed or disk_speed(model.hf_quantizer.streaming.layers)
+        found["MB/token / speed"] = report.pass_bytes / reads
+        found["times that"] = found["s/token"] / found["MB/token / speed"] if report.pass_bytes else None
+    return found
+
+
+def disk_speed(layers) -> float:
+    """Bytes a second of the same reads without a model, one after another."""
+    from hf_lowbit.storage.stream import Counts, Files, allocate, read_extent
+
+    counts, files = Counts(), Files([extent.file for layer in layers for extent in layer.extents])
+    buffer = allocate(max(extent.nbytes for layer in layers for extent in layer.extents))
+    start = time.perf_counter()
+    for layer in layers:
+        for extent in layer.extents:
+            read_extent(files, layer, extent, buffer, counts, lambda: True)
+    return counts.bytes_read / (time.perf_counter() - start)
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+def coded_folder(packed: str) -> str:
+    """``packed`` with entropy-coded tensors, made once."""
+    folder = Path(packed + "-coded")
+    if not folder.exists():
+        from hf_lowbit.compress import compress_folder
+
+        compress_folder(packed, folder, "entropy")
+    return str(folder)
+
+
+def run(*arguments) -> dict:
+    threads = arguments[-1]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, __file__, "--child", json.dumps(arguments)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        return {"error": result.stderr.strip().splitlines()[-1][:200]}
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="SmolLM2-135M instead of 1.2 billion random weights")
+    parser.add_argument("--disks", default="200,1000,none", help="speeds in MB/s, or none for the disk as it is")
+    parser.add_argument("--fraction", type=float, default=1 / 3, help="budget as a part of the packed model")
+    parser.add_argument("--constant", type=int, default=96, help="MB that computing may take besides, hard limit")
+    parser.add_argument("--only", default="", help="regular expression over contestants")
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prepare", action="store_true", help="only make the models")
+    parser.add_argument("--print", action="store_true", help="do not write results/")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(child(*json.loads(args.child))))
+        return
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    source = model_folder(None) if args.small else large_folder()
+    folders = {"float": source, "packed": packed_folder(source, "int4" if args.small else "large-int4")}
+    folders["coded"] = coded_folder(folders["packed"])
+    if args.prepare:
+        return
+    size = sum(file.stat().st_size for file in Path(folders["packed"]).glob("*.safetensors"))
+    budget, rows, reference = int(args.fraction * size), [], None
+    for disk in args.disks.split(","):
+        speed = None if disk == "none" else float(disk) * 1e6
+        for name, (what, how) in CONTESTANTS.items():
+            if not re.search(args.only, name) or (how == "memory" and reference is not None):
+                continue
+            constant = args.constant * 10**6
+            found = run(folders[what], how, budget, constant, speed, args.tokens, args.threads)
+            tokens = found.pop("tokens", None)
+            reference = tokens if how == "memory" else reference
+            row = {"model": name, "disk MB/s": "" if how == "memory" else disk, **found}
+            if what != "float" and tokens is not None and reference is not None:
+                row["same tokens"] = tokens == reference
+            rows.append(row)
+            print(row, flush=True)
+    if not args.print:
+        name = "streaming_small" if args.small else "streaming"
+        options = f"{'--small ' if args.small else ''}--disks {args.disks} --tokens {args.tokens}"
+        command = f"python benchmarks/streaming.py {options} --threads {args.threads}"
+        note = (
+            f"{'SmolLM2-135M-Instruct' if args.small else '1.2 billion random weights'}, packed {size / 1e6:.1f} MB, "
+            f"budget {budget / 1e6:.1f} MB. Disks are simulated but for none, see the text of the benchmark."
+        )
+        write_results(name, command, rows, note)
+
+
+if __name__ == "__main__":
+    main()

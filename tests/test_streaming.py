@@ -1,0 +1,391 @@
+"""A model larger than its budget computes the same bits, in any order of its layers, and says what went wrong."""
+
+import copy
+import gc
+import itertools
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import _TEXT, inputs
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
+
+from hf_lowbit import LowBitConfig
+from hf_lowbit.convert import quantize_folder
+from hf_lowbit.storage.layers import Extent, Field, Layer
+from hf_lowbit.storage.shards import Layout
+from hf_lowbit.storage.stream import Files, LayerStream
+
+LAYERS = 8
+LORA = {"r": 4, "lora_dropout": 0.0, "target_modules": "all-linear", "init_lora_weights": False}
+CONFIG = LowBitConfig(bits=4, method="rtn", method_options={"range": "minmax"})
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """Folders of one packed model of 8 layers: as converted, as saved, and coded."""
+    folder = tmp_path_factory.mktemp("streaming")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**_TEXT, "num_hidden_layers": LAYERS}, tie_word_embeddings=False)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "float")
+    quantize_folder(folder / "float", folder / "raw", CONFIG, progress=False)
+    load(folder / "raw").save_pretrained(folder / "saved")
+    load(folder / "raw", storage="entropy").save_pretrained(folder / "entropy")
+    return folder
+
+
+def load(folder, **options):
+    config = {"quantization_config": LowBitConfig(**options)} if options else {}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **config)
+
+
+def streamed(folder, layers: int = 3):
+    """The model with a budget for about ``layers`` of its layers besides the buffers."""
+    least = smallest_budget(folder)
+    whole = load(folder, max_memory_bytes=10**9).hf_quantizer.streaming
+    return load(folder, max_memory_bytes=least + layers * whole.layers[0].nbytes)
+
+
+def smallest_budget(folder) -> int:
+    with pytest.raises(ValueError, match=r"max_memory_bytes=1 \(0.0 MB\) is too small: .* would do is \d+") as caught:
+        load(folder, max_memory_bytes=1)
+    return int(str(caught.value).rsplit(" ", 1)[1])
+
+
+def report(model):
+    return model.hf_quantizer.streaming.report()
+
+
+def generate(model):
+    return model.generate(**inputs("llama", 1), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+
+
+# -- the same results --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["raw", "saved", "entropy"])
+def test_generates_the_same_tokens_within_the_budget(packed, storage):
+    model, unlimited = streamed(packed / storage), load(packed / "raw")
+    found = report(model)
+    assert found.held_bytes <= found.budget_bytes
+    assert found.layers_streamed >= 3 and found.layers_kept + found.layers_coded >= 2
+    assert torch.equal(generate(model), generate(unlimited))
+    assert torch.equal(model(**inputs("llama")).logits, unlimited(**inputs("llama")).logits)
+    found = report(model)
+    passes = 7
+    read = found.bytes_read - found.wasted_bytes
+    # The first layers of the next pass are read before anybody asks for them.
+    assert passes * found.pass_bytes <= read <= (passes + 1) * found.pass_bytes
+    assert found.waits <= passes * (found.layers_streamed + found.layers_coded)
+    assert (found.bytes_decoded > 0) == (storage == "entropy")
+
+
+def test_smallest_budget_is_enough_and_keeps_no_layer(packed):
+    model = load(packed / "raw", max_memory_bytes=smallest_budget(packed / "raw"))
+    assert report(model).layers_kept == 0 and report(model).layers_streamed == LAYERS
+    assert torch.equal(generate(model), generate(load(packed / "raw")))
+
+
+def test_nothing_is_streamed_where_everything_fits(packed):
+    model = load(packed / "raw", max_memory_bytes={"cpu": "1GB"})
+    found = report(model)
+    assert (found.layers_kept, found.layers_streamed, found.bytes_read) == (LAYERS, 0, 0)
+    assert model.hf_quantizer.is_compileable
+    assert torch.equal(generate(model), generate(load(packed / "raw")))
+
+
+def test_layers_in_memory_lie_apart(packed):
+    kept = sorted(streamed(packed / "raw", 3).hf_quantizer.streaming.kept)
+    assert len(kept) == 3 and min(b - a for a, b in itertools.pairwise(kept)) >= 2
+
+
+def test_int8_activations_are_streamed_too(packed):
+    least = smallest_budget(packed / "raw")
+    model = load(packed / "raw", max_memory_bytes=least, activations="int8")
+    unlimited = load(packed / "raw", activations="int8")
+    assert torch.equal(model(**inputs("llama")).logits, unlimited(**inputs("llama")).logits)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def step(model):
+    model.zero_grad()
+    tokens = inputs("llama")["input_ids"]
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("storage", ["raw", "entropy"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_gets_the_same_gradients_and_the_order_is_learned(packed, checkpointing, storage):
+    gradients = []
+    for model in (load(packed / "raw"), streamed(packed / storage, 2)):
+        torch.manual_seed(1)
+        peft = get_peft_model(model, LoraConfig(**LORA))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        peft.train()
+        gradients.append(step(peft))
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) == 2 * 7 * LAYERS
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+    step(peft)
+    model.hf_quantizer.streaming.reset()
+    step(peft)
+    step(peft)
+    found = report(model)
+    assert found.wasted_bytes == 0
+    # Forwards and backwards, but at each turn the layers that are still in the buffers.
+    assert found.bytes_read <= 2 * 2 * found.pass_bytes
+    assert all(tensor.device.type == "cpu" for tensor in get_peft_model_state_dict(peft).values())
+
+
+def test_nothing_of_a_streamed_layer_is_kept_for_the_backward(packed):
+    model, saved = streamed(packed / "raw", 1), []
+    get_peft_model(model, LoraConfig(**LORA))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model(**inputs("llama"))
+    buffers = model.hf_quantizer.streaming._stream.buffers
+    places = [(b.data_ptr(), b.data_ptr() + b.nbytes) for b in buffers]
+    assert saved and not [t for t in saved if any(first <= t.data_ptr() < last for first, last in places)]
+
+
+# -- what may be done with such a model --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["raw", "entropy"])
+def test_saves_and_dequantizes_what_is_stored(packed, storage, tmp_path):
+    model, unlimited = streamed(packed / storage, 1), load(packed / "raw")
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    for (name, expected), found in zip(unlimited.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(expected, found), name
+    first, second = (m.model.layers[0].self_attn.q_proj for m in (model, unlimited))
+    assert first.streamed is not None
+    assert torch.equal(first.dequantize(), second.dequantize())
+    assert all(torch.equal(t, second.stored()[suffix]) for suffix, t in first.stored().items())
+
+
+def test_what_cannot_be_done_says_so(packed):
+    model = streamed(packed / "raw", 1)
+    with pytest.raises(ValueError, match="streams its layers from disk for the CPU and cannot be moved to meta"):
+        model.to("meta")
+    model.to("cpu")
+    for copying in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"streamed cannot be copied or pickled.* use save_pretrained, or load it"):
+            copying(model)
+    peft = get_peft_model(model, LoraConfig(**LORA))
+    with pytest.raises(ValueError, match=r"cannot be changed .*load the model without max_memory_bytes"):
+        peft.merge_and_unload()
+
+
+def test_a_compiled_model_leaves_its_graphs_for_streamed_layers(packed):
+    model = streamed(packed / "raw", 1)
+    expected = model(**inputs("llama")).logits
+    assert torch.equal(torch.compile(model, backend="eager")(**inputs("llama")).logits, expected)
+
+
+def test_scales_of_streamed_layers_are_not_trained(packed):
+    from hf_lowbit.adapters.scales import train_scales
+
+    with pytest.raises(ValueError, match=r"model.layers.\d.self_attn.q_proj is streamed.* without max_memory_bytes"):
+        train_scales(streamed(packed / "raw", 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_memory_bytes": "many"}, "max_memory_bytes='many' is no size: use bytes, or a text like '300MB'"),
+        ({"max_memory_bytes": -5}, "is no size"),
+        ({"max_memory_bytes": True}, "is no size"),
+        ({"max_memory_bytes": {"cuda:0": "1GB"}}, "streamed for the CPU only, so the one key is 'cpu'"),
+        ({"max_memory_bytes": "1MB", "dequantize": True}, "keeps weights packed on disk: drop it"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LowBitConfig(**options)
+
+
+def test_float_models_and_other_devices_are_refused(packed):
+    with pytest.raises(ValueError, match="quantize to a folder first"):
+        load(packed / "float", max_memory_bytes="1MB")
+    with pytest.raises(ValueError, match="device_map sends them to 'disk'"):
+        transformers.AutoModelForCausalLM.from_pretrained(
+            packed / "raw",
+            quantization_config=LowBitConfig(max_memory_bytes="1MB"),
+            device_map={"model": "disk", "lm_head": "cpu"},
+        )
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+def copied(packed, storage, tmp_path) -> Path:
+    return Path(shutil.copytree(packed / storage, tmp_path / storage)) / "model.safetensors"
+
+
+def test_a_file_truncated_while_in_use_is_named_and_the_next_use_tries_again(packed, tmp_path):
+    file = copied(packed, "raw", tmp_path)
+    model, content = streamed(file.parent, 0), file.read_bytes()
+    expected = model(**inputs("llama")).logits
+    last = model.hf_quantizer.streaming.layers[-1].extents[-1]
+    with open(file, "rb+") as handle:
+        handle.truncate(last.begin + 10)
+    with pytest.raises(OSError, match=r"model.safetensors ends at byte \d+, inside model.layers.7: it was truncated"):
+        model(**inputs("llama"))
+    with open(file, "rb+") as handle:
+        handle.write(content)
+    assert torch.equal(model(**inputs("llama")).logits, expected)
+
+
+def test_a_disk_error_reaches_the_caller_with_its_place(packed, monkeypatch):
+    model, real = streamed(packed / "raw", 0), Files.read
+
+    def read(self, name, into, begin):
+        if begin > 60_000:
+            raise OSError(5, "Input/output error")
+        return real(self, name, into, begin)
+
+    monkeypatch.setattr(Files, "read", read)
+    with pytest.raises(OSError, match=r"model.layers.\d cannot be read from byte \d+ of .*safetensors: Input/output"):
+        model(**inputs("llama"))
+
+
+def test_a_flipped_bit_of_a_coded_layer_is_named(packed, tmp_path):
+    file = copied(packed, "entropy", tmp_path)
+    model = streamed(file.parent, 0)
+    layer = model.hf_quantizer.streaming.layers[3]
+    extent = next(e for e in layer.extents if e.parts)
+    with open(file, "rb+") as handle:
+        handle.seek(extent.end - 9)
+        byte = handle.read(1)[0]
+        handle.seek(-1, 1)
+        handle.write(bytes([byte ^ 4]))
+    with pytest.raises(ValueError, match=r"model.layers.3\S+ in .*model.safetensors cannot be decoded: "):
+        model(**inputs("llama"))
+
+
+def test_threads_end_with_the_model(packed):
+    model = streamed(packed / "entropy", 1)
+    threads = model.hf_quantizer.streaming._stream._threads
+    assert len(threads) >= 2 and all(thread.is_alive() for thread in threads)
+    model(**inputs("llama"))
+    del model
+    gc.collect()
+    assert not any(thread.is_alive() for thread in threads)
+
+
+INTERRUPTED = """
+import sys, time, transformers
+from hf_lowbit import LowBitConfig
+from hf_lowbit.storage.stream import Files
+model = transformers.AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], quantization_config=LowBitConfig(max_memory_bytes=int(sys.argv[2]))
+)
+def read(self, name, into, begin, real=Files.read):
+    time.sleep(0.5)
+    return real(self, name, into, begin)
+Files.read = read
+print("running", flush=True)
+import torch
+while True:
+    model(torch.zeros(1, 4, dtype=torch.long))
+"""
+
+
+def test_ctrl_c_ends_at_once(packed):
+    command = [sys.executable, "-c", INTERRUPTED, str(packed / "raw"), str(smallest_budget(packed / "raw"))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "running\n"
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)  # one read and the end of Python; stuck threads would never end
+    assert process.returncode != 0 and errors.rstrip().endswith("KeyboardInterrupt"), errors
+
+
+# -- the stream alone --------------------------------------------------------------------------------------------------
+
+
+def made_stream(tmp_path, count: int, slots: int) -> tuple[LayerStream, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(count)
+    contents = [torch.randint(0, 256, (1000 + 10 * i,), generator=generator).to(torch.uint8) for i in range(count)]
+    file, layers, begin = tmp_path / "bytes", [], 0
+    file.write_bytes(b"".join(bytes(c.tolist()) for c in contents))
+    for i, content in enumerate(contents):
+        field = Field(0, (content.numel(),), torch.uint8)
+        extent = Extent(str(file), begin, begin + content.numel(), 0)
+        layers.append(Layer(f"l.{i}", (extent,), {"x": field}, 2048))
+        begin += content.numel()
+    return LayerStream(layers, slots), contents
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_any_order_by_any_thread_gives_the_right_layer(tmp_path, slots):
+    stream, contents = made_stream(tmp_path, 6, slots)
+    wrong = []
+
+    def walk(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for index in torch.randint(0, 6, (300,), generator=generator).tolist():
+            with stream.use(index) as slot:
+                if not torch.equal(stream.buffers[slot][: contents[index].numel()], contents[index]):
+                    wrong.append(index)
+
+    threads = [threading.Thread(target=walk, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong and not any(thread.is_alive() for thread in threads)
+    stream.close()
+    with pytest.raises(RuntimeError, match="threads that read layers have ended"):
+        [stream.use(index).__enter__() for index in (0, 3, 5)]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 3, 2, 1], [3, 4]], ids=str)
+def test_a_cycle_is_learned(tmp_path, order):
+    """After it was seen, nothing is read for nothing."""
+    stream, _ = made_stream(tmp_path, 5, 2)
+    for number in range(4):
+        for index in order:
+            with stream.use(index):
+                pass
+        if number == 1:
+            time.sleep(0.05)  # what is being read for nothing
+            stream.reset()
+    assert stream.counts.wasted_bytes == 0
+
+
+# -- the layout of files -----------------------------------------------------------------------------------------------
+
+
+def test_converted_layers_are_one_read_each(packed):
+    layers = load(packed / "raw", max_memory_bytes="1GB").hf_quantizer.streaming.layers
+    assert [len(layer.extents) for layer in layers] == [1] * LAYERS
+    assert all(layer.extents[0].begin % 2 == 0 for layer in layers)
+    saved = load(packed / "saved", max_memory_bytes="1GB").hf_quantizer.streaming.layers
+    assert all(len(layer.extents) > 1 for layer in saved)
+
+
+def test_a_layout_with_odd_sizes_stays_aligned(tmp_path):
+    tensors = {
+        "m.layers.0.a": torch.arange(3, dtype=torch.uint8),
+        "m.layers.1.b": torch.arange(3, dtype=torch.int16),
+        "m.layers.1.c": torch.arange(3.0),
+    }
+    layout = Layout({name: tensor.to("meta") for name, tensor in tensors.items()}, {"format": "pt"})
+    assert all(layout.places[name] % tensor.itemsize == 0 for name, tensor in tensors.items())
+    layout.write(tmp_path / "x.safetensors", tensors.items())
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as handle:
+        assert all(torch.equal(handle.get_tensor(name), tensor) for name, tensor in tensors.items())
