@@ -1,5 +1,5 @@
 """Quality of every data-free method at 2, 3 and 4 bits: KL, top-1 and perplexity against the float model, by bits per
-weight.
+weight: in memory, and in a repo with ``storage="entropy"``.
 
     python benchmarks/quality.py --windows 40 --text news
     python benchmarks/quality.py --only 'hqq|rtn int3' --print
@@ -9,6 +9,7 @@ weights.
 """
 
 import argparse
+import math
 import re
 import time
 
@@ -19,6 +20,8 @@ from transformers.utils import logging
 
 from hf_lowbit import LowBitConfig
 from hf_lowbit.evaluate import evaluate
+from hf_lowbit.packed import PackedMixin
+from hf_lowbit.storage.stored import store
 
 logging.disable_progress_bar()
 MINMAX = {"range": "minmax"}
@@ -42,6 +45,8 @@ def settings() -> dict[str, dict]:
             f"lloyd{bits} per tensor g64": {"bits": bits, "format": "codebook"},
             f"lloyd{bits} per row": {"bits": bits, "format": "codebook", "codebook": "row"},
         }  # fmt: skip
+    for bits in (4.38, 4, 3.35, 3, 2.32, 2):
+        rows[f"ecsq {bits} bits stored"] = {"bits_stored": bits}
     rows |= {
         "mxfp4 g32": {"bits": 4, "format": "fp4"},
         "nvfp4 g16": {"bits": 4, "format": "fp4", "group_size": 16, "scale_dtype": "e4m3"},
@@ -52,6 +57,17 @@ def settings() -> dict[str, dict]:
         "int8": {"bits": 8},
     }
     return rows
+
+
+def coded_bits(model) -> float:
+    """Bits per packed weight of ``model`` in files with ``storage="entropy"``."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedMixin)}
+    nbytes = sum(
+        store(f"weight{suffix}", tensor.detach(), layer.format.bits, "entropy").nbytes
+        for layer in layers.values()
+        for suffix, tensor in layer.stored().items()
+    )
+    return 8 * nbytes / sum(math.prod(layer.packed_shape) for layer in layers.values())
 
 
 def main():
@@ -66,16 +82,18 @@ def main():
     reference = Reference(folder, args.text, args.windows)
     rows = []
 
-    def measure(name, model, bits):
+    def measure(name, model, bits, coded):
         r = evaluate(model, reference.windows, reference, progress=False)
         rows.append({
-            "method": name, "bits per weight": bits, "KL": r.kl, "± KL": r.kl_se, "top-1 %": 100 * r.top1,
-            "perplexity": r.perplexity, "± ppl": r.perplexity_se,
+            "method": name, "bits per weight": bits, "bits stored": coded, "KL": r.kl, "± KL": r.kl_se,
+            "top-1 %": 100 * r.top1, "perplexity": r.perplexity, "± ppl": r.perplexity_se,
         })  # fmt: skip
         print(rows[-1], flush=True)
 
     if not args.only:
-        measure("float (bfloat16 weights)", AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), 16.0)
+        measure(
+            "float (bfloat16 weights)", AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), 16.0, None
+        )
     for name, options in settings().items():
         if args.only and not re.search(args.only, name):
             continue
@@ -84,7 +102,8 @@ def main():
             folder, dtype=torch.float32, quantization_config=LowBitConfig(embeddings="float", **options)
         )
         seconds, bits = time.perf_counter() - start, model.hf_quantizer.coverage["bits_per_packed_weight"]
-        measure(name, model.dequantize(), bits)
+        coded = coded_bits(model)
+        measure(name, model.dequantize(), bits, coded)
         rows[-1]["seconds to load"] = seconds
     if not args.print:
         command = f"python benchmarks/quality.py --text {args.text} --windows {args.windows}"
