@@ -165,6 +165,14 @@ def solve(
     hook = planned_hook(source.plan)
     run = calibrate(source, work or cache_folder(), hook, tokens, settings, shared=work is None, **options)
     config.calibration = config.calibration.record(tokens)
+    few = {name: count for name, count in run.tokens().items() if count < run.planned[name].shape[1]}
+    if few:
+        name = max(few, key=lambda name: run.planned[name].shape[1] / few[name])
+        logger.warning(
+            "%d layers saw fewer tokens of the calibration than they have inputs, such as %s: %d tokens, %d inputs. "
+            "Give more text",
+            len(few), name, few[name], run.planned[name].shape[1],
+        )  # fmt: skip
     return run
 
 

@@ -167,6 +167,16 @@ def test_calibrated_models_run(tiny):
     assert model.hf_quantizer.coverage["packed_modules"] > 0
 
 
+def test_few_tokens_are_warned_of_once_with_numbers(tiny, tmp_path, caplog):
+    hf_lowbit.quantize(tiny("llama"), gptq(), output=tmp_path / "out", calibration=ids(1, 48))
+    warned = [r.getMessage() for r in caplog.records if "fewer tokens" in r.getMessage()]
+    assert len(warned) == 1
+    widest = max(
+        module.in_features for name, module in load("llama", tiny("llama")).named_modules() if "proj" in name
+    )  # fmt: skip
+    assert f"48 tokens, {widest} inputs. Give more text" in warned[0]
+
+
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
