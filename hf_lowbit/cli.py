@@ -94,9 +94,6 @@ QUANTIZATION = {
     "bits_stored": Annotated[
         str | None, Option(help="Bits per weight once entropy-coded, such as 3.0; method ecsq, or gptq if you say so.")
     ],
-    "bits_stored": Annotated[
-        str | None, Option(help="Bits per weight once entropy-coded, such as 3.0; method ecsq, or gptq if you say so.")
-    ],
     "format": Annotated[str | None, Option(help="int, nf, fp4, codebook, ternary or nested. [default: int]")],
     "method": Annotated[
         str | None, Option(help="rtn, hqq, lloyd, ecsq or gptq. [default: the best measured without calibration]")
