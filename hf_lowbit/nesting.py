@@ -76,16 +76,16 @@ def unnest(model, plan: Plan, config: LowBitConfig) -> None:
     nested = {name: p for name, p in plan.packed.items() if isinstance(p.format, NestedFormat)}
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     for name in sorted(nested, key=lambda n: n in plan.tied):  # sources before what shares their tensors
-        module, format = model.get_submodule(name), nested[name].format
-        assert isinstance(module, PackedMixin)
-        source = plan.tied.get(name)
-        if module.weight.device.type == "meta":
+        module, planned = model.get_submodule(name), nested[name]
+        format, source = planned.format, plan.tied.get(name)
+        assert isinstance(module, PackedMixin) and isinstance(format, NestedFormat)
+        if module.stored()[""].device.type == "meta":
             raise ValueError(
                 f"{name} is offloaded to disk, where a nested repo cannot be unpacked: load it without offloading, "
                 "save_pretrained() it, and load that"
             )
         if source is None:
-            tensors = format.to_codebook(module.stored(), module.packed_shape)
+            tensors = format.to_codebook(module.stored(), planned.shape)
         else:
             tensors = model.get_submodule(source).stored()
             for suffix in format.suffixes():
@@ -94,12 +94,12 @@ def unnest(model, plan: Plan, config: LowBitConfig) -> None:
                 ties[f"{name}.weight{suffix}"] = f"{source}.weight{suffix}"
         for parameter in module.packed_names:
             delattr(module, parameter)
-        module.register_packed(format.codebook, module.packed_shape, module.backend, "meta")
+        module.register_packed(format.codebook, planned.shape, module.backend, "meta")
         for suffix, tensor in tensors.items():
             shared = isinstance(tensor, nn.Parameter)
             setattr(module, "weight" + suffix, tensor if shared else nn.Parameter(tensor, requires_grad=False))
         module.method = make_method("lloyd")
-        plan.packed[name] = replace(nested[name], format=format.codebook, method=module.method)
+        plan.packed[name] = replace(planned, format=format.codebook, method=module.method)
     if nested:
         _settle(config)
         config.layers = plan.layers()

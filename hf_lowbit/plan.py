@@ -176,8 +176,8 @@ def _allocated(config: LowBitConfig, name: str, prefix: str) -> int:
     found = next((widths[n] for n in names(name, prefix) if n in widths), None)
     if found is None:
         raise ValueError(
-            f"bits={config.bits} is a budget, and there is no width for {name!r}: the plan was made for another model, or "
-            "with other rules. Make one for this model by `hf-lowbit plan`"
+            f"bits={config.bits} is a budget, and there is no width for {name!r}: the plan was made for another model, "
+            "or with other rules. Make one for this model by `hf-lowbit plan`"
         )
     return found
 
