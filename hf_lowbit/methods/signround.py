@@ -9,10 +9,11 @@ the start. v and r are trained so that the block gives what the float model's bl
 through the rounding; each number moves by the learning rate in the direction of its gradient's sign, at a rate that
 falls to zero.
 
-It differs from the paper in where it starts: at GPTQ's codes. p is then the place of what GPTQ rounded, the weight with
-the corrections for the columns before it, so that training begins with no loss against GPTQ and v decides again about
-every rounding that was close. Zero points stay those of the start. Trained is a block's output on the quantized model's
-inputs, towards the float model's output on its own. A block keeps its start if training did not bring it closer.
+It differs from the paper in where it starts: at GPTQ's codes. p is then the place where a weight would do least harm
+given all the others' codes, half a step from its own code at most, so that training begins with no loss against GPTQ
+and v decides again about every rounding that was close. Zero points stay those of the start. Trained is a block's
+output on the quantized model's inputs, towards the float model's output on its own. A block keeps its start if training
+did not bring it closer.
 
 Not learned: biases, norms, and anything of layers that the plan keeps or gives to other methods.
 """
@@ -22,9 +23,10 @@ import torch
 from ..formats.base import Format, Quantized, inverse
 from ..formats.integer import IntFormat
 from .base import BlockMethod
-from .gptq import Gptq, inverse_factor
+from .gptq import Gptq
 
 MAX_RANGE_CHANGE = 0.5
+NEAREST = 0.499  # a little less than half a step, so that a place rounds to its code
 
 
 class SignRound(BlockMethod):
@@ -65,7 +67,7 @@ class SignRound(BlockMethod):
     def begin(self, weight, format, statistics):
         start = Gptq(self.damping, self.act_order)
         grid, H = start.quantize(weight, format, statistics), statistics.damped(self.damping)
-        return grid, Learned(format, grid, rounded(weight.to(torch.float32), format.decode(grid), H, start.order(H)))
+        return grid, Learned(format, grid, places(weight.to(torch.float32), format.decode(grid), H))
 
     @torch.enable_grad()
     def train(self, block, states):
@@ -105,14 +107,14 @@ class Learned:
         change: r (N, G).
     """
 
-    def __init__(self, format: Format, grid: Quantized, rounded: torch.Tensor):
+    def __init__(self, format: Format, grid: Quantized, places: torch.Tensor):
         assert isinstance(format, IntFormat) and grid.scales is not None
         self.format, self.grid, self.first = format, grid, grid.scales
         self.zeros = torch.full_like(grid.scales, format.fixed_zero) if grid.zeros is None else grid.zeros
         place = format.by_group(
-            lambda w, s, z: w * inverse(s).unsqueeze(-1) + z.unsqueeze(-1), rounded, self.first, self.zeros
+            lambda w, s, z: w * inverse(s).unsqueeze(-1) + z.unsqueeze(-1), places, self.first, self.zeros
         )
-        self.place = place.clamp_(-0.5, format.max_code + 0.5)  # so that every rounding can still be changed
+        self.place = place.clamp_(grid.codes - NEAREST, grid.codes + NEAREST)
         self.offset = torch.zeros_like(place).requires_grad_()
         self.change = torch.zeros_like(self.first).requires_grad_()
 
@@ -147,19 +149,14 @@ class Learned:
         return Quantized(self.codes().to(torch.uint8), self.scales(), self.grid.zeros)
 
 
-def rounded(W: torch.Tensor, Q: torch.Tensor, H: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """What GPTQ rounded: the weight W (N, K), every column with the corrections for those before it.
+def places(W: torch.Tensor, Q: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+    """Where each weight would do least harm if all the others of its row stay at Q, (N, K).
 
-    Its errors E leave ``W - Q = E D^-1 U`` behind, with U the factor of the inverse of H and D its diagonal.
+    With E = Q - W the error ``E H E^T`` of a row is least in weight k at ``q_k - (E H)_k / H_kk``, the step of
+    coordinate descent.
 
     Args:
-        W: The weight (N, K), float32.
-        Q: What it was rounded to (N, K), float32.
+        W, Q: The weight and what it was rounded to (N, K), float32.
         H: Damped moments (K, K).
-        order: (K,) int64, the order in which columns were rounded.
     """
-    U = inverse_factor(H[order][:, order])
-    errors = torch.linalg.solve_triangular(U, (W - Q)[:, order], upper=True, left=False) * U.diagonal()
-    result = Q.clone()
-    result[:, order] += errors
-    return result
+    return Q - (Q - W) @ H / H.diagonal()
