@@ -48,7 +48,9 @@ def llama(tmp_path_factory):
 
 
 def linears(model):
-    return {n: m for n, m in model.named_modules() if isinstance(m, LowBitLinear) and m.format.name == "int_columns"}
+    return {
+        n: m for n, m in model.named_modules() if isinstance(m, LowBitLinear) and m.format.inner.name == "int_columns"
+    }
 
 
 def coded_bits(modules, suffixes=("", "_scales", "_columns")) -> tuple[float, float]:
@@ -63,9 +65,9 @@ def coded_bits(modules, suffixes=("", "_scales", "_columns")) -> tuple[float, fl
     return bits, bits / weights
 
 
-@pytest.mark.parametrize("bits", [2.0, 3.0, 4.0])
-def test_the_model_takes_what_was_asked_for(bits, llama, tmp_path):
-    repo = hf_lowbit.quantize(llama, config(bits), output=tmp_path / "out", calibration=ids())
+@pytest.mark.parametrize(("bits", "options"), [(2.0, {}), (3.0, {"transform": "hadamard"}), (4.0, {})])
+def test_the_model_takes_what_was_asked_for(bits, options, llama, tmp_path):
+    repo = hf_lowbit.quantize(llama, config(bits, **options), output=tmp_path / "out", calibration=ids())
     model = repo.load()
     layers = linears(model)
     assert len(layers) == 21 and coded_bits(layers.values())[1] == pytest.approx(bits, rel=0.01)

@@ -49,7 +49,7 @@ class LayerShare:
 
 def bits_stored(planned: Packed) -> float | None:
     """What a planned layer aims at together with the others, or None."""
-    aims = isinstance(planned.format, ColumnsFormat) and planned.method is not None
+    aims = isinstance(planned.format.inner, ColumnsFormat) and planned.method is not None
     return getattr(planned.method, "bits_stored", None) if aims else None
 
 
@@ -94,8 +94,9 @@ def measure_damage(
         block = Block(prefix, i, module, layers, states[i].to(device), None, arguments[i], None, batch_size)
         for group in block.groups() if layers else ():
             moments = block.moments(group)
-            factor = inverse_factor(moments.damped(DAMPING)).diagonal()
-            worth.update({layers[name].name: factor.cpu() for name in group})
+            for format in {layers[name].planned.format for name in group}:
+                factor = inverse_factor(moments.turned(format).damped(DAMPING)).diagonal().cpu()
+                worth.update({layers[n].name: factor for n in group if layers[n].planned.format == format})
         states[i + 1] = block.outputs(module, block.inputs)
     slopes, found = _from_the_head(blocks, tokens, states[-1], seed, device), {}
     for i, prefix in reversed(list(enumerate(logging.tqdm(blocks.names, desc="Measuring, back", unit="block")))):
@@ -103,9 +104,10 @@ def measure_damage(
         local = [name for name in blocks.layers[i] if f"{prefix}.{name}" in names]
         squares = _pass_back(module, local, states[i], slopes, arguments[i], batch_size, device)
         for name in local:
-            full, weight = f"{prefix}.{name}", _weight(module.get_submodule(name))
-            gradients = squares[name].cpu() / (tokens.numel())
-            scale, curve = _curve(weight.cpu(), gradients, worth[full], planned[full].format)
+            full, gradients = f"{prefix}.{name}", squares[name].cpu() / tokens.numel()
+            format = planned[full].format
+            weight = format.turn(_weight(module.get_submodule(name))).cpu()
+            scale, curve = _curve(weight, gradients, worth[full], format.inner)
             found.update({f"{full}.gradients": gradients, f"{full}.curve": curve, f"{full}.scale": scale})
     path = work / FILE
     temporary = path.with_name(path.name + TEMPORARY)

@@ -20,13 +20,13 @@ take just that.
 - Steps of rows are fitted to the codes last, in the norm of H.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils import logging
 
-from ..formats import Quantized
+from ..formats import Format, Quantized
 from ..formats.columns import ColumnsFormat
 from ..formats.scales import storable
 from ..rate import SLOPE, account, cheapest_codes, code_lengths, coded_bits, count_codes, find_step
@@ -55,6 +55,10 @@ class Share:
     moments: "Moments"
     bits: float
     gradients: torch.Tensor | None = None
+
+    def turned(self, format: Format) -> "Share":
+        """The same in the basis in which ``format`` stores its codes."""
+        return replace(self, moments=self.moments.turned(format))
 
 
 def row_worth(weight: torch.Tensor, gradients: torch.Tensor | None) -> torch.Tensor:
