@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import CACHE, model_folder, write_results
+from common import CACHE, RESULTS, model_folder, write_results
 from held_out import HeldOut, calibration_documents, evaluation_texts
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -32,8 +32,21 @@ from hf_lowbit.evaluate import evaluate
 
 logging.disable_progress_bar()
 INT64 = ("--group-size", "64", "--scale-dtype", "float16")
+LOG64 = ("--group-size", "64", "--scale-dtype", "log8")
+CALIBRATED = ("gptq", "signround")
 TABLE32 = ("--format", "codebook", "--group-size", "32")
-QUANTIZE = "from hf_lowbit.cli import main; main()"
+# (Not the peak that the system reports of a child: that begins with its parent's.)
+QUANTIZE = """
+import sys
+from hf_lowbit.cli import main
+try:
+    main()
+finally:
+    with open("/proc/self/status") as status:
+        peak = next(line for line in status if line.startswith("VmHWM")).split()[1]
+    with open(sys.argv[3] + ".peak", "w") as file:
+        file.write(peak)
+"""
 
 
 def settings() -> dict[str, tuple[str, ...]]:
@@ -48,6 +61,11 @@ def settings() -> dict[str, tuple[str, ...]]:
             f"gptq int{bits} g64": (*width, "--method", "gptq", *INT64),
             f"gptq int{bits} g32": (*width, "--method", "gptq"),
             f"gptq table{bits} g32": (*width, "--method", "gptq", *TABLE32),
+            f"gptq int{bits} g64, 8-bit scales": (*width, "--method", "gptq", *LOG64),
+            f"gptq int{bits} g64, 8-bit scales, hadamard": (
+                *(*width, "--method", "gptq", *LOG64, "--transform", "hadamard"),
+            ),
+            f"signround int{bits} g64, 8-bit scales": (*width, "--method", "signround", *LOG64),
         }
     return rows
 
@@ -55,7 +73,7 @@ def settings() -> dict[str, tuple[str, ...]]:
 def quantize(source: str, name: str, options: tuple[str, ...], args: argparse.Namespace) -> tuple[Path, dict]:
     """The packed repo of row ``name``, made unless it was made so before, and what making it took."""
     command = ["quantize", source, *options, "--embeddings", "float", "--json"]
-    if "gptq" in options:
+    if any(method in options for method in CALIBRATED):
         text = CACHE / "calibration.jsonl"
         text.write_text("".join(json.dumps({"text": t}) + "\n" for t in calibration_documents()))
         command += ["--calibration", str(text), "--windows", str(args.windows), "--length", str(args.length)]
@@ -78,15 +96,24 @@ def quantize(source: str, name: str, options: tuple[str, ...], args: argparse.Na
         raise RuntimeError(f"{name}: hf-lowbit quantize failed with exit code {process.returncode}")
     result = json.loads(output.read_text())
     output.unlink()
+    peak = folder.with_name(folder.name + ".peak")
     billions = result["packed_weights"] / 1e9
     took = {
         "bits per weight": result["bits_per_packed_weight"],
         "seconds": time.perf_counter() - start,
         "CPU s per 10^9": (used.ru_utime + used.ru_stime) / billions,
-        "peak MB": used.ru_maxrss / 1024,
+        "peak MB": int(peak.read_text()) * 1024 / 1e6,
     }
+    peak.unlink()
     record.write_text(json.dumps(took))
     return folder, took
+
+
+def earlier_rows(command: str) -> dict[str, dict]:
+    """What an earlier run of the same command has written, by method: with --only a long run goes on."""
+    file = RESULTS / "calibrated.json"
+    data = json.loads(file.read_text()) if file.exists() else {"command": None}
+    return {row["method"]: row for row in data["rows"]} if data["command"] == command else {}
 
 
 def main():
@@ -109,7 +136,7 @@ def main():
         f"evaluation, of other documents. Quantizing: a process of its own, {torch.get_num_threads()} threads; seconds "
         "and peak memory with everything, the CPU seconds for 10^9 weights too."
     )
-    rows = []
+    rows = earlier_rows(command)
     for name, options in settings().items():
         if args.only and not re.search(args.only, name):
             continue
@@ -126,10 +153,10 @@ def main():
                 f"top-1 {text}": 100 * r.top1,
                 f"ppl {text}": r.perplexity,
             }
-        rows.append(row | took)
-        print(rows[-1], flush=True)
+        rows[name] = row | took
+        print(rows[name], flush=True)
         if not args.print:
-            write_results("calibrated", command, rows, note)
+            write_results("calibrated", command, [rows[n] for n in settings() if n in rows], note)
 
 
 if __name__ == "__main__":

@@ -96,13 +96,15 @@ QUANTIZATION = {
     ],
     "format": Annotated[str | None, Option(help="int, nf, fp4, codebook, ternary or nested. [default: int]")],
     "method": Annotated[
-        str | None, Option(help="rtn, hqq, lloyd, ecsq or gptq. [default: the best measured without calibration]")
+        str | None,
+        Option(help="rtn, hqq, lloyd, ecsq, gptq or signround. [default: the best that needs no calibration]"),
     ],
     "group_size": Annotated[str | None, Option(help="Inputs that share a scale: 16 to 1024, or row.")],
     "symmetric": Annotated[bool | None, Option(help="For int: no zero points.")],
     "zeros": Annotated[str | None, Option(help="For int: zero points as int or float.")],
     "scale_dtype": Annotated[str | None, Option(help="float16, bfloat16, float32, log8, e8m0 or e4m3.")],
     "codebook": Annotated[str | None, Option(help="For codebook: one table per tensor or row.")],
+    "transform": Annotated[str | None, Option(help="hadamard, to rotate what each layer reads. [default: none]")],
     "embeddings": Annotated[str | None, Option(help="Bits of embedding and output head, or float. [default: 8]")],
     "rules": Annotated[
         list[str] | None,
@@ -113,7 +115,7 @@ QUANTIZATION = {
         Option("--method-option", metavar="KEY=VALUE", help="An option of the method, 'range=minmax'; repeatable."),
     ],
 }
-_RULE_OPTION = r"(?:bits|bits_stored|format|method|group_size|symmetric|zeros|scale_dtype|codebook)=[^=,]+"
+_RULE_OPTION = r"(?:bits|bits_stored|format|method|group_size|symmetric|zeros|scale_dtype|codebook|transform)=[^=,]+"
 _RULE = re.compile(rf"(?P<pattern>.+?)=(?P<options>keep|{_RULE_OPTION}(?:,{_RULE_OPTION})*)", re.DOTALL)
 
 

@@ -12,8 +12,9 @@ from accelerate.utils import convert_file_size_to_int
 from transformers.utils.quantization_config import MetalConfig
 
 from .backends import check_backend
-from .formats import FORMATS, Format, parse_format
+from .formats import FORMATS, Format, RotatedFormat, parse_format
 from .formats.nested import SMALLEST
+from .formats.rotated import TRANSFORMS
 from .low_rank import parse_low_rank
 from .methods import BEST, Method, make_method, method_options, methods
 from .version import __version__
@@ -35,6 +36,7 @@ LAYER_OPTIONS = (
     "codebook",
     "method_options",
     "bits_stored",
+    "transform",
 )
 BEST_RATE_AWARE, BITS_IN_MEMORY = "ecsq", 8  # what bits_stored alone stands for
 _FORMAT_OPTIONS = ("group_size", "symmetric", "zeros", "scale_dtype", "codebook")
@@ -81,13 +83,14 @@ class LowBitConfig(MetalConfig):
     """How to quantize a model, or how to load one that is packed already.
 
     Args:
-        bits: 1 to 8, or 1.58 for ternary weights; 4 by default, 8 for "nested". Any other fraction is a budget: bits per
-            weight, everything counted, for the layers that no rule speaks of, embedding and head aside; widths of 2 to 8
-            for each are searched, by what they harm on ``calibration`` or, without it, by their squared error. The name of
-            a file from ``hf-lowbit plan`` replays what was found before.
+        bits: 1 to 8, or 1.58 for ternary weights; 4 by default, 8 for "nested". Any other fraction is a budget: bits
+            per weight, everything counted, for the layers that no rule speaks of, embedding and head aside; widths of 2
+            to 8 for each are searched, by what they harm on ``calibration`` or, without it, by their squared error. The
+            name of a file from ``hf-lowbit plan`` replays what was found before.
         format: "int" (default), "nf", "fp4", "codebook", "ternary", or "nested" for codes whose first bits are codes
             too, of which ``load_bits`` reads as many as are wanted; see ``docs/format.md``.
-        method: "rtn", "hqq", "lloyd" or, with calibration, "gptq"; by default the best measured one for the format.
+        method: "rtn", "hqq", "lloyd" or, with calibration, "gptq" or "signround"; by default the best measured one for
+            the format.
         group_size: Consecutive inputs that share a scale: 16 to 1024 by powers of two, or "row". Default 32 for
             "int" and "fp4", "row" for "ternary" and for a codebook per row, otherwise 64 (also where "int" is
             symmetric or made by "hqq").
@@ -98,12 +101,14 @@ class LowBitConfig(MetalConfig):
         bits_stored: Bits per weight that packed linears are to take once they are entropy-coded, 0.5 to 7, such as 3.0.
             The method is then "ecsq", which needs no data, unless you name "gptq", and ``bits`` the width of the codes
             in memory, 8 by default. A rule that names ``bits`` alone asks for a fixed width.
-        storage: How ``save_pretrained`` stores tensors: "raw" (default), or "entropy" or "zstd", coded without loss, see
-            ``docs/format.md``. A repo may be loaded with any, whatever it is stored as.
+        transform: "hadamard" to rotate what each packed linear layer reads, so that no weight stands out (see
+            ``docs/methods.md``), or None (default). A rule takes "none" to leave layers as they are.
+        storage: How ``save_pretrained`` stores tensors: "raw" (default), or "entropy" or "zstd", coded without loss,
+            see ``docs/format.md``. A repo may be loaded with any, whatever it is stored as.
         method_options: Options of the method, such as ``{"range": "minmax"}`` for "rtn".
-        calibration: What methods that need it ("gptq") look at: a :class:`~hf_lowbit.calibration.Calibration`, or texts,
-            token ids, a file or the name of a data set. It is not saved; a packed repo has a record of it (kind, number
-            of windows, hash).
+        calibration: What methods that need it ("gptq") look at: a :class:`~hf_lowbit.calibration.Calibration`, or
+            texts, token ids, a file or the name of a data set. It is not saved; a packed repo has a record of it (kind,
+            number of windows, hash).
         rules: Ordered regular expressions over whole module names, each with a dict of the options above that differ
             for the modules it matches, or None to keep them in float. The first match decides. Embeddings of
             positions and the like, and heads of classifiers, kept by default, are packed where a rule asks for it.
@@ -118,8 +123,8 @@ class LowBitConfig(MetalConfig):
         backend: Loading option: "auto", "torch", "triton" or "native".
         activations: Loading option: "float" (default), or "int8": on CPUs, packed linears round what comes in to 8
             bits, a scale for every token and group, and multiply integers. Faster and less exact: see ``docs/cpu.md``.
-        load_bits: Loading option for a nested repo (``format="nested"``): the width to load, 2 to what it holds, which is
-            the default. Planes of more bits are not read, and the model is an ordinary one of that width.
+        load_bits: Loading option for a nested repo (``format="nested"``): the width to load, 2 to what it holds, which
+            is the default. Planes of more bits are not read, and the model is an ordinary one of that width.
         max_memory_bytes: Loading option for a packed repo: the most that its weights may take in memory, in bytes or as
             "300MB", or ``{"cpu": "300MB"}``. Decoder layers that do not fit are read from disk when their turn comes:
             see ``docs/streaming.md``.
@@ -145,6 +150,7 @@ class LowBitConfig(MetalConfig):
         scale_dtype: str | None = None,
         codebook: str | None = None,
         bits_stored: float | None = None,
+        transform: str | None = None,
         method_options: dict[str, Any] | None = None,
         calibration: Any = None,
         rules: dict[str, dict[str, Any] | None] | list[tuple[str, dict[str, Any] | None]] | None = None,
@@ -193,6 +199,7 @@ class LowBitConfig(MetalConfig):
         self.method = method or (BEST.get(self.format, "rtn") if bits_stored is None else BEST_RATE_AWARE)
         self.group_size = group_size  # type: ignore[assignment]
         self.symmetric, self.zeros, self.scale_dtype, self.codebook = symmetric, zeros, scale_dtype, codebook
+        self.transform = transform
         self.method_options = method_options or {}
         self.calibration = calibration
         self.rules = _ordered(rules)
@@ -292,8 +299,8 @@ class LowBitConfig(MetalConfig):
         given = self.calibration is not None and not _is_record(self.calibration)
         if self.needs_calibration and not given:
             raise ValueError(
-                f"method {self.method!r} (or one of the rules) needs calibration data: give calibration=, such as a list "
-                "of texts"
+                f"method {self.method!r} (or one of the rules) needs calibration data: give calibration=, such as a "
+                "list of texts"
             )
         if given and not self.needs_calibration and not self.seeks_allocation:
             able = sorted(name for name, method in methods().items() if method.needs_calibration)
@@ -309,7 +316,7 @@ class LowBitConfig(MetalConfig):
 
     def embedding_options(self) -> dict[str, Any]:
         """What a rule for the input embedding and the output head would say, where they are packed by default."""
-        options: dict[str, Any] = {"format": "int", "bits": self.embeddings}
+        options: dict[str, Any] = {"format": "int", "bits": self.embeddings, "transform": None}
         if methods()[self.method].needs_calibration:  # which does not reach them
             options |= {"method": BEST["int"], "method_options": {}}
         return options
@@ -340,6 +347,11 @@ class LowBitConfig(MetalConfig):
         options["method_options"] = {**options["method_options"], **_rate(options)}
         if options["bits_stored"] is not None and format_name == "int" and method_name != BEST_RATE_AWARE:
             format_name = "int_columns"
+        rotated = options["transform"] not in (None, "none")
+        if rotated and options["transform"] not in TRANSFORMS:
+            raise ValueError(f"transform={options['transform']!r} is unknown: use {' or '.join(map(repr, TRANSFORMS))}")
+        if rotated and format_name == "nested":
+            raise ValueError("format 'nested' takes no transform: drop one of the two")
         if format_name not in FORMATS:
             raise ValueError(f"format={format_name!r} is unknown: use one of {', '.join(FORMATS)}")
         if isinstance(bits, bool) or not isinstance(bits, (int, float)):
@@ -395,7 +407,7 @@ class LowBitConfig(MetalConfig):
         try:
             format = cls(**arguments)
             method.check(format)
-            return format, method
+            return (RotatedFormat(stored=format) if rotated else format), method
         except TypeError as error:
             raise ValueError(f"options {arguments} do not fit format {format_name!r}: {error}") from None
 
@@ -441,7 +453,8 @@ class LowBitConfig(MetalConfig):
             "layers": self.layers,
             "low_rank": self.low_rank,
         }
-        for key in (*_FORMAT_OPTIONS, "bits_stored", "method_options", "rules", "embeddings", "modules_to_not_convert"):
+        others = ("bits_stored", "transform", "method_options", "rules", "embeddings", "modules_to_not_convert")
+        for key in (*_FORMAT_OPTIONS, *others):
             saved[key] = getattr(self, key)
         if _is_record(self.calibration):
             saved["calibration"] = self.calibration
