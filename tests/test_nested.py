@@ -6,7 +6,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import core_model_loading
 
-from hf_lowbit import LowBitConfig
+from hf_lowbit import LowBitConfig, ops
+from hf_lowbit.backends import Problem, explain
 from hf_lowbit.convert import quantize_folder
 from hf_lowbit.formats import parse_format
 from hf_lowbit.formats.nested import NestedFormat
@@ -167,6 +168,26 @@ def test_errors_say_what_the_repo_holds(tiny, llama, tmp_path):
         LowBitConfig(format="nested", method_options={"seed": 5})
     with pytest.raises(ValueError, match=r"format='nested' takes bits from 2 to 8, not 1"):
         LowBitConfig(format="nested", bits=1)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_kernels_run_a_width_with_groups_turned_around(bits):
+    """Negative scales in 8 bits, which nothing but a loaded nested repo has."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(48, 200, generator=generator), torch.randn(5, 200, generator=generator)
+    format = parse_format("nested:bits=8")
+    stored = format.pack(make_method("nested").quantize(weight, format))
+    part = format.at(bits)
+    stored = part.to_codebook({suffix: stored[suffix] for suffix in part.tensors((48, 200))}, (48, 200))
+    assert (stored["_scales"] >= 128).any()
+    packed, *companions = stored.values()
+    spec = part.codebook.spec
+    expected = x.double() @ part.codebook.dequantize(stored, (48, 200)).double().T
+    runs = explain(Problem("linear", spec, "cpu", torch.float32))
+    for backend in [backend for backend, reason in runs if reason is None]:
+        y = ops.linear(x, packed, companions, None, spec, 200, backend)
+        # Sums of 200 float32 products of magnitude up to 16.
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=200 * 16 * 2**-24)
 
 
 @pytest.mark.parametrize("seed", [2, 3, 4])

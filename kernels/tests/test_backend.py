@@ -69,6 +69,20 @@ def test_gradients_are_those_of_plain_pytorch(text, rows, device):
         torch.testing.assert_close(got, expected, rtol=relative, atol=2 * K * 16 * relative / 8)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 5, 8])
+def test_scales_of_8_bits_may_be_negative(bits, device):
+    format = parse_format(f"codebook:bits={bits},group_size=32,scale_dtype=e4m3")
+    N, K = 19, 130
+    weight, (scales, *companions) = packed(format, N, K, device)
+    turned = torch.arange(scales.numel(), device=device).view(scales.shape) % 3 == 0
+    scales = torch.where(turned, scales | 128, scales)
+    values = [
+        ops.dequantize(weight, [scales, *companions], format.spec, K, torch.float32, backend)
+        for backend in ("triton", "torch")
+    ]
+    assert torch.equal(*values)
+
+
 @pytest.mark.parametrize("text", ["int:bits=4", "ternary:bits=1.58"])
 def test_opcheck(text, device):
     format, N, K = parse_format(text), 7, 65
