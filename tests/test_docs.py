@@ -73,7 +73,7 @@ def test_its_options_and_formats_are_checked(percentile):
     for arguments, message in [
         ({"method_options": {"keep": 0}}, "keep=0 is not possible: method 'percentile' takes a share above 0"),
         ({"method_options": {"kept": 0.9}}, "method 'percentile' has no option 'kept': it takes keep"),
-        ({"format": "codebook"}, "method 'percentile' does not make format 'codebook': use 'lloyd'"),
+        ({"format": "codebook"}, "method 'percentile' does not make format 'codebook': use 'gptq' or 'lloyd'"),
     ]:
         with pytest.raises(ValueError) as caught:
             LowBitConfig(bits=3, method="percentile", **arguments)
