@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hf_lowbit.formats import FORMATS, Quantized, parse_format
@@ -350,6 +350,7 @@ def test_fp4_reads_negative_zero_and_never_writes_it():
 @given(format=formats(), rows=st.integers(1, 3), columns=COLUMNS, seed=st.integers(0, 2**16))
 def test_encode_is_the_nearest_point_of_the_grid(format, rows, columns, seed):
     """Against a search over all codes; ties and points that float32 cannot tell apart may go either way."""
+    assume(format.name != "int_columns")  # which is encoded as "int", its columns taken off before
     quantized = random_quantized(format, (rows, columns), seed)
     weight = format.decode(quantized) + 0.01 * torch.randn(
         rows, columns, generator=torch.Generator().manual_seed(seed + 1)
