@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import auto_class, inputs, load
 from tiny_chat import save_tiny_chat
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 import hf_lowbit
 from hf_lowbit import LowBitConfig, cli
 from hf_lowbit.calibration import Calibration, pipeline
+from hf_lowbit.card import write_model_card
 
 TEXT = "\n\n".join(
     f"The document number {i} says that {i} times {i} is {i * i}, which nobody doubts." for i in range(99)
@@ -92,6 +94,8 @@ def test_the_repo_tells_what_it_was_calibrated_on_and_no_more(chat, tmp_path):
     }  # fmt: skip
     for path in repo.folder.iterdir():
         assert b"nobody doubts" not in path.read_bytes() and b"secret-name" not in path.read_bytes()
+    card = write_model_card(repo.folder)
+    assert record["sha256"] in card.content and '"method": "gptq"' in card.content
     # It comes back with the model, and another config may be given to a repo that is packed.
     model = repo.load(quantization_config=gptq(calibration=given))
     assert model.config.quantization_config.calibration == record
@@ -175,6 +179,31 @@ def test_few_tokens_are_warned_of_once_with_numbers(tiny, tmp_path, caplog):
         module.in_features for name, module in load("llama", tiny("llama")).named_modules() if "proj" in name
     )  # fmt: skip
     assert f"48 tokens, {widest} inputs. Give more text" in warned[0]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's record of peak memory")
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path, python):
+    """Eight more layers cost less than their packed weights: neither these nor float blocks are gathered."""
+    size, peaks, packed = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 4}, {}, {}
+    for layers in (1, 9):
+        config = transformers.LlamaConfig(**size, num_hidden_layers=layers, vocab_size=160, dtype="bfloat16")
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / f"source{layers}")
+        out = python(
+            f"""
+import torch, hf_lowbit
+from hf_lowbit.calibration import Calibration
+config = hf_lowbit.LowBitConfig(bits=4, method="gptq", method_options={{"refine": 0}}, group_size="row")
+data = Calibration([list(range(4, 68))] * 16, 16, 64)
+repo = hf_lowbit.quantize({str(tmp_path / f"source{layers}")!r}, config, output={str(tmp_path / f"packed{layers}")!r},
+                          calibration=data)
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+print(repo.coverage["packed_bytes"])
+""",
+            timeout=600,
+        )
+        peaks[layers], packed[layers] = int(out.stdout.split()[-2]) * 1024, int(out.stdout.split()[-1])
+    assert peaks[9] - peaks[1] < packed[9] - packed[1], (peaks, packed)
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
