@@ -7,8 +7,8 @@
 Every row is a process of its own that decodes greedily with 16 tokens of prompt; its time for a token is the median.
 Memory is anonymous memory above what the process had before loading, sampled every 2 ms; that of the unlimited run,
 whose weights are mapped from their file, is what computing itself needs, and the streamed runs may need it besides
-their budget. They also run under a hard limit of private writable memory (RLIMIT_DATA): what was mapped before
-loading, 1.05 times the budget, and --constant.
+their budget. While they decode, private writable memory has a hard limit (RLIMIT_DATA) of --constant
+above what is mapped after loading.
 
 Disks are simulated: every read takes its bytes divided by the speed, in ours where a piece is read and in
 accelerate's disk offload where a tensor is. "none" is the disk as it is, without the system's cache, which a limited
@@ -32,7 +32,7 @@ import torch
 from common import model_folder, write_results
 from cpu_models import FOLDER, large_folder, packed_folder
 
-PROMPT = 16
+PROMPT, AHEAD_BYTES = 16, 2**22
 # Name: what is loaded, and how.
 CONTESTANTS = {
     "ours, all in memory": ("packed", "memory"),
@@ -64,6 +64,18 @@ class Peak(threading.Thread):
             self.nbytes = max(self.nbytes, status("RssAnon"))
 
 
+class Disk:
+    """A disk of ``speed`` bytes a second that reads ahead by one piece, as a system does for files read in order."""
+
+    def __init__(self, speed: float):
+        self.speed, self.free = speed, 0.0
+
+    def take(self, nbytes: int) -> None:
+        """Waits until ``nbytes`` more would have been read."""
+        self.free = max(self.free, time.perf_counter() - AHEAD_BYTES / self.speed) + nbytes / self.speed
+        time.sleep(max(0.0, self.free - time.perf_counter()))
+
+
 def simulate_disk(speed: float | None) -> None:
     """Makes every read of ours and of accelerate take its bytes divided by ``speed``, in bytes a second."""
     from accelerate.utils import OffloadedWeightsLoader
@@ -73,14 +85,13 @@ def simulate_disk(speed: float | None) -> None:
     read, item = Files.read, OffloadedWeightsLoader.__getitem__
 
     def slow_read(self, name, into, begin):
-        start = time.perf_counter()
         found = read(self, name, into, begin)
-        time.sleep(max(0, found / speed - (time.perf_counter() - start)))
+        disk.take(found)
         return found
 
     def slow_item(self, key):
         tensor = item(self, key)
-        time.sleep(tensor.nbytes / speed)
+        disk.take(tensor.nbytes)
         return tensor
 
     def uncached_item(self, key):
@@ -92,6 +103,7 @@ def simulate_disk(speed: float | None) -> None:
     if speed is None:
         OffloadedWeightsLoader.__getitem__ = uncached_item
     else:
+        disk = Disk(speed)
         Files.read, OffloadedWeightsLoader.__getitem__ = slow_read, slow_item
 
 
@@ -126,11 +138,11 @@ def child(folder, how, budget, constant, speed, tokens, threads) -> dict:
     torch.ones(64, 64) @ torch.ones(64, 64)
     before, peak = status("RssAnon"), Peak()
     peak.start()
-    limit = None
-    if how == "stream" and constant is not None:
-        limit = status("VmData") + int(1.05 * budget) + constant
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     model = load(folder, how, budget, folder + ".offload")
+    limit = None
+    if how == "stream":
+        limit = status("VmData") + constant
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     times: list[float] = []
 
     def note(input_ids, scores):

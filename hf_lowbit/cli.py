@@ -327,13 +327,14 @@ def compress(
     source: Annotated[str, Argument(metavar="SRC", help="A packed folder, or a repo id on the Hub.")],
     destination: Annotated[Path, Argument(metavar="DST", help="The folder to write.")],
     storage: Annotated[str, Option(help="entropy or zstd.")] = "entropy",
+    fraction: Annotated[float, Option(help="Part of the layers to code, for streaming from a fast disk.")] = 1.0,
 ):
     """Code the tensors of a packed repo without loss; it loads like any other."""
     from .compress import compress_folder
 
     if storage == "raw":
         raise ValueError("storage='raw' is not compressed: use `hf-lowbit decompress`")
-    return compress_folder(source, destination, storage)
+    return compress_folder(source, destination, storage, fraction=fraction)
 
 
 @command

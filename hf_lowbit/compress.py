@@ -18,13 +18,20 @@ from .convert import begun, check_destination, fingerprint, small_files, write_j
 from .plan import make_plan
 from .quantizer import LowBitHfQuantizer, replace_modules
 from .skeleton import KeyMap, NoSkeleton, build_skeleton, checkpoint_files, read_config, read_json
+from .storage.content import places_in
+from .storage.layers import by_layer, layer_of, spread
 from .storage.recode import store_file
 from .storage.stored import Widths
 from .version import __version__
 
 
 def compress_folder(
-    source: str | os.PathLike, destination: str | os.PathLike, storage: str = "entropy", *, progress: bool = True
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    storage: str = "entropy",
+    *,
+    fraction: float = 1.0,
+    progress: bool = True,
 ) -> dict:
     """Writes the packed model in ``source`` to the folder ``destination`` with every tensor stored as ``storage`` says.
 
@@ -32,6 +39,8 @@ def compress_folder(
         source: A folder, or the id of a repo on the Hub.
         destination: A folder that does not exist yet, or is empty.
         storage: "entropy", "zstd", or "raw" to decode what is coded.
+        fraction: The part of the model's layers that is coded, evenly spread; the others are raw. For a model
+            that is streamed from a fast disk, see ``docs/streaming.md``.
         progress: Whether to show a bar, in bytes of the source.
 
     Returns:
@@ -41,6 +50,8 @@ def compress_folder(
         ValueError: for a source that is not packed by hf_lowbit or is damaged, naming file and tensor.
         OSError: for a destination that is not empty, not writable or full.
     """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction={fraction} is not possible: use a number above 0, up to 1")
     destination = Path(destination).absolute()
     check_destination(destination)
     folder = Path(source) if os.path.isdir(source) else Path(snapshot_download(str(source)))
@@ -51,16 +62,19 @@ def compress_folder(
     config = LowBitConfig.from_dict({**settings, "storage": storage})
     files = [Path(file) for file in checkpoint_files(folder)[0]]
     widths, may_code = rules(folder, config)
+    layers = list(by_layer(name for file in files for name in places_in(file)))
+    left = set(layers) - {layers[i] for i in spread(round(fraction * len(layers)), len(layers))}
     manifest = {
         "source": {f.name: fingerprint(f) for f in [folder / CONFIG_NAME, *files]},
-        "settings": {"storage": storage, "version": __version__},
+        "settings": {"storage": storage, "version": __version__, **({} if fraction == 1 else {"fraction": fraction})},
     }
     before = sum(file.stat().st_size for file in files)
     with begun(destination, manifest, {file.name for file in files}) as partial:
         with tqdm(total=before, desc="Storing", unit="B", unit_scale=True, disable=not progress) as bar:
             for file in files:
                 if not (partial / file.name).is_file():
-                    store_file(file, partial / file.name, widths, storage, may_code)
+                    may = (lambda name: may_code(name) and layer_of(name) not in left) if left else may_code
+                    store_file(file, partial / file.name, widths, storage, may)
                 bar.update(file.stat().st_size)
         after = sum((partial / file.name).stat().st_size for file in files)
         for name in small_files(folder):

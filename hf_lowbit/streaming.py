@@ -30,8 +30,8 @@ from .linear import LowBitLinear
 from .plan import names
 from .storage.content import places_in
 from .storage.headers import Entry, read_headers
-from .storage.layers import Layer, Stored, by_layer, lay_out_layer
-from .storage.stream import Counts, LayerStream, allocate, read_layer, staging_bytes
+from .storage.layers import Layer, Stored, by_layer, lay_out_layer, spread
+from .storage.stream import Counts, LayerStream, allocate, decoders, read_layer, staging_bytes
 
 logger = logging.get_logger("transformers.hf_lowbit")
 SLOTS = 2
@@ -48,6 +48,7 @@ class StreamingReport(Counts):
         layers_coded: Layers in memory as they are stored, which are decoded in each pass.
         layers_streamed: Layers read from disk in each pass.
         pass_bytes: Bytes of one pass over the streamed layers.
+        coded_ratio: Of layers with coded tensors, their bytes as stored over those in a buffer.
     """
 
     budget_bytes: int = 0
@@ -56,6 +57,19 @@ class StreamingReport(Counts):
     layers_coded: int = 0
     layers_streamed: int = 0
     pass_bytes: int = 0
+    coded_ratio: float = 1.0
+
+    @property
+    def coded_fraction(self) -> float | None:
+        """The part of the layers that should be coded, by the speeds that were measured; None without coded ones.
+
+        With a disk of D bytes a second, n decoders of V each and coded layers of r times their size, reading and
+        decoding take equally long where the coded part is ``f = 1 / ((1 - r) + D / (n V))``, and at most 1.
+        """
+        if not (self.bytes_decoded and self.reading_s):
+            return None
+        disk, decoding = self.bytes_read / self.reading_s, decoders() * self.bytes_decoded / self.decoding_s
+        return min(1.0, 1 / ((1 - self.coded_ratio) + disk / decoding))
 
     def __str__(self) -> str:
         return (
@@ -109,7 +123,7 @@ class Streaming:
         self.other_bytes = _nbytes(model, self.fields)
         sizes, least = [layer.nbytes for layer in self.layers], self.other_bytes
         for count in range(len(sizes), -1, -1):
-            self.kept, self.coded = _spread(count, len(sizes)), set[int]()
+            self.kept, self.coded = spread(count, len(sizes)), set[int]()
             streamed = [i for i in range(len(sizes)) if i not in self.kept]
             buffers = min(SLOTS, len(streamed)) * max((sizes[i] for i in streamed), default=0)
             buffers += staging_bytes([self.layers[i] for i in streamed])
@@ -144,11 +158,11 @@ class Streaming:
         streamed = [i for i in range(len(self.layers)) if i not in self.kept]
         if not streamed:
             return
+        _map(model, [self.layers[i] for i in streamed])
         coded = [number for number, i in enumerate(streamed) if i in self.coded]
         self._stream = LayerStream([self.layers[i] for i in streamed], SLOTS, coded)
         for number, index in enumerate(streamed):
             layer = self.layers[index]
-            _map(model, layer)
             for name in self._modules[layer.name]:
                 module = model.get_submodule(name)
                 assert isinstance(module, LowBitLinear)
@@ -177,6 +191,7 @@ class Streaming:
         """Counts and sizes so far."""
         counts = Counts() if self._stream is None else self._stream.counts
         streamed = [layer for i, layer in enumerate(self.layers) if i not in self.kept and i not in self.coded]
+        coded = [layer for layer in self.layers if layer.coded]
         return StreamingReport(
             **dataclasses.asdict(counts),
             budget_bytes=self.budget,
@@ -185,6 +200,9 @@ class Streaming:
             layers_coded=len(self.coded),
             layers_streamed=len(streamed),
             pass_bytes=sum(layer.read_bytes for layer in streamed),
+            coded_ratio=sum(layer.read_bytes for layer in coded) / sum(layer.nbytes for layer in coded)
+            if coded
+            else 1.0,
         )
 
     def reset(self) -> None:
@@ -226,17 +244,13 @@ def _nbytes(model: nn.Module, without: set[str]) -> int:
     return sum(tensors.values())
 
 
-def _spread(count: int, total: int) -> set[int]:
-    """``count`` of ``range(total)``, evenly spread."""
-    return {i for i in range(total) if (i + 1) * count // total > i * count // total}
-
-
-def _map(model: nn.Module, layer: Layer) -> None:
-    """Makes the parameters of ``layer`` what is stored, as views of its files."""
-    for file in dict.fromkeys(extent.file for extent in layer.extents):
+def _map(model: nn.Module, layers: list[Layer]) -> None:
+    """Makes the parameters of ``layers`` what is stored, as views of its files."""
+    fields = [name for layer in layers for name in layer.fields]
+    for file in dict.fromkeys(extent.file for layer in layers for extent in layer.extents):
         with safe_open(file, framework="pt") as handle:
             stored = set(handle.keys())
-            for name in layer.fields:
+            for name in fields:
                 alias = next((a for a in names(name, str(model.base_model_prefix)) if a in stored), None)
                 if alias is not None:
                     model.get_parameter(name).data = handle.get_tensor(alias)

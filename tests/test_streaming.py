@@ -20,10 +20,11 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 
 from hf_lowbit import LowBitConfig
+from hf_lowbit.compress import compress_folder
 from hf_lowbit.convert import quantize_folder
 from hf_lowbit.storage.layers import Extent, Field, Layer
 from hf_lowbit.storage.shards import Layout
-from hf_lowbit.storage.stream import Files, LayerStream
+from hf_lowbit.storage.stream import Files, LayerStream, decoders
 
 LAYERS = 8
 LORA = {"r": 4, "lora_dropout": 0.0, "target_modules": "all-linear", "init_lora_weights": False}
@@ -376,6 +377,20 @@ def test_converted_layers_are_one_read_each(packed):
     assert all(layer.extents[0].begin % 2 == 0 for layer in layers)
     saved = load(packed / "saved", max_memory_bytes="1GB").hf_quantizer.streaming.layers
     assert all(len(layer.extents) > 1 for layer in saved)
+
+
+def test_a_part_of_the_layers_is_coded(packed, tmp_path):
+    compress_folder(packed / "raw", tmp_path / "half", fraction=0.5, progress=False)
+    model = load(tmp_path / "half", max_memory_bytes=smallest_budget(tmp_path / "half"))
+    layers = model.hf_quantizer.streaming.layers
+    assert [bool(layer.coded) for layer in layers] == [False, True] * (LAYERS // 2)
+    assert torch.equal(generate(model), generate(load(packed / "raw")))
+    found = report(model)
+    disk, decoding = found.bytes_read / found.reading_s, decoders() * found.bytes_decoded / found.decoding_s
+    assert 0.5 < found.coded_ratio < 1 and report(load(packed / "raw", max_memory_bytes="1GB")).coded_fraction is None
+    assert found.coded_fraction == pytest.approx(min(1, 1 / (1 - found.coded_ratio + disk / decoding)))
+    with pytest.raises(ValueError, match="fraction=0 is not possible: use a number above 0"):
+        compress_folder(packed / "raw", tmp_path / "none", fraction=0)
 
 
 def test_a_layout_with_odd_sizes_stays_aligned(tmp_path):

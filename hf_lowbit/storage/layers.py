@@ -159,3 +159,8 @@ def by_layer(names: Iterable[str]) -> dict[str, list[str]]:
         if (layer := layer_of(name)) is not None:
             found.setdefault(layer, []).append(name)
     return dict(sorted(found.items(), key=lambda item: natural(item[0])))
+
+
+def spread(count: int, total: int) -> set[int]:
+    """``count`` of ``range(total)``, evenly spread."""
+    return {i for i in range(total) if (i + 1) * count // total > i * count // total}
