@@ -17,6 +17,7 @@ from hf_lowbit.allocation.search import choose
 from hf_lowbit.calibration import Calibration
 from hf_lowbit.convert import open_source, quantize_folder
 from hf_lowbit.packed import PackedMixin
+from hf_lowbit.quantization import quantize
 
 TOKENS = torch.randint(4, 160, (4, 32), generator=torch.Generator().manual_seed(0))
 
@@ -193,6 +194,15 @@ def test_loading_and_packing_from_disk_agree_and_replay_gives_the_same(name, tin
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
     record = again.config.quantization_config.calibration
     assert record["windows"] == 4 and len(record["sha256"]) == 64
+
+
+def test_a_calibrated_method_packs_by_a_plan(tiny, tmp_path):
+    options = {"bits": 3.7, "method": "gptq", "calibration": calibration()}
+    repo = quantize(tiny("llama"), LowBitConfig(**options), output=tmp_path / "gptq")
+    found = allocate(tiny("llama"), LowBitConfig(**options))
+    assert widths(repo.load()) == found.layers
+    assert widths(load(tiny("llama"), **options)) == found.layers
+    assert found.layers == allocate(tiny("llama"), LowBitConfig(bits=3.7, calibration=calibration())).layers
 
 
 def test_rules_and_embeddings_are_outside_the_budget(tiny):

@@ -125,6 +125,14 @@ def test_lloyd_beats_nf_where_levels_are_few(bench):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_nested_width_beats_the_same_width_alone_at_fewer_bits(bench, bits):
+    """The first bits of a nested code are what a nested code of that many bits has."""
+    (nested, nested_bits), (direct, direct_bits) = bench.kl(bits=bits, format="nested"), bench.kl(bits=bits)
+    assert beats(nested, direct) and nested_bits < direct_bits
+
+
+@pytest.mark.slow
 def test_integer_zero_points_beat_float_ones(bench):
     """Why HQQ does not beat round-to-nearest here: its float zero points leave no code for zero (docs/methods.md)."""
     common = {"bits": 3, "group_size": 64, "scale_dtype": "float16", "method_options": {"range": "minmax"}}
