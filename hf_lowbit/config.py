@@ -12,11 +12,11 @@ from accelerate.utils import convert_file_size_to_int
 from transformers.utils.quantization_config import MetalConfig
 
 from .backends import check_backend
-from .formats import FORMATS, Format, RotatedFormat, parse_format
+from .formats import FORMATS, Format, OutlierFormat, RotatedFormat, parse_format
 from .formats.nested import SMALLEST
 from .formats.rotated import TRANSFORMS
 from .low_rank import parse_low_rank
-from .methods import BEST, Method, make_method, method_options, methods
+from .methods import BEST, BlockMethod, Method, make_method, method_options, methods
 from .version import __version__
 
 QUANT_METHOD = "lowbit"
@@ -37,6 +37,7 @@ LAYER_OPTIONS = (
     "method_options",
     "bits_stored",
     "transform",
+    "outliers",
 )
 BEST_RATE_AWARE, BITS_IN_MEMORY = "ecsq", 8  # what bits_stored alone stands for
 _FORMAT_OPTIONS = ("group_size", "symmetric", "zeros", "scale_dtype", "codebook")
@@ -114,6 +115,8 @@ class LowBitConfig(MetalConfig):
             positions and the like, and heads of classifiers, kept by default, are packed where a rule asks for it.
             Pairs in a list mean the same.
         embeddings: Bits of the input embedding and the output head, packed as integers: 8 (default) to 1; or "float" to
+        outliers: Percentage of the columns of each packed linear layer that are kept in float16 beside the codes, above
+            0 and at most 10; by default none. A rule takes 0 for none.
             keep them, for instance to add tokens, to train them, or for trainers that read the head's weight (TRL). A
             rule that names one of them comes first, and tied ones share one packed tensor. "float" works for a packed
             repo too: they are dequantized after loading.
@@ -162,6 +165,7 @@ class LowBitConfig(MetalConfig):
         storage: str | None = None,
         max_memory_bytes: int | str | dict[str, int | str] | None = None,
         load_bits: int | None = None,
+        outliers: float | None = None,
         **kwargs: Any,
     ):
         if calibration is not None and not _is_record(calibration):
@@ -199,7 +203,7 @@ class LowBitConfig(MetalConfig):
         self.method = method or (BEST.get(self.format, "rtn") if bits_stored is None else BEST_RATE_AWARE)
         self.group_size = group_size  # type: ignore[assignment]
         self.symmetric, self.zeros, self.scale_dtype, self.codebook = symmetric, zeros, scale_dtype, codebook
-        self.transform = transform
+        self.transform, self.outliers = transform, outliers
         self.method_options = method_options or {}
         self.calibration = calibration
         self.rules = _ordered(rules)
@@ -316,7 +320,7 @@ class LowBitConfig(MetalConfig):
 
     def embedding_options(self) -> dict[str, Any]:
         """What a rule for the input embedding and the output head would say, where they are packed by default."""
-        options: dict[str, Any] = {"format": "int", "bits": self.embeddings, "transform": None}
+        options: dict[str, Any] = {"format": "int", "bits": self.embeddings, "transform": None, "outliers": None}
         if methods()[self.method].needs_calibration:  # which does not reach them
             options |= {"method": BEST["int"], "method_options": {}}
         return options
@@ -363,6 +367,11 @@ class LowBitConfig(MetalConfig):
                 raise ValueError(f"bits={bits!r} is a budget, which is for the whole model: use a whole number here")
             if format_name not in BUDGETED or options["bits_stored"] is not None:
                 raise ValueError(
+        outliers = options["outliers"]
+        if outliers and (format_name == "nested" or options["bits_stored"] is not None):
+            raise ValueError(f"outliers={outliers!r} does not go with format 'nested' or bits_stored=: drop one")
+        if outliers and method_name in methods() and issubclass(methods()[method_name], BlockMethod):
+            raise ValueError(f"outliers={outliers!r} does not go with method {method_name!r}, which trains blocks")
                     f"bits={bits!r} is a budget, which needs formats of several widths: use "
                     f"{' or '.join(map(repr, BUDGETED))}, without bits_stored="
                 )
@@ -407,7 +416,8 @@ class LowBitConfig(MetalConfig):
         try:
             format = cls(**arguments)
             method.check(format)
-            return (RotatedFormat(stored=format) if rotated else format), method
+            format = RotatedFormat(stored=format) if rotated else format
+            return (OutlierFormat(stored=format, percent=outliers) if outliers else format), method
         except TypeError as error:
             raise ValueError(f"options {arguments} do not fit format {format_name!r}: {error}") from None
 
@@ -453,8 +463,8 @@ class LowBitConfig(MetalConfig):
             "layers": self.layers,
             "low_rank": self.low_rank,
         }
-        others = ("bits_stored", "transform", "method_options", "rules", "embeddings", "modules_to_not_convert")
-        for key in (*_FORMAT_OPTIONS, *others):
+        others = ("bits_stored", "transform", "outliers", "method_options", "rules", "embeddings")
+        for key in (*_FORMAT_OPTIONS, *others, "modules_to_not_convert"):
             saved[key] = getattr(self, key)
         if _is_record(self.calibration):
             saved["calibration"] = self.calibration

@@ -9,10 +9,12 @@ layers of a small model. So where nothing needs it, a call goes straight to its 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import select
 from .formats.columns import PREFIX, split_columns
+from .formats.outliers import PREFIX as OUTLIERS
 from .formats.rotated import PREFIX as ROTATED
 from .transforms.hadamard import rotate
 
@@ -141,6 +143,13 @@ def _direct(x: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+def _beside_outliers(product, x, weight, companions, bias, format, in_features, backend):
+    """``product`` with the rest of the weight, plus that with the columns that are kept beside it."""
+    *companions, outliers, index = companions
+    y = product(x, weight, companions, bias, format.partition("+")[2], in_features, backend)
+    return y + F.linear(x.index_select(-1, index), outliers.to(x.dtype))
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -164,6 +173,8 @@ def linear(
     Returns:
         (..., N).
     """
+    if format.startswith(OUTLIERS):
+        return _beside_outliers(linear, x, weight, companions, bias, format, in_features, backend)
     if format.startswith(ROTATED):
         x, format = rotate(x), format.removeprefix(ROTATED)
     if format.startswith(PREFIX):
@@ -186,6 +197,8 @@ def linear_int8(
 
     A row of ``x`` with anything that is not finite gives a row of NaN. The gradient is that of :func:`linear`.
     """
+    if format.startswith(OUTLIERS):
+        return _beside_outliers(linear_int8, x, weight, companions, bias, format, in_features, backend)
     if format.startswith(ROTATED):
         x, format = rotate(x), format.removeprefix(ROTATED)
     if format.startswith(PREFIX):

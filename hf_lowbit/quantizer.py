@@ -28,6 +28,7 @@ from transformers.utils import logging
 from .backends import select
 from .config import QUANT_METHOD, LowBitConfig
 from .distributed import keep_codes_from_ddp
+from .formats import OutlierFormat
 from .low_rank import NAMES
 from .memory import FreedMemory
 from .nesting import check_load_bits, leave_unread, runs_as, unnest
@@ -64,6 +65,9 @@ class LowBitHfQuantizer(HfQuantizer):
             "weight_scales_range",
             "weight_zeros",
             "weight_codebook",
+            "weight_columns",
+            "weight_outliers",
+            "weight_outlier_index",
             "weight_like",
             *(f"weight_levels{bits}" for bits in range(2, 9)),
             *(f"weight_bit{bits}" for bits in range(3, 9)),
@@ -393,10 +397,12 @@ def quantize_weight(weight: torch.Tensor, planned: Packed, name: str, statistics
             f"{name} has {bad} NaN or infinite values: the checkpoint is damaged, or overflowed in its dtype"
         )
     try:
-        format = planned.format
+        format, kept = planned.format, {}
+        if isinstance(format, OutlierFormat):
+            weight, kept = format.take_out(weight, None if statistics is None else statistics.square.diagonal())
         if format.inner is not format:
             weight, statistics = format.turn(weight.float()), statistics and statistics.turned(format)
-        return format.pack(planned.method.quantize(weight, format.inner, statistics))
+        return {**format.pack(planned.method.quantize(weight, format.inner, statistics)), **kept}
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

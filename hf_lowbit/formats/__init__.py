@@ -14,6 +14,8 @@ from .fp4 import Fp4Format
 from .integer import IntFormat
 from .nested import NestedFormat
 from .nf import NormalFloatFormat
+from .outliers import PREFIX as OUTLIERS
+from .outliers import OutlierFormat
 from .rotated import PREFIX as ROTATED
 from .rotated import RotatedFormat
 from .ternary import TernaryFormat
@@ -25,7 +27,7 @@ FORMATS: dict[str, type[Format]] = {
 
 _TRUTH = {"True": True, "False": False}
 
-__all__ = ["FORMATS", "Format", "Quantized", "RotatedFormat", "parse_format"]
+__all__ = ["FORMATS", "Format", "OutlierFormat", "Quantized", "RotatedFormat", "parse_format"]
 
 
 @functools.cache
@@ -37,6 +39,12 @@ def parse_format(spec: str) -> Format:
     """
     if spec.startswith(ROTATED):
         return RotatedFormat(stored=parse_format(spec.removeprefix(ROTATED)))
+    if spec.startswith(OUTLIERS):
+        percent, _, rest = spec.removeprefix(OUTLIERS).partition("+")
+        try:
+            return OutlierFormat(stored=parse_format(rest), percent=float(percent))
+        except ValueError as error:
+            raise ValueError(f"format {spec!r}: {error}") from None
     name, _, text = spec.partition(":")
     if name not in FORMATS:
         raise ValueError(f"unknown format {name!r}: this version reads {', '.join(FORMATS)}")

@@ -19,6 +19,7 @@ from . import entropy
 DTYPE_NAMES = {
     "torch.int8": "I8",
     "torch.int16": "I16",
+    "torch.int32": "I32",
     "torch.uint8": "U8",
     "torch.float16": "F16",
     "torch.bfloat16": "BF16",
