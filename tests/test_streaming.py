@@ -12,17 +12,19 @@ import threading
 import time
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 import transformers
-from conftest import _TEXT, inputs
+from conftest import _TEXT, inputs, logits
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 
 from hf_lowbit import LowBitConfig
 from hf_lowbit.compress import compress_folder
 from hf_lowbit.convert import quantize_folder
-from hf_lowbit.storage.layers import Extent, Field, Layer
+from hf_lowbit.storage.content import Place
+from hf_lowbit.storage.layers import Extent, Field, Layer, Stored, lay_out_layer
 from hf_lowbit.storage.shards import Layout
 from hf_lowbit.storage.stream import Files, LayerStream, decoders
 
@@ -33,12 +35,13 @@ CONFIG = LowBitConfig(bits=4, method="rtn", method_options={"range": "minmax"})
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """Folders of one packed model of 8 layers: as converted, as saved, and coded."""
+    """Folders of one packed model of 8 layers: as converted, in several files, as saved, and coded."""
     folder = tmp_path_factory.mktemp("streaming")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**{**_TEXT, "num_hidden_layers": LAYERS}, tie_word_embeddings=False)
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "float")
     quantize_folder(folder / "float", folder / "raw", CONFIG, progress=False)
+    quantize_folder(folder / "float", folder / "sharded", CONFIG, max_shard_size="40KB", progress=False)
     load(folder / "raw").save_pretrained(folder / "saved")
     load(folder / "raw", storage="entropy").save_pretrained(folder / "entropy")
     return folder
@@ -73,7 +76,7 @@ def generate(model):
 # -- the same results --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("storage", ["raw", "saved", "entropy"])
+@pytest.mark.parametrize("storage", ["raw", "sharded", "saved", "entropy"])
 def test_generates_the_same_tokens_within_the_budget(packed, storage):
     model, unlimited = streamed(packed / storage), load(packed / "raw")
     found = report(model)
@@ -102,6 +105,34 @@ def test_nothing_is_streamed_where_everything_fits(packed):
     assert (found.layers_kept, found.layers_streamed, found.bytes_read) == (LAYERS, 0, 0)
     assert model.hf_quantizer.is_compileable
     assert torch.equal(generate(model), generate(load(packed / "raw")))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_other_architectures(tmp_path, name, monkeypatch):
+    auto, made = conftest.TINY[name]
+
+    def longer(t):
+        config = made(t)
+        config.num_hidden_layers = 4
+        return config
+
+    monkeypatch.setitem(conftest.TINY, name, (auto, longer))
+    quantize_folder(conftest.make_tiny(name, tmp_path / "float"), tmp_path / "packed", CONFIG, progress=False)
+    with pytest.raises(ValueError, match="too small") as caught:
+        conftest.load(name, tmp_path / "packed", quantization_config=LowBitConfig(max_memory_bytes=1))
+    least = LowBitConfig(max_memory_bytes=int(str(caught.value).rsplit(" ", 1)[1]))
+    model = conftest.load(name, tmp_path / "packed", quantization_config=least)
+    assert report(model).layers_kept == 0 and report(model).layers_streamed >= 4
+    assert torch.equal(logits(model, name), logits(conftest.load(name, tmp_path / "packed"), name))
+
+
+def test_a_part_of_a_model_finds_its_tensors(packed):
+    part = transformers.AutoModel.from_pretrained(
+        packed / "raw", quantization_config=LowBitConfig(max_memory_bytes=smallest_budget(packed / "raw"))
+    )
+    assert report(part).layers_streamed >= 3
+    whole = load(packed / "raw").model(**inputs("llama")).last_hidden_state
+    assert torch.equal(part(**inputs("llama")).last_hidden_state, whole)
 
 
 def test_layers_in_memory_lie_apart(packed):
@@ -391,6 +422,24 @@ def test_a_part_of_the_layers_is_coded(packed, tmp_path):
     assert found.coded_fraction == pytest.approx(min(1, 1 / (1 - found.coded_ratio + disk / decoding)))
     with pytest.raises(ValueError, match="fraction=0 is not possible: use a number above 0"):
         compress_folder(packed / "raw", tmp_path / "none", fraction=0)
+
+
+def test_runs_of_coded_tensors_know_where_each_begins_and_ends(tmp_path):
+    file = tmp_path / "x"
+    file.write_bytes(bytes(10**5))
+    spans = {"a": (0, 5000), "b": (5003, 9000), "raw": (9000, 9100), "c": (9100, 60000), "d": (60000, 100000)}
+    tensors = {
+        name: Stored(
+            Place(file, "U8", (end - begin,), begin, end), (2 if name == "raw" else 1, 50), torch.uint8, name != "raw"
+        )
+        for name, (begin, end) in spans.items()
+    }
+    layer = lay_out_layer("m.layers.0", tensors)
+    found = {n: (e.begin + first, e.begin + last) for e in layer.extents for n, first, last in e.parts}
+    assert found == {name: span for name, span in spans.items() if name != "raw"}
+    assert [e.parts and [n for n, *_ in e.parts] for e in layer.extents] == [["a", "b"], (), ["c"], ["d"]]
+    ends = sorted((field.offset, field.offset + field.nbytes) for field in layer.fields.values())
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ends)) and ends[-1][1] <= layer.nbytes
 
 
 def test_a_layout_with_odd_sizes_stays_aligned(tmp_path):

@@ -67,14 +67,14 @@ class Extent:
     """One run of bytes to read, ``begin`` to ``end`` of ``file``.
 
     They go to ``offset`` of the layer's buffer; coded ones go somewhere else first, and are decoded from there:
-    ``parts`` are the tensors' names with their first byte in the run.
+    ``parts`` are the tensors' names with their first byte in the run and the one after their last.
     """
 
     file: str
     begin: int
     end: int
     offset: int
-    parts: tuple[tuple[str, int], ...] = ()
+    parts: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -133,8 +133,9 @@ def lay_out_layer(name: str, tensors: Mapping[str, Stored]) -> Layer:
         joins = last.file == file and bool(last.parts) == stored.coded and 0 <= begin - last.end <= gap_bytes
         if stored.coded:
             joins = joins and stop - last.begin <= staged_bytes
-            part = (tensor, begin - last.begin if joins else 0)
-            merged = Extent(file, last.begin if joins else begin, stop, 0, (*(last.parts if joins else ()), part))
+            first = last.begin if joins else begin
+            part = (tensor, begin - first, stop - first)
+            merged = Extent(file, first, stop, 0, (*(last.parts if joins else ()), part))
             end = _aligned(end)
             fields[tensor] = Field(end, stored.shape, stored.dtype)
             end += field.nbytes

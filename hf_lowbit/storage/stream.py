@@ -150,8 +150,7 @@ def decode_extent(
         ValueError: for damaged data, naming the tensor and the file.
     """
     start, nbytes = time.perf_counter(), 0
-    ends = [first for _, first in extent.parts[1:]] + [extent.nbytes]
-    for (name, first), last in zip(extent.parts, ends, strict=True):
+    for name, first, last in extent.parts:
         field = layer.fields[name]
         try:
             entropy.decode(staged[first:last], field.view(buffer), threads)
