@@ -39,7 +39,7 @@ LAYER_OPTIONS = (
     "transform",
     "outliers",
 )
-BEST_RATE_AWARE, BITS_IN_MEMORY = "ecsq", 8  # what bits_stored alone stands for
+BEST_RATE_AWARE, BITS_IN_MEMORY = "ecsq", 8
 _FORMAT_OPTIONS = ("group_size", "symmetric", "zeros", "scale_dtype", "codebook")
 
 
@@ -80,6 +80,12 @@ def _is_record(calibration: Any) -> bool:
     return isinstance(calibration, dict) and "sha256" in calibration
 
 
+def bits_in_memory(bits_stored: Any, method: str | None) -> int:
+    """The width of codes where only ``bits_stored`` is given: hardly a row gets a wider step for it."""
+    known = isinstance(bits_stored, (int, float)) and 0 < bits_stored < BITS_IN_MEMORY
+    return min(BITS_IN_MEMORY, math.ceil(bits_stored) + 2) if known and method in (None, BEST_RATE_AWARE) else BITS_IN_MEMORY
+
+
 class LowBitConfig(MetalConfig):
     """How to quantize a model, or how to load one that is packed already.
 
@@ -101,7 +107,8 @@ class LowBitConfig(MetalConfig):
         codebook: For "codebook": one table per "tensor" (default) or "row".
         bits_stored: Bits per weight that packed linears are to take once they are entropy-coded, 0.5 to 7, such as 3.0.
             The method is then "ecsq", which needs no data, unless you name "gptq", and ``bits`` the width of the codes
-            in memory, 8 by default. A rule that names ``bits`` alone asks for a fixed width.
+            in memory: by default 8 for "gptq", and for "ecsq" the next whole number and two. A rule that names ``bits``
+            alone asks for a fixed width.
         transform: "hadamard" to rotate what each packed linear layer reads, so that no weight stands out (see
             ``docs/methods.md``), or None (default). A rule takes "none" to leave layers as they are.
         storage: How ``save_pretrained`` stores tensors: "raw" (default), or "entropy" or "zstd", coded without loss,
@@ -197,7 +204,7 @@ class LowBitConfig(MetalConfig):
         self.requested: dict[str, Any] | None = None  # of a user's config, when this one came from a packed repo
 
         self.bits_stored = bits_stored
-        default = 4 if bits_stored is None and format != "nested" else BITS_IN_MEMORY
+        default = 4 if bits_stored is None and format != "nested" else bits_in_memory(bits_stored, method)
         self.bits = default if bits is None else bits  # type: ignore[assignment]
         self.format = format or ("ternary" if self.bits == 1.58 else "int")
         self.method = method or (BEST.get(self.format, "rtn") if bits_stored is None else BEST_RATE_AWARE)
@@ -339,14 +346,16 @@ class LowBitConfig(MetalConfig):
             if "bits_stored" not in overrides and {"bits", "format", "method"} & overrides.keys():
                 options["bits_stored"] = None  # a fixed width, for this layer
             gone = (options["bits_stored"] is None) != (self.bits_stored is None)
-            if gone and "bits" not in overrides:
-                options["bits"] = 4 if options["bits_stored"] is None else BITS_IN_MEMORY
             able = options["method"] in methods() and "bits_stored" in method_options(options["method"])
             unfit = options["method"] == BEST_RATE_AWARE if options["bits_stored"] is None else not able
             if "method" not in overrides and (options["format"] != self.format or (gone and unfit)):
                 fixed = BEST.get(options["format"], "rtn")
                 options["method"] = fixed if options["bits_stored"] is None else BEST_RATE_AWARE
                 options["method_options"] = overrides.get("method_options") or {}
+            free = gone or ("bits_stored" in overrides and "bits" not in self.given)
+            if free and "bits" not in overrides:
+                stored = options["bits_stored"]
+                options["bits"] = 4 if stored is None else bits_in_memory(stored, options["method"])
         bits, format_name, method_name = options["bits"], options["format"], options["method"]
         options["method_options"] = {**options["method_options"], **_rate(options)}
         if options["bits_stored"] is not None and format_name == "int" and method_name != BEST_RATE_AWARE:

@@ -9,8 +9,8 @@ coder's overhead included (:mod:`hf_lowbit.rate`); each matrix gets the steps th
 - Codes are chosen by error and rate together, which matters at low rates.
 - The stored step is the least-squares one for the codes, as zero gets more than its share of them.
 - A row whose largest weight lies outside the ``bits`` of the codes in memory gets a wider step instead of a clipped
-  weight. With the default, 8 bits in memory, that takes a weight of 60 times the row's root mean square at 3 bits
-  stored.
+  weight. With the default, the next whole number and two, that takes a weight of 7 to 8 times the row's root mean
+  square: 1 to 3 rows in a hundred of a real model, whose squared error grows by 0.6 % at 2 bits and not at 4.
 - Matrices of a few hundred weights, for which the coder's tables alone would take half of that, get codes whose entropy
   is ``bits_stored``.
 

@@ -109,16 +109,23 @@ def test_large_matrices_are_sampled_and_still_meet_the_target(monkeypatch):
 
 
 def test_what_the_config_stands_for():
-    format, method = LowBitConfig(bits_stored=2.5).resolve()
-    assert format == BYTES and (method.name, method.bits_stored) == ("ecsq", 2.5)
+    def row(bits):
+        return parse_format(f"int:bits={bits},group_size=-1,symmetric=True")
+
+    for bits, width in ((0.6, 3), (2, 4), (2.5, 5), (4, 6), (6.5, 8)):
+        format, method = LowBitConfig(bits_stored=bits).resolve()
+        assert format == row(width) and (method.name, method.bits_stored) == ("ecsq", bits)
+    assert LowBitConfig(bits_stored=2, bits=8).resolve()[0] == BYTES
     config = LowBitConfig(bits_stored=3, rules={"a": {"bits": 4}, "b": {"bits_stored": 5}, "c": {"format": "nf"}})
     resolved = {name: config.resolve(options) for name, options in config.rules.items()}
     assert (resolved["a"][0].spec, resolved["a"][1].name) == (LowBitConfig(bits=4).resolve()[0].spec, "rtn")
-    assert (resolved["b"][0], resolved["b"][1].bits_stored) == (BYTES, 5)
+    assert (resolved["b"][0], resolved["b"][1].bits_stored) == (row(7), 5)
     assert (resolved["c"][0].name, resolved["c"][1].name) == ("nf", "rtn")
     assert config.resolve(config.embedding_options())[1].name == "rtn"
     other = LowBitConfig(bits=4, rules={"a": {"bits_stored": 2}})
-    assert other.resolve(other.rules["a"])[0] == BYTES
+    assert other.resolve(other.rules["a"])[0] == row(4)
+    wide = LowBitConfig(bits_stored=3, bits=8, rules={"a": {"bits_stored": 2}})
+    assert wide.resolve(wide.rules["a"])[0] == BYTES
     assert LowBitConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
     assert "bits_stored" not in LowBitConfig().to_dict()
 
@@ -134,7 +141,7 @@ def test_from_the_command_line_the_files_take_what_was_asked_for(tiny, tmp_path)
     layers = {
         layer["name"]: layer
         for layer in inspect_repo(out)["layers"]
-        if math.prod(layer["shape"]) >= 4096 and "proj" in layer["name"]
+        if math.prod(layer["shape"]) >= 8192 and "proj" in layer["name"]
     }
     stored = {name: 8 * layer["stored_bytes"] / math.prod(layer["shape"]) for name, layer in layers.items()}
     gates = [bits for name, bits in stored.items() if "gate_proj" in name]
