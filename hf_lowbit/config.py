@@ -83,7 +83,11 @@ def _is_record(calibration: Any) -> bool:
 def bits_in_memory(bits_stored: Any, method: str | None) -> int:
     """The width of codes where only ``bits_stored`` is given: hardly a row gets a wider step for it."""
     known = isinstance(bits_stored, (int, float)) and 0 < bits_stored < BITS_IN_MEMORY
-    return min(BITS_IN_MEMORY, math.ceil(bits_stored) + 2) if known and method in (None, BEST_RATE_AWARE) else BITS_IN_MEMORY
+    return (
+        min(BITS_IN_MEMORY, math.ceil(bits_stored) + 2)
+        if known and method in (None, BEST_RATE_AWARE)
+        else BITS_IN_MEMORY
+    )
 
 
 class LowBitConfig(MetalConfig):
@@ -111,6 +115,8 @@ class LowBitConfig(MetalConfig):
             alone asks for a fixed width.
         transform: "hadamard" to rotate what each packed linear layer reads, so that no weight stands out (see
             ``docs/methods.md``), or None (default). A rule takes "none" to leave layers as they are.
+        outliers: Percentage of the columns of each packed linear layer that are kept in float16 beside the codes, above
+            0 and at most 10; by default none. A rule takes 0 for none.
         storage: How ``save_pretrained`` stores tensors: "raw" (default), or "entropy" or "zstd", coded without loss,
             see ``docs/format.md``. A repo may be loaded with any, whatever it is stored as.
         method_options: Options of the method, such as ``{"range": "minmax"}`` for "rtn".
@@ -122,8 +128,6 @@ class LowBitConfig(MetalConfig):
             positions and the like, and heads of classifiers, kept by default, are packed where a rule asks for it.
             Pairs in a list mean the same.
         embeddings: Bits of the input embedding and the output head, packed as integers: 8 (default) to 1; or "float" to
-        outliers: Percentage of the columns of each packed linear layer that are kept in float16 beside the codes, above
-            0 and at most 10; by default none. A rule takes 0 for none.
             keep them, for instance to add tokens, to train them, or for trainers that read the head's weight (TRL). A
             rule that names one of them comes first, and tied ones share one packed tensor. "float" works for a packed
             repo too: they are dequantized after loading.
@@ -161,6 +165,7 @@ class LowBitConfig(MetalConfig):
         codebook: str | None = None,
         bits_stored: float | None = None,
         transform: str | None = None,
+        outliers: float | None = None,
         method_options: dict[str, Any] | None = None,
         calibration: Any = None,
         rules: dict[str, dict[str, Any] | None] | list[tuple[str, dict[str, Any] | None]] | None = None,
@@ -172,7 +177,6 @@ class LowBitConfig(MetalConfig):
         storage: str | None = None,
         max_memory_bytes: int | str | dict[str, int | str] | None = None,
         load_bits: int | None = None,
-        outliers: float | None = None,
         **kwargs: Any,
     ):
         if calibration is not None and not _is_record(calibration):
@@ -363,6 +367,11 @@ class LowBitConfig(MetalConfig):
         rotated = options["transform"] not in (None, "none")
         if rotated and options["transform"] not in TRANSFORMS:
             raise ValueError(f"transform={options['transform']!r} is unknown: use {' or '.join(map(repr, TRANSFORMS))}")
+        outliers = options["outliers"]
+        if outliers and (format_name == "nested" or options["bits_stored"] is not None):
+            raise ValueError(f"outliers={outliers!r} does not go with format 'nested' or bits_stored=: drop one")
+        if outliers and method_name in methods() and issubclass(methods()[method_name], BlockMethod):
+            raise ValueError(f"outliers={outliers!r} does not go with method {method_name!r}, which trains blocks")
         if rotated and format_name == "nested":
             raise ValueError("format 'nested' takes no transform: drop one of the two")
         if format_name not in FORMATS:
@@ -376,11 +385,6 @@ class LowBitConfig(MetalConfig):
                 raise ValueError(f"bits={bits!r} is a budget, which is for the whole model: use a whole number here")
             if format_name not in BUDGETED or options["bits_stored"] is not None:
                 raise ValueError(
-        outliers = options["outliers"]
-        if outliers and (format_name == "nested" or options["bits_stored"] is not None):
-            raise ValueError(f"outliers={outliers!r} does not go with format 'nested' or bits_stored=: drop one")
-        if outliers and method_name in methods() and issubclass(methods()[method_name], BlockMethod):
-            raise ValueError(f"outliers={outliers!r} does not go with method {method_name!r}, which trains blocks")
                     f"bits={bits!r} is a budget, which needs formats of several widths: use "
                     f"{' or '.join(map(repr, BUDGETED))}, without bits_stored="
                 )

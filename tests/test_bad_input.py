@@ -44,7 +44,7 @@ OPTIONS = {
     "option of another format": ({"format": "nf", "zeros": "int"}, r"format 'nf' has no option 'zeros'"),
     "method of another format": (
         {"format": "codebook", "method": "rtn"},
-        r"method 'rtn' does not make format 'codebook': use 'lloyd'",
+        r"method 'rtn' does not make format 'codebook': use .*'lloyd'",
     ),
     "method option": ({"method": "rtn", "method_options": {"rnge": 1}}, r"method 'rtn' has no option 'rnge': it takes"),
     "method value": ({"method": "rtn", "method_options": {"range": "max"}}, r"range='max' is unknown"),
