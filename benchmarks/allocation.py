@@ -12,6 +12,7 @@ straight line between them.
 
 import argparse
 import functools
+import itertools
 import math
 import re
 import time
@@ -28,7 +29,8 @@ from hf_lowbit.calibration import Calibration
 from hf_lowbit.evaluate import evaluate
 
 logging.disable_progress_bar()
-BUDGETS = (3.35, 2.6, 4.31)
+BUDGETS = (2.6, 3.35, 4.31)
+UNIFORM = (2, 3, 4)
 
 
 def main():
@@ -75,13 +77,13 @@ def main():
             found = allocate(folder, LowBitConfig(bits=budget, embeddings="float"), calibration=calibration)
             seconds = time.perf_counter() - start
             measure(f"budget {budget}, by {kind}", found.layers, found.bits_per_weight, seconds)
-            for bits in {int(budget - 0.3), int(budget - 0.3) + 1} if kind == "KL" else ():
-                if f"uniform {bits}" not in rows:
-                    weights, size = quantized(bits)
-                    measure(f"uniform {bits}", dict.fromkeys(weights, bits), size)
+    for bits in UNIFORM:
+        weights, size = quantized(bits)
+        measure(f"uniform {bits}", dict.fromkeys(weights, bits), size)
     if not args.only:
         for budget in BUDGETS:
-            below, above = rows[f"uniform {int(budget - 0.3)}"], rows[f"uniform {int(budget - 0.3) + 1}"]
+            uniform = [rows[f"uniform {bits}"] for bits in UNIFORM]
+            below, above = next(p for p in itertools.pairwise(uniform) if budget < p[1]["bits per weight"])
             low, high = below["bits per weight"], above["bits per weight"]
             share = (budget - low) / (high - low)
             row = {"bits of": f"log-interpolated {budget}", "bits per weight": budget}
