@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from ..formats import parse_format
-from . import entropy
+from . import entropy, entropy_device
 
 # Formats whose `weight` is planes of whole codes, or ternary lanes.
 PLAIN = ("int", "int_columns", "nf", "fp4", "codebook", "ternary")
@@ -136,7 +136,8 @@ class DecodeStored(ConversionOps):
                 if not entropy.is_coded(here):
                     tensors[name] = tensor
                     continue
-                decoded = entropy.decode_tensor(here)
+                there = entropy_device.serves(tensor.device)
+                decoded = entropy_device.decode_on_device(tensor) if there else entropy.decode_tensor(here)
             except (ValueError, ImportError, MemoryError) as error:
                 # See LowBitHfQuantizer.param_needs_quantization: it is raised there.
                 self.hf_quantizer.failure = type(error)(f"{name} cannot be decoded: {error}")
