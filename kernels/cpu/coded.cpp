@@ -103,22 +103,16 @@ int64_t symbols_of(int kind, int64_t bytes) {
     return words(kind) ? bytes / 2 : bytes;
 }
 
-// Symbols (and lower bytes, for words) to rows. For planes, `wide` has room for twice the symbols of a row.
-void to_rows(int kind, const uint8_t *symbols, const uint8_t *low, uint8_t *out, int64_t rows, int64_t bytes, uint8_t *wide) {
+// Symbols (and lower bytes, for words) to rows.
+void to_rows(int kind, const uint8_t *symbols, const uint8_t *low, uint8_t *out, int64_t rows, int64_t bytes) {
     const int64_t own = symbols_of(kind, bytes);
     if (planes(kind)) {
-        const int64_t inputs = bytes / (8 * kind) * 64;
+        const int64_t blocks = bytes / (8 * kind);
         for (int64_t r = 0; r < rows; r++, symbols += own, out += bytes) {
-            const uint8_t *codes = symbols;
-            if (kind == 3) {
-                for (int64_t b = 0; b < inputs; b += 64)
-                    for (int i = 0; i < 32; i++) {
-                        wide[b + i] = symbols[b / 2 + i] & 7;
-                        wide[b + 32 + i] = symbols[b / 2 + i] >> 3 & 7;
-                    }
-                codes = wide;
-            }
-            kernels()->pack(codes, (uint16_t *)out, inputs, kind, 0, 1);
+            if (kind == 3)
+                kernels()->pack_pairs(symbols, (uint16_t *)out, blocks);
+            else
+                kernels()->pack(symbols, (uint16_t *)out, 64 * blocks, kind, 0, 1);
         }
     } else if (kind == TERNARY) {
         for (int64_t i = 0; i < rows * bytes; i += 2) {
@@ -136,7 +130,7 @@ void to_rows(int kind, const uint8_t *symbols, const uint8_t *low, uint8_t *out,
     }
 }
 
-// The inverse.
+// The inverse; `wide` has room for twice the symbols of a row.
 void from_rows(int kind, const uint8_t *in, uint8_t *symbols, uint8_t *low, int64_t rows, int64_t bytes, uint8_t *wide) {
     const int64_t own = symbols_of(kind, bytes);
     if (planes(kind)) {
@@ -262,10 +256,10 @@ struct Container {
         if (size < low) return LOWBIT_BAD_CODED;
         if (kind == BYTES)
             return kernels()->decode_symbols(from, (size_t)size, table, out, (size_t)n) ? LOWBIT_OK : LOWBIT_BAD_CODED;
-        const std::unique_ptr<uint8_t[]> symbols(new (std::nothrow) uint8_t[(size_t)(n + 2 * symbols_of(kind, bytes))]);
+        const std::unique_ptr<uint8_t[]> symbols(new (std::nothrow) uint8_t[(size_t)n]);
         if (!symbols) return LOWBIT_NO_MEMORY;
         if (!kernels()->decode_symbols(from, (size_t)(size - low), table, symbols.get(), (size_t)n)) return LOWBIT_BAD_CODED;
-        to_rows(kind, symbols.get(), from + size - low, out, count, bytes, symbols.get() + n);
+        to_rows(kind, symbols.get(), from + size - low, out, count, bytes);
         return LOWBIT_OK;
     }
 };
@@ -311,7 +305,7 @@ int64_t encode_block(int kind, const uint8_t *in, int64_t count, int64_t bytes, 
     from_rows(kind, in, symbols, lower, count, bytes, lower + low);
     bool exact = true;
     if (kind == TERNARY) {  // a lane that is not ten digits has no symbols
-        to_rows(kind, symbols, lower, again, count, bytes, nullptr);
+        to_rows(kind, symbols, lower, again, count, bytes);
         exact = !memcmp(in, again, (size_t)size);
     }
     const int64_t coded = exact ? (int64_t)encode_symbols(symbols, (size_t)n, ranges, out, (size_t)(size - low)) : 0;

@@ -384,7 +384,7 @@ static bool here() {
 #endif
 }
 
-static const Kernels KERNELS = {LOWBIT_ISA_NAME, here, linear, dequantize, arrange, pack, unpack, decode_symbols};
+static const Kernels KERNELS = {LOWBIT_ISA_NAME, here, linear, dequantize, arrange, pack, unpack, pack_pairs, decode_symbols};
 
 }  // namespace LOWBIT_ISA
 

@@ -48,6 +48,8 @@ struct Kernels {
     void (*arrange)(const lowbit_weight *, const void *x, float *to, int dtype, int64_t first, int64_t last);
     void (*pack)(const uint8_t *codes, uint16_t *lanes, int64_t inputs, int bits, int64_t first, int64_t last);
     void (*unpack)(const uint16_t *lanes, uint8_t *codes, int64_t inputs, int bits, int64_t first, int64_t last);
+    // A row of 3-bit codes in blocks of 64, given as 32 bytes each: code i of a block in bits 0 to 2 of byte i, code 32 + i in 3 to 5.
+    void (*pack_pairs)(const uint8_t *pairs, uint16_t *lanes, int64_t blocks);
     // What states and words (size bytes) decode to, symbols (count). False if the words end too early or too late or a state does
     // not end where it began; nothing outside is read or written. Here nothing was checked but the table, which has SLOTS slots.
     bool (*decode_symbols)(const uint8_t *coded, size_t size, const Slot *table, uint8_t *symbols, size_t count);
@@ -72,6 +74,7 @@ const Kernels *kernels();
 
 // Of a copy, in packing.cpp and codec.cpp; arguments as in Kernels.
 namespace LOWBIT_ISA {
+void pack_pairs(const uint8_t *pairs, uint16_t *lanes, int64_t blocks);
 bool decode_symbols(const uint8_t *coded, size_t size, const Slot *table, uint8_t *symbols, size_t count);
 void pack(const uint8_t *codes, uint16_t *lanes, int64_t inputs, int bits, int64_t first, int64_t last);
 void unpack(const uint16_t *lanes, uint8_t *codes, int64_t inputs, int bits, int64_t first, int64_t last);

@@ -195,6 +195,14 @@ void pack(const uint8_t *codes, uint16_t *lanes, int64_t inputs, int bits, int64
     FOR_BITS(pack)
 }
 
+void pack_pairs(const uint8_t *pairs, uint16_t *lanes, int64_t blocks) {
+    for (int64_t b = 0; b < blocks; b++) {
+        const Bytes first = load(pairs + 32 * b), second = load(pairs + 32 * b + 16);
+        const Bytes v[4] = {first & 7, second & 7, down(first, 3) & 7, down(second, 3) & 7};
+        pack_block<3>(v, lanes, blocks, b);
+    }
+}
+
 void unpack(const uint16_t *lanes, uint8_t *codes, int64_t inputs, int bits, int64_t first, int64_t last) {
     const int64_t width = row_lanes(inputs, bits);
     const auto unpack = [&](void (*row)(const uint16_t *, uint8_t *, int64_t)) {

@@ -23,9 +23,10 @@ namespace lowbit {
     namespace isa {                                                                                                          \
     void pack(const uint8_t *, uint16_t *, int64_t, int, int64_t, int64_t);                                                  \
     void unpack(const uint16_t *, uint8_t *, int64_t, int, int64_t, int64_t);                                                \
+    void pack_pairs(const uint8_t *, uint16_t *, int64_t);                                                                   \
     bool decode_symbols(const uint8_t *, size_t, const Slot *, uint8_t *, size_t);                                           \
     }
-#define COPY(isa) {#isa, nullptr, nullptr, nullptr, nullptr, isa::pack, isa::unpack, isa::decode_symbols}
+#define COPY(isa) {#isa, nullptr, nullptr, nullptr, nullptr, isa::pack, isa::unpack, isa::pack_pairs, isa::decode_symbols}
 DECLARE(portable)
 #if defined(LOWBIT_X86)
 DECLARE(avx2)
