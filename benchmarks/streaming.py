@@ -2,6 +2,7 @@
 
     python benchmarks/streaming.py                        # a Llama of 1.2 billion random weights, a third of its size
     python benchmarks/streaming.py --small                # SmolLM2-135M
+    python benchmarks/streaming.py --bits-stored 3        # 8 bits in memory, of which coding leaves 3
     python benchmarks/streaming.py --disks 200,1000,none --only ours --tokens 4 --print
 
 Every row is a process of its own that decodes greedily with 16 tokens of prompt; its time for a token is the median.
@@ -196,6 +197,17 @@ def disk_speed(layers) -> float:
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 
+def packed(source: str, name: str, bits_stored: float | None) -> str:
+    """``source`` in 4 bits, or in codes of 8 bits that coding makes ``bits_stored``, made once."""
+    if bits_stored is None or (FOLDER / name).exists():
+        return packed_folder(source, name)
+    from hf_lowbit import LowBitConfig
+    from hf_lowbit.convert import quantize_folder
+
+    quantize_folder(source, FOLDER / name, LowBitConfig(bits_stored=bits_stored), progress=False)
+    return str(FOLDER / name)
+
+
 def coded_folder(packed: str) -> str:
     """``packed`` with entropy-coded tensors, made once."""
     folder = Path(packed + "-coded")
@@ -220,8 +232,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="SmolLM2-135M instead of 1.2 billion random weights")
     parser.add_argument("--disks", default="200,1000,none", help="speeds in MB/s, or none for the disk as it is")
-    parser.add_argument("--fraction", type=float, default=1 / 3, help="budget as a part of the packed model")
+    parser.add_argument("--fraction", type=float, help="budget as a part of the packed model: 1/3; 1/2 with --small")
     parser.add_argument("--constant", type=int, default=96, help="MB that computing may take besides, hard limit")
+    parser.add_argument("--bits-stored", type=float, help="bits of rate-aware codes, instead of 4 fixed ones")
     parser.add_argument("--only", default="", help="regular expression over contestants")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
@@ -234,12 +247,14 @@ def main():
         return
     FOLDER.mkdir(parents=True, exist_ok=True)
     source = model_folder(None) if args.small else large_folder()
-    folders = {"float": source, "packed": packed_folder(source, "int4" if args.small else "large-int4")}
+    name = f"{'' if args.small else 'large-'}{'int4' if args.bits_stored is None else f'ecsq{args.bits_stored:g}'}"
+    folders = {"float": source, "packed": packed(source, name, args.bits_stored)}
     folders["coded"] = coded_folder(folders["packed"])
     if args.prepare:
         return
     size = sum(file.stat().st_size for file in Path(folders["packed"]).glob("*.safetensors"))
-    budget, rows, reference = int(args.fraction * size), [], None
+    fraction = args.fraction or (1 / 2 if args.small else 1 / 3)  # whose embedding alone is nearly a third
+    budget, rows, reference = int(fraction * size), [], None
     for disk in args.disks.split(","):
         speed = None if disk == "none" else float(disk) * 1e6
         for name, (what, how) in CONTESTANTS.items():
@@ -255,8 +270,9 @@ def main():
             rows.append(row)
             print(row, flush=True)
     if not args.print:
-        name = "streaming_small" if args.small else "streaming"
-        options = f"{'--small ' if args.small else ''}--disks {args.disks} --tokens {args.tokens}"
+        name = f"streaming{'_small' if args.small else ''}{'' if args.bits_stored is None else '_rate_aware'}"
+        what = "" if args.bits_stored is None else f"--bits-stored {args.bits_stored:g} "
+        options = f"{'--small ' if args.small else ''}{what}--disks {args.disks} --tokens {args.tokens}"
         command = f"python benchmarks/streaming.py {options} --threads {args.threads}"
         note = (
             f"{'SmolLM2-135M-Instruct' if args.small else '1.2 billion random weights'}, packed {size / 1e6:.1f} MB, "
