@@ -181,6 +181,7 @@ def test_few_tokens_are_warned_of_once_with_numbers(tiny, tmp_path, caplog):
     assert f"48 tokens, {widest} inputs. Give more text" in warned[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's record of peak memory")
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path, python):
     """Eight more layers cost less than their packed weights: neither these nor float blocks are gathered."""
@@ -193,7 +194,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path, python):
             f"""
 import torch, hf_lowbit
 from hf_lowbit.calibration import Calibration
-config = hf_lowbit.LowBitConfig(bits=4, method="gptq", method_options={{"refine": 0}}, group_size="row")
+config = hf_lowbit.LowBitConfig(bits=8, method="gptq", method_options={{"refine": 0}}, group_size="row")
 data = Calibration([list(range(4, 68))] * 16, 16, 64)
 repo = hf_lowbit.quantize({str(tmp_path / f"source{layers}")!r}, config, output={str(tmp_path / f"packed{layers}")!r},
                           calibration=data)
