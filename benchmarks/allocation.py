@@ -3,8 +3,8 @@
     python benchmarks/allocation.py
     python benchmarks/allocation.py --only 'budget 2.6' --print
 
-Widths are searched on calibration text (documents apart from those of the evaluation) and, beside it, from the weights'
-errors alone. All rows are rounded to nearest, linear layers only; each width is quantized once, and a plan takes each
+Widths are searched on calibration text, documents apart from those of the evaluation.
+All rows are rounded to nearest, linear layers only; each width is quantized once, and a plan takes each
 layer at its width. Seconds to search are those of this call: what was measured before is not measured again.
 "log-interpolated" is what the uniform rows below and above a budget would have there, if the logarithm of KL were a
 straight line between them.
@@ -71,12 +71,11 @@ def main():
         rows[name] = row
         print(row, flush=True)
 
-    for kind, calibration in (("KL", data), ("weight errors", None)):
-        for budget in BUDGETS:
-            start = time.perf_counter()
-            found = allocate(folder, LowBitConfig(bits=budget, embeddings="float"), calibration=calibration)
-            seconds = time.perf_counter() - start
-            measure(f"budget {budget}, by {kind}", found.layers, found.bits_per_weight, seconds)
+    for budget in BUDGETS:
+        start = time.perf_counter()
+        found = allocate(folder, LowBitConfig(bits=budget, embeddings="float"), calibration=data)
+        seconds = time.perf_counter() - start
+        measure(f"budget {budget}", found.layers, found.bits_per_weight, seconds)
     for bits in UNIFORM:
         weights, size = quantized(bits)
         measure(f"uniform {bits}", dict.fromkeys(weights, bits), size)

@@ -288,9 +288,7 @@ def plan(
         float | None, Option(help="Bits per weight, everything counted, if a whole number; others are --bits.")
     ] = None,
     output: Annotated[Path, Option(help="The file to write; `quantize --bits FILE` packs by it.")] = Path("plan.json"),
-    calibration: Annotated[
-        str | None, Option(metavar="TEXT", help="What to measure on, as for quantize; without it, weights decide.")
-    ] = None,
+    calibration: Annotated[str | None, Option(metavar="TEXT", help="What to measure on, as for quantize.")] = None,
     length: Annotated[int, Option(min=2, help="Tokens in a window.")] = 512,
     seed: Annotated[int, Option(help="Chooses the windows.")] = 0,
     dtype: Annotated[str | None, Option(help="Dtype to cast weights to first. [default: as stored]")] = None,

@@ -96,7 +96,7 @@ class LowBitConfig(MetalConfig):
     Args:
         bits: 1 to 8, or 1.58 for ternary weights; 4 by default, 8 for "nested". Any other fraction is a budget: bits
             per weight, everything counted, for the layers that no rule speaks of, embedding and head aside; widths of 2
-            to 8 for each are searched, by what they harm on ``calibration`` or, without it, by their squared error. The
+            to 8 for each are searched, by what they harm on ``calibration``. The
             name of a file from ``hf-lowbit plan`` replays what was found before.
         format: "int" (default), "nf", "fp4", "codebook", "ternary", or "nested" for codes whose first bits are codes
             too, of which ``load_bits`` reads as many as are wanted; see ``docs/format.md``.

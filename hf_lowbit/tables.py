@@ -87,13 +87,12 @@ def plan(console: Console, result: dict, arguments: dict) -> None:
     for name, by in rows.items():
         _row(table, name, *(" ".join(by.get(bits, [])) for bits in widths))
     console.print(table)
-    what = {"kl": "sum of divergences measured", "error": "sum of relative squared errors"}[result["sensitivity"]]
     uniform = ", ".join(
         f"{bits} bits everywhere ({bpw:.2f}): {harm:.4g}" for bits, (bpw, harm) in result["uniform"].items()
     )
     console.print(
-        f"{result['output']}: {result['bits_per_weight']:.3f} bits per weight of {result['budget']}; {what} "
-        f"{result['damage']:.4g}; {uniform}",
+        f"{result['output']}: {result['bits_per_weight']:.3f} bits per weight of {result['budget']}; "
+        f"divergences of layers in sum {result['damage']:.4g}; {uniform}",
         highlight=False,
     )
 

@@ -19,17 +19,15 @@ class Allocation:
         layers: Width of each layer, by the full name of its module.
         budget: Bits per weight that were allowed, everything counted, on average over these layers.
         bits_per_weight: What they take.
-        sensitivity: "kl" (measured on calibration data) or "error" (relative squared error of the weights).
-        calibration: The record of the data, or None without any.
-        damage: Sum over layers of what the search minimised.
+        calibration: The record of the data that layers were measured on.
+        damage: Sum over units of the divergence that each alone brings about: what the search minimised.
         uniform: The same for each width taken by all layers, with its bits per weight: ``{"3": [3.35, 1.2]}``.
     """
 
     layers: dict[str, int]
     budget: float
     bits_per_weight: float
-    sensitivity: str
-    calibration: dict[str, Any] | None
+    calibration: dict[str, Any]
     damage: float
     uniform: dict[str, list[float]]
 

@@ -3,8 +3,8 @@
 A budget is what all layers that no rule speaks of, embedding and head aside, may take on average, in bits per weight
 with everything counted: codes, scales, zero points, padding. Candidates are the config's format at each of
 :data:`WIDTHS`. Layers with the same input (:mod:`.groups`) are one unit of one width. What a unit harms at a width is
-measured where there is calibration data and estimated where there is none (:mod:`.sensitivity`); the widths that do the
-least harm in sum are then found exactly (:mod:`.search`).
+measured on calibration data (:mod:`.sensitivity`); the widths that do the least harm in sum are then found exactly
+(:mod:`.search`).
 
 What was measured is kept in a file that the model, the candidates and the text name, so that another budget costs only
 the search, and a run that was stopped goes on.
@@ -57,17 +57,23 @@ def allocate(
         source: A folder with ``config.json`` and safetensors files, or the id of such a repo.
         config: Format, method and rules; its ``bits`` is the budget if it is no whole number.
         bits: The budget in bits per weight, everything counted.
-        calibration: Text to measure on, as in :func:`hf_lowbit.quantization.quantize`; by default the config's, of
-            which :data:`WINDOWS` windows are taken. Without any, the weights alone decide.
+        calibration: Text to measure on, as in :func:`hf_lowbit.quantization.quantize`; by default the config's. Of its
+            windows :data:`WINDOWS` are taken.
         tokenizer: For it; by default the model's own.
         dtype: Dtype into which weights are cast before, as in :func:`hf_lowbit.convert.quantize_folder`.
         measured: The file for what was measured; by default one in the cache (``HF_LOWBIT_CACHE``).
 
     Raises:
-        ValueError: for a budget that no choice can meet, a format with one width, or a model without layers to choose
-            for.
+        ValueError: without calibration, for a budget that no choice can meet, a format with one width, or a model
+            without layers to choose for.
     """
     budget = config.bits if bits is None else bits
+    data = calibration if calibration is not None else config.calibration
+    if data is None:
+        raise ValueError(
+            f"bits={budget} is a budget, for which a search measures what each layer harms: give calibration=, such as "
+            "a list of texts, or the file of a plan as bits=. Weights alone choose worse than one width for all"
+        )
     folder = fetch(str(source))
     check_source(folder)
     base = copy.deepcopy(config)
@@ -79,13 +85,9 @@ def allocate(
     costs = {unit[0]: {b: _bytes(opened, candidates, unit, b) for b in _widths(candidates, unit)} for unit in units}
     allowed = int(budget * weights / 8)
     _check_budget(budget, costs, weights, allowed)
-    data = calibration if calibration is not None else config.calibration
-    tokens, record = None, None
-    if data is not None:
-        data = Calibration.of(data)
-        tokens = data.tokens(tokenizer if tokenizer is not None else _tokenizer(source))
-        tokens = tokens[torch.linspace(0, len(tokens) - 1, min(WINDOWS, len(tokens))).round().long()]
-        record = data.record(tokens)
+    data = Calibration.of(data)
+    tokens = data.tokens(tokenizer if tokenizer is not None else _tokenizer(source))
+    tokens = tokens[torch.linspace(0, len(tokens) - 1, min(WINDOWS, len(tokens))).round().long()]
     found = _measure(opened, candidates, units, tokens, None if measured is None else Path(measured))
     harm = _harm(found, units, candidates)
     options = [list(costs[unit[0]]) for unit in units]
@@ -100,8 +102,7 @@ def allocate(
         layers={name: chosen[unit[0]] for unit in units for name in unit},
         budget=budget,
         bits_per_weight=8 * sum(costs[name][b] for name, b in chosen.items()) / weights,
-        sensitivity="error" if tokens is None else "kl",
-        calibration=record,
+        calibration=data.record(tokens),
         damage=sum(harm[name][b] for name, b in chosen.items()),
         uniform={
             str(b): [8 * sum(c[b] for c in costs.values()) / weights, sum(h[b] for h in harm.values())] for b in shared
@@ -120,7 +121,7 @@ def settle(
         found = allocate(source, config, dtype=dtype, tokenizer=tokenizer)
     config = copy.deepcopy(config)
     config.allocation = found.layers
-    if not config.needs_calibration and found.calibration is not None:
+    if not config.needs_calibration:
         config.calibration = found.calibration  # the record: nobody looks at the data again
     counts = {b: list(found.layers.values()).count(b) for b in sorted(set(found.layers.values()))}
     widths = ", ".join(f"{count} of {bits} bits" for bits, count in counts.items())
@@ -179,7 +180,7 @@ def _check_budget(budget: float, costs: dict[str, dict[int, int]], weights: int,
 # -- what is measured --------------------------------------------------------------------------------------------------
 
 
-def _measure(source: Source, candidates: Candidates, units, tokens, path: Path | None) -> dict[str, dict]:
+def _measure(source: Source, candidates: Candidates, units, tokens: torch.Tensor, path: Path | None) -> dict[str, dict]:
     """Weight errors by layer and width (as text), and divergences by the first layer of a unit."""
     identity = {
         "source": {Path(f).name: fingerprint(Path(f)) for f in source.files},
@@ -210,10 +211,9 @@ def _measure(source: Source, candidates: Candidates, units, tokens, path: Path |
         found["errors"][layer] = errors(weight, candidates[layer])
         if count % 32 == 0 or count == len(missing):
             keep()
-    if tokens is not None:
-        probes = Probes(source, tokens, candidates)
-        measured = [unit for unit in units if all(name in probes.reached for name in unit)]
-        probes.divergences(measured, found["divergences"], keep)
+    probes = Probes(source, tokens, candidates)
+    measured = [unit for unit in units if all(name in probes.reached for name in unit)]
+    probes.divergences(measured, found["divergences"], keep)
     return found
 
 
@@ -234,8 +234,8 @@ def _weights(source: Source, wanted: set[str]):
 def _harm(found: dict[str, dict], units: list[list[str]], candidates: Candidates) -> dict[str, dict[int, float]]:
     """What each unit harms at each of its widths, by its first layer; never more at a wider one.
 
-    Where divergences were measured, errors count by what they turned out to be worth; those of a unit outside the
-    decoder blocks, which was not measured, as much as those of the most sensitive unit.
+    Errors count by what they turned out to be worth; those of a unit outside the decoder blocks, which was not
+    measured, as much as those of the most sensitive unit.
     """
     errors, worth, harm = {}, {}, {}
     for unit in units:

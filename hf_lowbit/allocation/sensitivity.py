@@ -1,8 +1,9 @@
-"""What a layer at a width costs the model, measured or estimated.
+"""What a layer at a width costs the model.
 
-:func:`errors` needs no data: the squared error of the packed weight relative to the weight's own square. For small
-errors the divergence of a model is a sum over layers of these, each times a constant of the layer ("linearity theorem",
-Malinovskii et al., 2024, arXiv 2411.17525); without data the constants are taken to be the same.
+:func:`errors`: the squared error of the packed weight relative to the weight's own square. For small errors the
+divergence of a model is a sum over layers of these, each times a constant of the layer ("linearity theorem",
+Malinovskii et al., 2024, arXiv 2411.17525). The constants differ by a factor of 100: taking them all to be the same is
+worse than the same width everywhere (docs/methods.md).
 
 :class:`Probes` measures the constants: one unit of layers is packed at :data:`PROBE` bits, everything else stays in
 float, and KL(float ‖ that) is taken at the model's output, at every fourth position of a few windows. What lies before
