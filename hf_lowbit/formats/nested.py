@@ -1,8 +1,8 @@
 """``format="nested"``: one code for every width from 2 bits up (Any-Precision LLM, Park et al., 2024).
 
 The first ``b`` bits of a code are a code of ``b`` bits, with a table of ``2**b`` levels of its own. All widths share
-the group scales. The bits lie in planes that are tensors of their own: ``weight`` has the first two, ``weight_bit3`` and so
-on one each. Reading a width therefore touches nothing of the bits after it.
+the group scales. The bits lie in planes that are tensors of their own: ``weight`` has the first two, ``weight_bit3``
+and so on one each. Reading a width therefore touches nothing of the bits after it.
 
 :func:`to_codebook` makes the ordinary ``codebook`` weight of a width, which the kernels run; as it is, a nested weight
 runs in plain PyTorch alone. :mod:`hf_lowbit.methods.nested` chooses the codes and says why levels are learned: a

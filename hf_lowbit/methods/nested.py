@@ -6,8 +6,8 @@ inside the cell, Any-Precision's incremental upscaling. Cells at the ends of the
 weights that the seed had to clip. Widths below the seed put neighbouring cells together.
 
 Where scales can be negative, a group is turned around so that its largest weight is positive. A table that may be
-lopsided, as one with an even number of levels and a zero is, then fits all groups: at 3 bits this takes 21 % off the
-KL of the model in ``benchmarks/nested.py``.
+lopsided, as one with an even number of levels and a zero is, then fits all groups: at 3 bits this took 20 % off the KL
+of a model (docs/methods.md).
 
 The paper learns a table for every row. Here weights are divided by their group's scale and share one table per matrix
 and width, which costs next to nothing and is an ordinary codebook when it is loaded. At every width one level is zero,
