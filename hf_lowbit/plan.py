@@ -172,7 +172,12 @@ def make_plan(model: nn.Module, config: LowBitConfig) -> Plan:
 
 def _allocated(config: LowBitConfig, name: str, prefix: str) -> int:
     """The width that a budget gave to the module ``name``."""
-    widths = config.allocation or {}
+    if config.allocation is None:
+        raise ValueError(
+            f"bits={config.bits} is a budget, which is not searched here: make a plan by `hf-lowbit plan`, and give "
+            "its file as bits="
+        )
+    widths = config.allocation
     found = next((widths[n] for n in names(name, prefix) if n in widths), None)
     if found is None:
         raise ValueError(

@@ -239,6 +239,8 @@ def test_bad_budgets_and_plans_are_refused(tiny, tmp_path):
         LowBitConfig(bits=3.7, method="gptq").check_calibration()
     with pytest.raises(ValueError, match=r"bits=3.7 is a budget, for which a search measures .*: give calibration="):
         load(tiny("llama"), bits=3.7)
+    with pytest.raises(ValueError, match=r"bits=3.7 is a budget, which is not searched here: make a plan"):
+        open_source(budget.fetch(tiny("llama")), LowBitConfig(bits=3.7), None)
     plan, path = allocate(tiny("llama"), LowBitConfig(bits=3.7), calibration=data), tmp_path / "plan.json"
     with pytest.raises(ValueError, match=r"was measured on another model, format or text"):
         allocate(tiny("llama"), LowBitConfig(bits=3.7), calibration=data, measured=tmp_path / "m.json")
