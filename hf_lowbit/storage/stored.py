@@ -13,8 +13,8 @@ While loading, :func:`decoded_later` is asked about each tensor of the files bef
 import re
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+from transformers.distributed.utils import is_dtensor
 
 from ..formats import parse_format
 from . import entropy, entropy_device
@@ -72,7 +72,7 @@ def store_model(model, layers: dict[str, str], codec: str) -> dict[str, torch.Te
     if getattr(model, "_hf_peft_config_loaded", False):
         return None
     tensors = model.state_dict()
-    if any(isinstance(t, DTensor) for t in tensors.values()):
+    if any(map(is_dtensor, tensors.values())):
         return None
     conversions = [c.reverse_transform() for c in getattr(model, "_weight_conversions", None) or []]
     converters = [c for c in conversions if not isinstance(c, WeightRenaming)]
