@@ -181,8 +181,8 @@ class LowBitHfQuantizer(HfQuantizer):
 
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
             raise ValueError(
-                f"bits={self.quantization_config.bits} is a budget, which is searched on safetensors files, and there are "
-                "none: save the model by save_pretrained, and load that folder"
+                f"bits={self.quantization_config.bits} is a budget, which is searched on safetensors files, and there "
+                "are none: save the model by save_pretrained, and load that folder"
             )
         folder = Path(checkpoint_files[0]).parent
         self.quantization_config = settle(folder, self.quantization_config, model.config.dtype)

@@ -101,7 +101,7 @@ def train_scales(model: Any, zeros: bool = False, scale_dtype: str | None = None
     rotated = [name for name, layer in layers.items() if layer.format.inner is not layer.format]
     if rotated:
         raise ValueError(
-            f"{rotated[0]} is stored with transform={layers[rotated[0]].format.name!r}, whose scales cannot be trained: "
+            f"{rotated[0]} is stored with {layers[rotated[0]].format.name!r}, beside which scales cannot be trained: "
             "quantize the model without it"
         )
     model.requires_grad_(False)

@@ -219,5 +219,5 @@ def test_bad_input(tiny):
     with pytest.raises(ValueError, match="format 'nested' takes no transform"):
         LowBitConfig(format="nested", transform="hadamard")
     model = load("llama", tiny("llama"), quantization_config=LowBitConfig(bits=4, transform="hadamard"))
-    with pytest.raises(ValueError, match="is stored with transform='hadamard', whose scales cannot be trained"):
+    with pytest.raises(ValueError, match="is stored with 'hadamard', beside which scales cannot be trained"):
         train_scales(model)
