@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from . import __path__ as _package_path
 from . import native_codec
 from .backends import Kernel, register_kernel
-from .formats import Format, parse_format
+from .formats import KERNEL_FORMATS, Format, parse_format
 from .formats.lookup import LookupFormat
 from .formats.scales import decode_scales
 from .int8 import int8_levels
@@ -309,6 +309,7 @@ for _op in (linear, linear_int8, input_gradient, dequantize, embedding):
             backend="native",
             op=_op.__name__,
             run=_op,
+            formats=KERNEL_FORMATS,
             devices=frozenset({"cpu"}),
             dtypes=frozenset(DTYPES),
             unavailable=unavailable,

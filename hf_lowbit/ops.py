@@ -211,7 +211,12 @@ def linear_int8(
 def dequantize(
     weight: Tensor, companions: list[Tensor], format: str, in_features: int, dtype: torch.dtype, backend: str = "auto"
 ) -> Tensor:
-    """``W`` (N, K) in ``dtype``; arguments as in :func:`linear`."""
+    """``W`` (N, K) in ``dtype``; arguments as in :func:`linear`.
+
+    Formats with something beside or around the codes of a kernel's format are put together in plain PyTorch.
+    """
+    if format.startswith((OUTLIERS, ROTATED, PREFIX)):
+        backend = "torch"
     return torch.ops.lowbit.dequantize(weight, companions, format, in_features, dtype, backend)
 
 

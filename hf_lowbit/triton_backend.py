@@ -14,6 +14,7 @@ import os
 import torch
 
 from .backends import Kernel, register_kernel
+from .formats import KERNEL_FORMATS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = frozenset({"cuda", "xpu"} | ({"cpu"} if INTERPRETED else set()))
@@ -54,6 +55,7 @@ for _op in ("linear", "input_gradient", "dequantize", "embedding"):
             backend="triton",
             op=_op,
             run=functools.partial(_run, _op),
+            formats=KERNEL_FORMATS,
             devices=DEVICES,
             dtypes=DTYPES,
             unavailable=unavailable,

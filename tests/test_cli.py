@@ -26,8 +26,8 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def packed(source):
-    destination = source.parent / "packed3"
+def packed(source, tmp_path_factory):
+    destination = tmp_path_factory.mktemp("cli") / "packed"
     result = invoke("quantize", source, destination, "--bits", 3, "--rule", r".*\.down_proj=bits=6", "--json")
     assert result.exit_code == 0, result.output
     return destination, json.loads(result.stdout)

@@ -58,8 +58,8 @@ def test_a_width_loads_as_an_ordinary_model_and_is_saved_as_one(nested, bits, tm
     assert formats - {"int:bits=8,group_size=32,scale_dtype=log8,symmetric=False,zeros=int"} == {
         f"codebook:bits={bits},group_size=32,scale_dtype=e4m3,codebook=tensor"
     }
-    if bits == 8:
-        assert torch.equal(logits(model), whole)
+    if bits == 8:  # which was computed in plain PyTorch, this perhaps by kernels: float32 sums in another order
+        torch.testing.assert_close(logits(model), whole, rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
     assert torch.equal(logits(again), logits(model))
@@ -69,7 +69,7 @@ def test_a_width_loads_as_an_ordinary_model_and_is_saved_as_one(nested, bits, tm
 
 def test_without_load_bits_all_bits_are_loaded(nested):
     folder, whole = nested
-    assert torch.equal(logits(load(folder)), whole)
+    torch.testing.assert_close(logits(load(folder)), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_more_bits_are_nearer_to_the_float_weights(tiny, llama):

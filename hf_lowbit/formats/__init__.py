@@ -25,9 +25,12 @@ FORMATS: dict[str, type[Format]] = {
     for cls in (IntFormat, NormalFloatFormat, Fp4Format, CodebookFormat, TernaryFormat, NestedFormat, ColumnsFormat)
 }
 
+# Of whose tensors kernels are made; the others are read through one of these, or in plain PyTorch.
+KERNEL_FORMATS = frozenset({"int", "nf", "fp4", "codebook", "ternary"})
+
 _TRUTH = {"True": True, "False": False}
 
-__all__ = ["FORMATS", "Format", "OutlierFormat", "Quantized", "RotatedFormat", "parse_format"]
+__all__ = ["FORMATS", "KERNEL_FORMATS", "Format", "OutlierFormat", "Quantized", "RotatedFormat", "parse_format"]
 
 
 @functools.cache
