@@ -318,19 +318,20 @@ def test_threads_end_with_the_model(packed):
     assert not any(thread.is_alive() for thread in threads)
 
 
+# The first forward imports much, and what is imported may swallow an interrupt.
 INTERRUPTED = """
-import sys, time, transformers
+import sys, time, torch, transformers
 from hf_lowbit import LowBitConfig
 from hf_lowbit.storage.stream import Files
 model = transformers.AutoModelForCausalLM.from_pretrained(
     sys.argv[1], quantization_config=LowBitConfig(max_memory_bytes=int(sys.argv[2]))
 )
+model(torch.zeros(1, 4, dtype=torch.long))
 def read(self, name, into, begin, real=Files.read):
     time.sleep(0.5)
     return real(self, name, into, begin)
 Files.read = read
 print("running", flush=True)
-import torch
 while True:
     model(torch.zeros(1, 4, dtype=torch.long))
 """
