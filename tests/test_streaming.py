@@ -320,7 +320,7 @@ def test_threads_end_with_the_model(packed):
 
 # The first forward imports much, and what is imported may swallow an interrupt.
 INTERRUPTED = """
-import sys, time, torch, transformers
+import signal, sys, time, torch, transformers
 from hf_lowbit import LowBitConfig
 from hf_lowbit.storage.stream import Files
 model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -331,6 +331,7 @@ def read(self, name, into, begin, real=Files.read):
     time.sleep(0.5)
     return real(self, name, into, begin)
 Files.read = read
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells take from what they start in the background
 print("running", flush=True)
 while True:
     model(torch.zeros(1, 4, dtype=torch.long))
