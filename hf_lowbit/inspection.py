@@ -135,7 +135,7 @@ def measure(layers: list[dict], entries: dict[str, Entry]) -> None:
             packed = coder.decode_tensor(tensor) if coder.is_coded(tensor) else tensor
         except ValueError as error:
             raise ValueError(f"{layer['tensor']} cannot be decoded: {error}") from error
-        format = parse_format(layer["format"].partition(" with ")[0])
+        format = parse_format(layer["format"].partition(" with ")[0]).inner
         columns = layer["shape"][1] if layer["shape"] else None
         codes = format.unpack_codes(packed, columns) if columns else None
         symbols = coder.symbols_for("", packed.dtype, format.bits)

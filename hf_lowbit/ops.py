@@ -143,6 +143,15 @@ def _direct(x: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+def _for_kernels(x, companions, format):
+    """What a kernel multiplies in the place of ``x`` and a rotated weight, or one with column factors, and as what."""
+    if format.startswith(ROTATED):
+        x, format = rotate(x), format.removeprefix(ROTATED)
+    if format.startswith(PREFIX):
+        x, companions, format = split_columns(x, companions, format)
+    return x, companions, format
+
+
 def _beside_outliers(product, x, weight, companions, bias, format, in_features, backend):
     """``product`` with the rest of the weight, plus that with the columns that are kept beside it."""
     *companions, outliers, index = companions
@@ -175,10 +184,7 @@ def linear(
     """
     if format.startswith(OUTLIERS):
         return _beside_outliers(linear, x, weight, companions, bias, format, in_features, backend)
-    if format.startswith(ROTATED):
-        x, format = rotate(x), format.removeprefix(ROTATED)
-    if format.startswith(PREFIX):
-        x, companions, format = split_columns(x, companions, format)
+    x, companions, format = _for_kernels(x, companions, format)
     if _direct(x, bias):
         return _linear(x, weight, companions, bias, format, in_features, backend)
     return torch.ops.lowbit.linear(x, weight, companions, bias, format, in_features, backend)
@@ -199,10 +205,7 @@ def linear_int8(
     """
     if format.startswith(OUTLIERS):
         return _beside_outliers(linear_int8, x, weight, companions, bias, format, in_features, backend)
-    if format.startswith(ROTATED):
-        x, format = rotate(x), format.removeprefix(ROTATED)
-    if format.startswith(PREFIX):
-        x, companions, format = split_columns(x, companions, format)
+    x, companions, format = _for_kernels(x, companions, format)
     if _direct(x, bias):
         return _linear_int8(x, weight, companions, bias, format, in_features, backend)
     return torch.ops.lowbit.linear_int8(x, weight, companions, bias, format, in_features, backend)

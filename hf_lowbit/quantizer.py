@@ -142,7 +142,7 @@ class LowBitHfQuantizer(HfQuantizer):
             if p not in ("disk", "auto", "balanced", "balanced_low_0", "sequential")
         }
         formats = (runs_as(p.format) if self.pre_quantized else p.format for p in self.plan.packed.values())
-        for spec in dict.fromkeys(format.inner.spec for format in formats):
+        for spec in dict.fromkeys(format.multiplied.spec for format in formats):
             for device in devices:
                 if op == "linear_int8" and device not in ("cpu", "meta"):
                     raise ValueError(
@@ -401,7 +401,7 @@ def quantize_weight(weight: torch.Tensor, planned: Packed, name: str, statistics
         if isinstance(format, OutlierFormat):
             weight, kept = format.take_out(weight, None if statistics is None else statistics.square.diagonal())
         if format.inner is not format:
-            weight, statistics = format.turn(weight.float()), statistics and statistics.turned(format)
+            weight, statistics = format.turn(weight.float()), None if statistics is None else statistics.turned(format)
         return {**format.pack(planned.method.quantize(weight, format.inner, statistics)), **kept}
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

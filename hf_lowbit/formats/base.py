@@ -88,6 +88,11 @@ class Format:
         """The format whose codes methods choose and kernels multiply: this one, unless weights are turned before."""
         return self
 
+    @property
+    def multiplied(self) -> "Format":
+        """The format that products with this one hand to a kernel."""
+        return self
+
     def turn(self, weight: torch.Tensor) -> torch.Tensor:
         """``weight`` (..., K) in the basis in which :attr:`inner` stores it."""
         return weight

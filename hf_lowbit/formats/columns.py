@@ -30,6 +30,10 @@ class ColumnsFormat(IntFormat):
         if self.group_size != -1 or not self.symmetric:
             raise ValueError("format='int_columns' has one step a row and is symmetric: drop group_size and symmetric")
 
+    @property
+    def multiplied(self) -> IntFormat:
+        return IntFormat(self.bits, self.group_size, self.scale_dtype, self.symmetric, self.zeros)
+
     def tensors(self, shape):
         return {**super().tensors(shape), "_columns": ((shape[1],), torch.float16)}
 

@@ -54,6 +54,10 @@ class OutlierFormat(Format):
         return self.rest.inner
 
     @property
+    def multiplied(self) -> Format:
+        return self.inner.multiplied
+
+    @property
     def spec(self) -> str:
         return f"{PREFIX}{self.percent}+{self.rest.spec}"
 

@@ -38,6 +38,10 @@ class RotatedFormat(Format):
         return self.stored
 
     @property
+    def multiplied(self) -> Format:
+        return self.inner.multiplied
+
+    @property
     def spec(self) -> str:
         return PREFIX + self.inner.spec
 
