@@ -209,7 +209,7 @@ def solve_checkpoint(
             and planned.method.needs_calibration
             and not any(n in run.planned for n in names(name, prefix))
         ):
-            plan.packed[name] = replace(planned, method=make_method(BEST[planned.format.name]))
+            plan.packed[name] = replace(planned, method=make_method(BEST[planned.format.multiplied.name]))
     return solved
 
 
@@ -230,7 +230,7 @@ def uncalibrated(source: Source, config: LowBitConfig) -> dict[str, dict[str, An
     for name, planned in source.plan.packed.items():
         if name not in reached and planned.method is not None and planned.method.needs_calibration:
             rule = _matching_rule(config, name, prefix)[1] or {}
-            options[name] = json.dumps({**rule, "method": BEST[planned.format.name], "method_options": {}})
+            options[name] = json.dumps({**rule, "method": BEST[planned.format.multiplied.name], "method_options": {}})
     if not options:
         return {}
     found = _compress(options, [name for name in source.plan.packed if name not in options])

@@ -34,6 +34,7 @@ from .storage.entropy import (
     pack_frequencies,
     symbols_for,
 )
+from .storage.entropy import entropy as symbol_entropy
 from .storage.entropy_plain import SYMBOLS as KINDS
 
 ZERO = 128  # where code 0 is counted
@@ -69,7 +70,8 @@ def coded_bits(codes: torch.Tensor, format: IntFormat, rows: int | None = None) 
     counts = (count_symbols(raw, symbols) * (shape[0] / codes.shape[0])).round()
     frequencies = choose_frequencies(counts)
     row_bytes = raw.shape[1]
-    blocks = -(-shape[0] // block_rows(shape[0], KINDS[symbols].count(row_bytes), row_bytes))
+    step = block_rows(shape[0], KINDS[symbols].count(row_bytes), row_bytes, symbol_entropy(counts))
+    blocks = -(-shape[0] // step)
     head = HEAD.size + 8 * len(shape) + 8 * blocks + len(pack_frequencies(frequencies))
     return 8 * min(head + expected_bytes(counts, frequencies, blocks), shape[0] * row_bytes)
 

@@ -74,7 +74,12 @@ def requantize(base: torch.nn.Module, weight: torch.Tensor, name: str = "") -> C
     before = base.dequantize(torch.float32)
     method = base.method
     if method is None or method.needs_calibration:
-        method = make_method(BEST[base.format.name])
+        if base.format.inner is not base.format.multiplied:
+            raise ValueError(
+                f"{name or 'a packed layer'} has a factor for each input, which nothing but calibration can choose "
+                "again: merge by 'low_rank', or into the dequantized model"
+            )
+        method = make_method(BEST[base.format.multiplied.name])
     planned = Packed(name, base.format, method, base.packed_shape)
     rest = weight
     for factor_in, factor_out in [base.factors()] if base.low_rank is not None else []:

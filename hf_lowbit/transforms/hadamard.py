@@ -7,8 +7,8 @@ orders follow from the number of inputs. docs/format.md has both, with test vect
 
 ``b`` is a power of two (Sylvester, 1867) and r the order of a Paley matrix (1933), 1 where K is a power of two itself;
 a dimension that has no such factors, an odd one for instance, is transformed in blocks, of one input if need be. Here
-it is a few small products, in plain PyTorch, differentiable; :mod:`hf_lowbit.lowbit_kernels.hadamard` does the same
-on GPUs, and cannot be imported without Triton.
+it is a few small products, in plain PyTorch, differentiable; :mod:`hf_lowbit.lowbit_kernels.hadamard` has a
+kernel of the same for GPUs, which is not called yet, and cannot be imported without Triton.
 """
 
 import functools
