@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import CACHE, RESULTS, model_folder, write_results
+from common import CACHE, earlier_rows, model_folder, write_results
 from held_out import HeldOut, calibration_documents, evaluation_texts
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -109,13 +109,6 @@ def quantize(source: str, name: str, options: tuple[str, ...], args: argparse.Na
     return folder, took
 
 
-def earlier_rows(command: str) -> dict[str, dict]:
-    """What an earlier run of the same command has written, by method: with --only a long run goes on."""
-    file = RESULTS / "calibrated.json"
-    data = json.loads(file.read_text()) if file.exists() else {"command": None}
-    return {row["method"]: row for row in data["rows"]} if data["command"] == command else {}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or repo; default SmolLM2-135M-Instruct off its grid")
@@ -136,7 +129,7 @@ def main():
         f"evaluation, of other documents. Quantizing: a process of its own, {torch.get_num_threads()} threads; seconds "
         "and peak memory with everything, the CPU seconds for 10^9 weights too."
     )
-    rows = earlier_rows(command)
+    rows = earlier_rows("calibrated", command)
     for name, options in settings().items():
         if args.only and not re.search(args.only, name):
             continue

@@ -61,6 +61,13 @@ def environment() -> dict:
     }
 
 
+def earlier_rows(name: str, command: str) -> dict[str, dict]:
+    """What an earlier run of the same command has written, by method: with --only a long run goes on."""
+    file = RESULTS / f"{name}.json"
+    data = json.loads(file.read_text()) if file.exists() else {}
+    return {row["method"]: row for row in data.get("rows", []) if data["command"] == command and "error" not in row}
+
+
 def write_results(name: str, command: str, rows: list[dict], note: str = "") -> None:
     """Writes ``results/NAME.json`` and ``results/NAME.md``, a table with the command that made it."""
     RESULTS.mkdir(exist_ok=True)

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import CACHE, RESULTS, model_folder, news_text, write_results
+from common import CACHE, earlier_rows, model_folder, news_text, write_results
 from held_out import calibration_documents
 from loading import Peak, anonymous_mb
 
@@ -237,13 +237,6 @@ def step_rows(source: str, names: list[str], rounds: int, steps: int) -> list[di
             "losses": " ".join(f"{loss:.3f}" for loss in results[0]["losses"]),
         })  # fmt: skip
     return rows
-
-
-def earlier_rows(name: str, command: str) -> dict[str, dict]:
-    """What an earlier run of the same command has written, by method: with --only a long run goes on."""
-    file = RESULTS / f"{name}.json"
-    data = json.loads(file.read_text()) if file.exists() else {}
-    return {row["method"]: row for row in data.get("rows", []) if data["command"] == command and "error" not in row}
 
 
 def main():
