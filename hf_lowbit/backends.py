@@ -26,8 +26,8 @@ class Problem:
     """What is to be run.
 
     Args:
-        op: "linear", "linear_int8", "input_gradient", "dequantize" or "embedding".
-        format: Text of the format (:attr:`hf_lowbit.formats.Format.spec`).
+        op: "linear", "linear_int8", "input_gradient", "dequantize", "embedding" or "rotate".
+        format: Text of the format (:attr:`hf_lowbit.formats.Format.spec`); of "rotate" the name of the transform.
         device: Device type, such as "cpu" or "cuda".
         dtype: Dtype of the activations, or of the result where there are none.
     """
@@ -66,8 +66,7 @@ class Kernel:
             return f"implements {self.op}"
         if self.unavailable is not None and (reason := self.unavailable()):
             return reason
-        name = parse_format(problem.format).name
-        if self.formats is not None and name not in self.formats:
+        if self.formats is not None and (name := parse_format(problem.format).name) not in self.formats:
             return f"does not read format {name!r}"
         if self.devices is not None and problem.device not in self.devices:
             return f"does not run on {problem.device!r}"

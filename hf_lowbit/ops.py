@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import select
+from .backends import requested_backend, select
 from .formats.columns import PREFIX, split_columns
 from .formats.outliers import PREFIX as OUTLIERS
 from .formats.rotated import PREFIX as ROTATED
-from .transforms.hadamard import rotate
+from .formats.rotated import TRANSFORMS
 
 # `backend` has no default here: autograd would be given one input less whenever it is "auto".
 _SCHEMAS = {
@@ -30,6 +30,7 @@ _SCHEMAS = {
     " str backend) -> Tensor",
     "embedding": "(Tensor index, Tensor weight, Tensor[] companions, str format, int in_features, ScalarType dtype,"
     " str backend) -> Tensor",
+    "rotate": "(Tensor x, bool inverse, str backend) -> Tensor",
 }
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"lowbit::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -68,8 +69,19 @@ def _embedding(index, weight, companions, format, in_features, dtype, backend):
     return kernel.run(index, weight, companions, format, in_features, dtype)
 
 
-for _run in (_linear, _linear_int8, _input_gradient, _dequantize, _embedding):
+def _rotate(x, inverse, backend):
+    wanted = requested_backend(backend)
+    wanted = "torch" if wanted == "native" else wanted  # whose linear takes what plain PyTorch rotated
+    return select("rotate", TRANSFORMS[0], x.device.type, x.dtype, wanted).run(x, inverse)
+
+
+for _run in (_linear, _linear_int8, _input_gradient, _dequantize, _embedding, _rotate):
     torch.library.impl(f"lowbit::{_run.__name__[1:]}", "CompositeExplicitAutograd", _run)
+
+
+@torch.library.register_fake("lowbit::rotate")
+def _(x, inverse, backend):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("lowbit::linear_int8")
@@ -130,6 +142,17 @@ def _input_gradient_backward(ctx, gradient):
 torch.library.register_autograd("lowbit::input_gradient", _input_gradient_backward, setup_context=_save_packed_gradient)
 
 
+def _rotate_setup(ctx, inputs, output):
+    _, ctx.inverse, ctx.backend = inputs
+
+
+def _rotate_backward(ctx, gradient):
+    return torch.ops.lowbit.rotate(gradient, not ctx.inverse, ctx.backend), None, None
+
+
+torch.library.register_autograd("lowbit::rotate", _rotate_backward, setup_context=_rotate_setup)
+
+
 def _direct(x: Tensor, bias: Tensor | None) -> bool:
     """Whether a call needs nothing of torch's dispatcher: no gradient, and nobody who traces, transforms or watches."""
     return not (
@@ -143,10 +166,18 @@ def _direct(x: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _for_kernels(x, companions, format):
+def rotate(x: Tensor, inverse: bool = False, backend: str = "auto") -> Tensor:
+    """``x R``, or ``x R^T``, of (..., K), in its dtype: :func:`hf_lowbit.transforms.hadamard.rotate` by a kernel.
+
+    Differentiable.
+    """
+    return _rotate(x, inverse, backend) if _direct(x, None) else torch.ops.lowbit.rotate(x, inverse, backend)
+
+
+def _for_kernels(x, companions, format, backend):
     """What a kernel multiplies in the place of ``x`` and a rotated weight, or one with column factors, and as what."""
     if format.startswith(ROTATED):
-        x, format = rotate(x), format.removeprefix(ROTATED)
+        x, format = rotate(x, backend=backend), format.removeprefix(ROTATED)
     if format.startswith(PREFIX):
         x, companions, format = split_columns(x, companions, format)
     return x, companions, format
@@ -184,7 +215,7 @@ def linear(
     """
     if format.startswith(OUTLIERS):
         return _beside_outliers(linear, x, weight, companions, bias, format, in_features, backend)
-    x, companions, format = _for_kernels(x, companions, format)
+    x, companions, format = _for_kernels(x, companions, format, backend)
     if _direct(x, bias):
         return _linear(x, weight, companions, bias, format, in_features, backend)
     return torch.ops.lowbit.linear(x, weight, companions, bias, format, in_features, backend)
@@ -205,7 +236,7 @@ def linear_int8(
     """
     if format.startswith(OUTLIERS):
         return _beside_outliers(linear_int8, x, weight, companions, bias, format, in_features, backend)
-    x, companions, format = _for_kernels(x, companions, format)
+    x, companions, format = _for_kernels(x, companions, format, backend)
     if _direct(x, bias):
         return _linear_int8(x, weight, companions, bias, format, in_features, backend)
     return torch.ops.lowbit.linear_int8(x, weight, companions, bias, format, in_features, backend)

@@ -13,6 +13,7 @@ from .formats import Format, parse_format
 from .formats.base import Tensors
 from .formats.lookup import LookupFormat
 from .int8 import dequantize_activations, int8_levels, quantize_activations
+from .transforms.hadamard import rotate
 
 CHUNK_WEIGHTS = 2**22  # 16 MB of float32
 BLOCK_WEIGHTS = 2**18
@@ -103,5 +104,5 @@ def embedding(index, weight, companions, format, in_features, dtype):
     return rows.view(*index.shape, in_features)
 
 
-for _op in (linear, linear_int8, input_gradient, dequantize, embedding):
+for _op in (linear, linear_int8, input_gradient, dequantize, embedding, rotate):
     register_kernel(Kernel(backend="torch", op=_op.__name__, run=_op))

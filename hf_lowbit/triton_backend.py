@@ -15,6 +15,7 @@ import torch
 
 from .backends import Kernel, register_kernel
 from .formats import KERNEL_FORMATS
+from .transforms.hadamard import signs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = frozenset({"cuda", "xpu"} | ({"cpu"} if INTERPRETED else set()))
@@ -39,6 +40,13 @@ def _run(op: str, *arguments):
     return getattr(_kernels(), op)(*arguments)
 
 
+def _rotate(x: torch.Tensor, inverse: bool) -> torch.Tensor:
+    """:func:`hf_lowbit.transforms.hadamard.rotate`: signs are exact in every dtype, the rest is one kernel."""
+    hadamard = importlib.import_module(".lowbit_kernels.hadamard", __package__).hadamard
+    s = signs(x.shape[-1], x.dtype, x.device)
+    return hadamard(x, inverse) * s if inverse else hadamard(x * s)
+
+
 def explain_forms(device: torch.device, format: str, dtype: torch.dtype) -> tuple[str, list[tuple[str, str | None]]]:
     """What a device is to the kernels, and for every form of their ``linear`` why it is passed over there, or None.
 
@@ -61,3 +69,6 @@ for _op in ("linear", "input_gradient", "dequantize", "embedding"):
             unavailable=unavailable,
         )
     )
+register_kernel(
+    Kernel(backend="triton", op="rotate", run=_rotate, devices=DEVICES, dtypes=DTYPES, unavailable=unavailable)
+)

@@ -7,8 +7,8 @@ orders follow from the number of inputs. docs/format.md has both, with test vect
 
 ``b`` is a power of two (Sylvester, 1867) and r the order of a Paley matrix (1933), 1 where K is a power of two itself;
 a dimension that has no such factors, an odd one for instance, is transformed in blocks, of one input if need be. Here
-it is a few small products, in plain PyTorch, differentiable; :mod:`hf_lowbit.lowbit_kernels.hadamard` has a
-kernel of the same for GPUs, which is not called yet, and cannot be imported without Triton.
+it is a few small products, in plain PyTorch, differentiable; :mod:`hf_lowbit.lowbit_kernels.hadamard`, which cannot
+be imported without Triton, has a kernel of the same for GPUs. :func:`hf_lowbit.ops.rotate` chooses.
 """
 
 import functools
@@ -22,13 +22,13 @@ MAX_BLOCK = 4096
 
 
 @functools.cache
-def signs(features: int) -> torch.Tensor:
-    """s (K,), float32: -1 where the lowest bit of a 32-bit hash (MurmurHash3's finalizer) of ``k + 1`` is set."""
+def signs(features: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> torch.Tensor:
+    """s (K,): -1 where the lowest bit of a 32-bit hash (MurmurHash3's finalizer) of ``k + 1`` is set, else 1."""
     h = torch.arange(1, features + 1, dtype=torch.int64)
     h = (h ^ (h >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
     h = (h ^ (h >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
     h = h ^ (h >> 16)
-    return 1.0 - 2.0 * (h & 1).float()
+    return (1.0 - 2.0 * (h & 1)).to(device, dtype)
 
 
 def hadamard_matrix(order: int) -> torch.Tensor | None:
@@ -100,7 +100,7 @@ def rotate(x: torch.Tensor, inverse: bool = False) -> torch.Tensor:
     """``x R``, or ``x R^T``, of (..., K), floating point, in its dtype; sums in float32, or wider for wider x."""
     K = x.shape[-1]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    s = signs(K).to(wide.device, wide.dtype)
+    s = signs(K, wide.dtype, wide.device)
     value = (wide if inverse else wide * s).reshape(-1, K)
     for n, right, matrix in _matrices(K, wide.dtype, wide.device):
         matrix = matrix if inverse else matrix.T  # from the left: the transposed one

@@ -6,6 +6,9 @@ import pytest
 import torch
 from hf_lowbit.lowbit_kernels.hadamard import factor, hadamard, hadamard_matrix, plain_hadamard
 
+from hf_lowbit import backends, ops
+from hf_lowbit.transforms.hadamard import rotate
+
 
 @pytest.mark.parametrize("order", [1, 2, 4, 8, 12, 20, 24, 28, 36, 40, 44, 48, 60])
 def test_matrices_are_hadamard(order):
@@ -58,3 +61,21 @@ def test_the_inverse_undoes_it(features):
 def test_gradients_of_the_twin():
     x = torch.randn(2, 36, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(plain_hadamard, (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 1), (2, 3, 96), (2, 36), (0, 32), (3, 65)])
+def test_rotated_layers_call_the_kernel(shape, dtype, device):
+    assert backends.select("rotate", "hadamard", device, dtype).backend == "triton"
+    assert backends.select("rotate", "hadamard", device, torch.float64).backend == "torch"
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(device, dtype).requires_grad_()
+    bound = 2 * _error_bound(x, shape[-1])
+    for inverse in (False, True):
+        result = ops.rotate(x, inverse)
+        assert result.dtype == dtype and ((result - rotate(x, inverse)).abs() <= bound).all()
+        assert torch.equal(ops.rotate(x.detach(), inverse), result)
+        direction = torch.randn_like(result)
+        (gradient,) = torch.autograd.grad(result, x, direction)
+        bound_of_gradient = 2 * _error_bound(direction, shape[-1])
+        assert ((gradient - rotate(direction, not inverse)).abs() <= bound_of_gradient).all()
