@@ -76,7 +76,8 @@ def measure_damage(
         For each layer ``<name>.gradients`` (N,), the mean squared gradients; ``<name>.curve``, its bits per weight at
         each of :data:`EXPONENTS`; and ``<name>.scale`` (1,), the factor of steps at the exponent 0. All float32.
     """
-    from .pipeline import Block, Layer, _hold, _weight  # which runs the hooks that import this
+    from .block import Block, Layer, _weight
+    from .pipeline import _hold  # which runs the hooks that import this
 
     tokens = tokens[torch.linspace(0, len(tokens) - 1, min(len(tokens), WINDOWS)).round().long()]
     inputs, arguments = blocks.capture(tokens)

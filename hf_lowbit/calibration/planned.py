@@ -11,8 +11,9 @@ from ..methods import BlockMethod
 from ..methods.rate_aware import Share
 from ..plan import Plan
 from ..quantizer import quantize_weight
+from .block import Layer, Solution
 from .damage import LayerShare, bits_stored, divide, measure_damage, read_damage
-from .pipeline import Layer, LayerHook, Solution
+from .hook import LayerHook
 from .statistics import Moments
 
 
