@@ -40,8 +40,8 @@ class Group(TyperGroup):
             raise
         except KeyboardInterrupt:
             _fail(
-                "interrupted: run the same command again to resume (quantize keeps what is finished; other commands "
-                "start over)"
+                "interrupted: run the same command again to resume (quantize and tradeoff keep what is finished; other "
+                "commands start over)"
             )
             raise typer.Exit(130) from None
         except FAILURES as error:
@@ -126,10 +126,14 @@ def parse_rule(text: str) -> tuple[str, dict[str, Any] | None]:
     match = _RULE.fullmatch(text)
     if match is None:
         raise typer.BadParameter(f"{text!r} is neither REGEX=KEY=VALUE,... nor REGEX=keep", param_hint="--rule")
-    if match["options"] == "keep":
-        return match["pattern"], None
-    pairs = (item.split("=") for item in match["options"].split(","))
-    return match["pattern"], {key: parse_value(value) for key, value in pairs}
+    return match["pattern"], None if match["options"] == "keep" else parse_options(match["options"])
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """Arguments of ``LowBitConfig`` from ``key=value,...``."""
+    if not re.fullmatch(rf"{_RULE_OPTION}(?:,{_RULE_OPTION})*", text):
+        raise typer.BadParameter(f"{text!r} is not KEY=VALUE,... with keys of {_RULE_KEYS.replace('|', ', ')}")
+    return {key: parse_value(value) for key, value in (item.split("=") for item in text.split(","))}
 
 
 def parse_method_option(text: str) -> tuple[str, Any]:
@@ -436,6 +440,29 @@ def demo(
     widths: Any = tuple(parse_value(item) for item in bits.split(","))
     content = None if text is None else text.read_text(encoding="utf-8")
     return run_demo(model, output, widths, text=content, say=_progress)
+
+
+@command
+def tradeoff(
+    model: Annotated[str, Argument(metavar="MODEL", help="A folder or repo id of a float model.")],
+    output: Annotated[Path, Argument(metavar="OUTPUT", help="The folder for results and plot.")],
+    text: Annotated[Path, Option(exists=True, dir_okay=False, help="A text file to evaluate on.")],
+    setting: Annotated[
+        list[str] | None,
+        Option(metavar="OPTIONS", help="'bits=3,group_size=row', 'bits_stored=2.5'; repeatable. [default: 15 of them]"),
+    ] = None,
+    calibration: Annotated[str | None, Option(metavar="TEXT", help="As for quantize; adds gptq's settings.")] = None,
+    windows: Annotated[int, Option(min=1, help="The most windows to evaluate on.")] = 12,
+    length: Annotated[int, Option(min=2, help="Tokens in a window.")] = 512,
+):
+    """Measure size in memory, size of coded files and quality over many settings, with a plot; can be stopped."""
+    from .tradeoff import measure_tradeoff
+
+    settings = [parse_options(item) for item in setting or ()]
+    content = text.read_text(encoding="utf-8")
+    return measure_tradeoff(
+        model, output, settings, text=content, calibration=calibration, windows=windows, length=length, say=_progress
+    )
 
 
 @command

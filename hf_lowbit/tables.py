@@ -187,6 +187,34 @@ def demo(console: Console, result: dict, arguments: dict) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
+def tradeoff(console: Console, result: dict, arguments: dict) -> None:
+    table = _table(
+        *("<setting", "<method", "bits in\nmemory", "bits\nstored", "MB of\nfiles", "KL", "top-1", "perplexity"),
+        title=result["model"],
+    )
+    for row in sorted(result["rows"], key=lambda row: row["file_bytes"]):
+        _row(
+            table,
+            row["name"],
+            row["method"],
+            f"{row['bits_in_memory']:.2f}",
+            f"{row['bits_stored']:.2f}",
+            megabytes(row["file_bytes"]) + ("*" if row["on_frontier"] else " "),
+            _with_error(row["kl"], row["kl_se"], 4),
+            _with_error(row["top1"], row["top1_se"], 3),
+            _with_error(row["perplexity"], row["perplexity_se"], 2),
+        )
+    console.print(table)
+    unpacked = result["float"]
+    console.print(
+        f"* nothing else here has smaller files and a lower KL. The float model: {megabytes(unpacked['memory_bytes'])} "
+        f"MB, perplexity {unpacked['perplexity']:.2f}. Written: {result['results']}, {result['plot']}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+
+
 def doctor(console: Console, result: dict, arguments: dict) -> None:
     about = _table("<what", "<found")
     for name, version in result["versions"].items():

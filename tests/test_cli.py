@@ -17,7 +17,7 @@ from hf_lowbit import cli, doctor, tables
 from hf_lowbit.config import LAYER_OPTIONS
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then over it again. " * 12
-COMMANDS = ("quantize", "inspect", "generate", "evaluate", "demo", "doctor", "push")
+COMMANDS = ("quantize", "inspect", "generate", "evaluate", "demo", "tradeoff", "doctor", "push")
 
 
 @pytest.fixture(scope="module")

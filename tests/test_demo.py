@@ -82,7 +82,7 @@ def test_a_packed_model_is_refused(source, tmp_path):
 
     model = AutoModelForCausalLM.from_pretrained(source, quantization_config=LowBitConfig(bits=4))
     model.save_pretrained(tmp_path / "packed")
-    with pytest.raises(ValueError, match="packed is quantized already: the demo needs the float model"):
+    with pytest.raises(ValueError, match="packed is quantized already: this needs the float model"):
         demo.run_demo(tmp_path / "packed", tmp_path / "out")
 
 
