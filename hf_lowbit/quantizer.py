@@ -152,6 +152,7 @@ class LowBitHfQuantizer(HfQuantizer):
                 select(op, spec, device, torch.float32, config.backend)
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
+        refuse_tensor_parallelism(model.config)
         if self.quantization_config.seeks_allocation:
             self._spend_budget(model, checkpoint_files)
         self.plan = make_plan(model, self.quantization_config)
@@ -326,6 +327,21 @@ class LowBitHfQuantizer(HfQuantizer):
         config, metadata = self.quantization_config, {"quantized_with": f"hf_lowbit {__version__}"}
         stored = None if config.storage == "raw" else store_model(model, config.layers or {}, config.storage)
         return stored, metadata
+
+
+def refuse_tensor_parallelism(config) -> None:
+    """Refuses to split packed tensors over processes, which transformers would do while it reads them.
+
+    Raises:
+        ValueError: if ``config`` says that the model is distributed by a tensor parallel plan.
+    """
+    distributed = getattr(config, "distributed_config", None)
+    size = getattr(distributed, "tp_size", None) or 1
+    if size > 1 or getattr(distributed, "tp_plan", None):
+        raise ValueError(
+            "packed layers cannot be split over processes (tensor parallelism): load without tp_plan= and tp_size=; "
+            "device_map='auto' spreads whole layers over the devices of one process"
+        )
 
 
 class LowBitQuantize(ConversionOps):

@@ -8,6 +8,8 @@ import torch
 import transformers
 from conftest import inputs, load, logits
 from safetensors import safe_open
+from transformers import AutoConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from hf_lowbit import LowBitConfig, LowBitEmbedding, LowBitLinear
 from hf_lowbit.packed import PackedMixin
@@ -184,6 +186,13 @@ def test_device_maps(device_map, repo, expected, tiny):
     config = LowBitConfig(bits=4, rules=EVERYTHING)
     fresh = load("llama", tiny("llama"), device_map=device_map, quantization_config=config)
     assert torch.equal(logits(fresh, "llama"), expected)
+
+
+def test_tensor_parallelism_is_refused(repo):
+    config = AutoConfig.from_pretrained(repo)
+    config.distributed_config = DistributedConfig(tp_plan="auto", tp_size=2)  # as from_pretrained sets it
+    with pytest.raises(ValueError, match=r"packed layers cannot be split over processes .* without tp_plan="):
+        load("llama", repo, config=config)
 
 
 def test_disk_offload_of_a_packed_repo(repo, expected, tmp_path):
