@@ -24,10 +24,10 @@ from .config import LowBitConfig
 from .inspection import inspect_repo
 from .methods import method_options
 from .plan import _wildcard, make_plan
-from .quantizer import replace_modules
 from .skeleton import NoSkeleton, build_skeleton, checkpoint_files, read_config
 from .storage.content import content_hash, read_places
 from .storage.headers import check_checkpoint
+from .swap import replace_modules
 from .version import __version__
 
 logger = logging.get_logger(__name__)

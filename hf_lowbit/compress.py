@@ -16,12 +16,13 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from .config import QUANT_METHOD, LowBitConfig
 from .convert import begun, check_destination, fingerprint, small_files, write_json
 from .plan import make_plan
-from .quantizer import LowBitHfQuantizer, replace_modules
+from .quantizer import LowBitHfQuantizer
 from .skeleton import KeyMap, NoSkeleton, build_skeleton, checkpoint_files, read_config, read_json
 from .storage.content import places_in
 from .storage.layers import by_layer, layer_of, spread
 from .storage.recode import store_file
 from .storage.stored import Widths
+from .swap import replace_modules
 from .version import __version__
 
 

@@ -31,12 +31,13 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 from .config import LowBitConfig
 from .pieces import Piece, Solved, make_pieces, produce
 from .plan import Plan, make_plan
-from .quantizer import LowBitHfQuantizer, replace_modules
+from .quantizer import LowBitHfQuantizer
 from .skeleton import KeyMap, build_skeleton, checkpoint_files, read_config, read_json
 from .storage.headers import read_headers
 from .storage.recode import store_file
 from .storage.shards import TEMPORARY, Layout, Reader, explained, sync_folder
 from .storage.stored import Widths
+from .swap import replace_modules
 from .version import __version__
 
 logger = logging.get_logger(__name__)

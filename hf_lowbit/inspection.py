@@ -22,11 +22,12 @@ from .config import QUANT_METHOD, LowBitConfig
 from .formats import parse_format
 from .low_rank import described
 from .plan import make_plan
-from .quantizer import LowBitHfQuantizer, replace_modules
+from .quantizer import LowBitHfQuantizer
 from .skeleton import KeyMap, NoSkeleton, build_skeleton, checkpoint_files, read_config
 from .storage import entropy as coder
 from .storage.headers import Entry, read_headers
 from .storage.shards import Reader
+from .swap import replace_modules
 
 
 def inspect_repo(path: str | os.PathLike, entropy: bool = False) -> dict:

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..evaluate import Evaluation, evaluate
 from ..packed import PackedMixin
-from ..quantizer import restore_modules
+from ..swap import restore_modules
 from .lora import FloatView
 from .requantize import Cost
 
