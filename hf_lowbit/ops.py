@@ -242,6 +242,31 @@ def linear_int8(
     return torch.ops.lowbit.linear_int8(x, weight, companions, bias, format, in_features, backend)
 
 
+def input_gradient(
+    gradient: Tensor,
+    weight: Tensor,
+    companions: list[Tensor],
+    format: str,
+    in_features: int,
+    backend: str = "auto",
+) -> Tensor:
+    """``gradient @ W`` (..., K) for ``gradient`` (..., N): what :func:`linear` passes back to its ``x``.
+
+    For callers that keep nothing for autograd; other arguments as in :func:`linear`.
+    """
+    if format.startswith(OUTLIERS):
+        *companions, outliers, index = companions
+        inner = input_gradient(gradient, weight, companions, format.partition("+")[2], in_features, backend)
+        return inner.index_add(-1, index, gradient @ outliers.to(gradient.dtype))
+    rotated, format = format.startswith(ROTATED), format.removeprefix(ROTATED)
+    factors = None
+    if format.startswith(PREFIX):
+        factors, companions, format = split_columns(gradient.new_ones(in_features), companions, format)
+    result = torch.ops.lowbit.input_gradient(gradient, weight, companions, format, in_features, backend)
+    result = result if factors is None else result * factors
+    return rotate(result, inverse=True, backend=backend) if rotated else result
+
+
 def dequantize(
     weight: Tensor, companions: list[Tensor], format: str, in_features: int, dtype: torch.dtype, backend: str = "auto"
 ) -> Tensor:

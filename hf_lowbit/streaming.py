@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .linear import LowBitLinear
+from .ops import input_gradient
 from .plan import names
 from .storage.content import places_in
 from .storage.headers import Entry, read_headers
@@ -313,7 +314,7 @@ class _StreamedLinear(torch.autograd.Function):
         module = ctx.module
         if ctx.needs_input_grad[0]:
             with module.streamed.use() as (weight, companions):
-                x_gradient = torch.ops.lowbit.input_gradient(
+                x_gradient = input_gradient(
                     gradient, weight, companions, module.spec, module.in_features, module.backend
                 )
         if ctx.needs_input_grad[1]:

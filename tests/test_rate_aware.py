@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_lowbit
-from hf_lowbit import LowBitConfig
+from hf_lowbit import LowBitConfig, ops
 from hf_lowbit.calibration import Calibration, damage
 from hf_lowbit.calibration.blocks import Blocks
 from hf_lowbit.calibration.statistics import Moments
@@ -201,6 +201,18 @@ def test_shapes_and_widths(shape, bits):
     )
     back = restored(quantized, format, shape)
     assert torch.isfinite(back).all() and moments.output_error(W, back) < moments.output_error(W, 0 * W)
+
+
+@pytest.mark.parametrize("before", ["", "hadamard+"])
+def test_the_gradient_alone_is_that_of_the_product(before):
+    spec = before + BYTES.spec
+    W, moments, _ = problem(24, 96)
+    stored = BYTES.pack(make_method("gptq", {"bits_stored": 3.0}).quantize(W, BYTES, moments))
+    companions = [stored[suffix] for suffix in BYTES.suffixes()]
+    x, gradient = torch.randn(2, 3, 96, requires_grad=True), torch.randn(2, 3, 24)
+    ops.linear(x, stored[""], companions, None, spec, 96).backward(gradient)
+    found = ops.input_gradient(gradient, stored[""], companions, spec, 96)
+    torch.testing.assert_close(found, x.grad, rtol=1e-5, atol=1e-5)  # the same float32 products
 
 
 def test_rows_that_are_worth_more_get_smaller_errors():

@@ -70,6 +70,8 @@ def test_products_are_those_with_the_dequantized_weight(text):
         torch.testing.assert_close(y, F.linear(x, weight, bias), rtol=1e-4, atol=1e-4)
         y.sum().backward()
         torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x), rtol=1e-4, atol=1e-4)
+        alone = ops.input_gradient(torch.ones_like(y), stored[""], companions, format.spec, 96)
+        torch.testing.assert_close(alone, x.grad, rtol=1e-4, atol=1e-4)
     found = ops.dequantize(stored[""], companions, format.spec, 96, torch.float32)
     torch.testing.assert_close(found, weight, rtol=0, atol=0)
     rows = format.select_rows(stored, torch.tensor([3, 20]))
