@@ -6,6 +6,8 @@ interpreter. Instructions are limited where few of them decide, on sm_80 and sm_
 bits and more shared memory than a program can have are refused on all NVIDIA targets.
 """
 
+import atexit
+import functools
 import json
 import os
 import subprocess
@@ -27,9 +29,10 @@ _COUNT = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import sass_report as report
-cases = [report.Case(*fields) for fields in json.load(sys.stdin)]
-counted = report.measure(cases, processes=1)
-print(json.dumps([c if isinstance(c, str) else report.record(case, c) for case, c in counted]))
+for line in sys.stdin:
+    case = report.Case(*json.loads(line))
+    ((_, cost),) = report.measure([case], processes=1)
+    print("counted", json.dumps(cost if isinstance(cost, str) else report.record(case, cost)), flush=True)
 """
 _FORM = {"fp16": "subnormal", "bf16": "magic"}
 QUICK = (("gemv", "int:bits=4,group_size=128,symmetric=False"), ("gemm16", "int:bits=4,group_size=128,symmetric=False"))
@@ -51,14 +54,25 @@ def limit(kernel: str, format: str, dtype: str) -> float:
     return allowed + (dtype == "bf16")
 
 
-def count(cases: list[Case]) -> list:
-    """Records, or the error as text, of ``cases``."""
+@functools.cache
+def _counter() -> subprocess.Popen:
+    """A process that counts a case a line for as long as the tests run: starting it takes longer than most counts."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
-    given = json.dumps([[c.target, c.kernel, c.format, c.dtype, c.form] for c in cases])
     command = [sys.executable, "-c", _COUNT, str(BENCHMARKS)]
-    done = subprocess.run(command, input=given, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(process.kill)
+    return process
+
+
+def count(case: Case) -> dict | str:
+    """The record of ``case``, or the error as text."""
+    process = _counter()
+    print(json.dumps([case.target, case.kernel, case.format, case.dtype, case.form]), file=process.stdin, flush=True)
+    for line in process.stdout:  # the compiler prints, too
+        if line.startswith("counted "):
+            return json.loads(line.removeprefix("counted "))
+    _counter.cache_clear()
+    pytest.fail(f"the process that counts ended with {process.wait()}; its message is above")
 
 
 def _parameters():
@@ -74,7 +88,7 @@ def _parameters():
 
 @pytest.mark.parametrize("case", list(_parameters()))
 def test_a_weight_costs_few_instructions_and_wide_loads(case):
-    (found,) = count([case])
+    found = count(case)
     assert isinstance(found, dict), found
     assert set(found) == set(KEYS)
     assert found["spills"] == 0
@@ -125,7 +139,7 @@ def _small_groups():
 @pytest.mark.parametrize("case", list(_small_groups()))
 def test_groups_smaller_than_a_block_compile_and_do_not_spill(case):
     """More sums and scales for a weight, so the limits of instructions, for groups of 128, do not hold."""
-    (found,) = count([case])
+    found = count(case)
     assert isinstance(found, dict), found
     assert found["spills"] == 0 and found["load_bits"] == 128
     assert found["shared_bytes"] <= SHARED_BYTES[case.target]
@@ -146,7 +160,7 @@ def _shipped():
 @pytest.mark.parametrize("case", list(_shipped()))
 def test_shipped_sizes_do_not_spill(case):
     """The entries of the files in ``tuning``, which :mod:`sass_report` takes as the kernels do."""
-    (found,) = count([case])
+    found = count(case)
     assert isinstance(found, dict), found
     assert found["spills"] == 0 and found["load_bits"] == 128
     assert found["shared_bytes"] <= SHARED_BYTES[case.target]
