@@ -162,7 +162,7 @@ class FloatView:
             else:
                 with self.float_view():
                     super().merge(safe_merge, merged + names)
-        except Exception:
+        except BaseException:  # Ctrl-C, too: what is half merged is neither
             original.restore(base)
             self.merged_adapters = []
             raise
