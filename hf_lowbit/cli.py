@@ -97,7 +97,7 @@ QUANTIZATION = {
     "format": Annotated[str | None, Option(help="int, nf, fp4, codebook, ternary or nested. [default: int]")],
     "method": Annotated[
         str | None,
-        Option(help="rtn, hqq, lloyd, ecsq, gptq or signround. [default: the best that needs no calibration]"),
+        Option(help="rtn, hqq, lloyd, ecsq, gptq, awq or signround. [default: the best that needs no calibration]"),
     ],
     "group_size": Annotated[str | None, Option(help="Inputs that share a scale: 16 to 1024, or row.")],
     "symmetric": Annotated[bool | None, Option(help="For int: no zero points.")],

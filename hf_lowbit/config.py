@@ -100,8 +100,8 @@ class LowBitConfig(MetalConfig):
             name of a file from ``hf-lowbit plan`` replays what was found before.
         format: "int" (default), "nf", "fp4", "codebook", "ternary", or "nested" for codes whose first bits are codes
             too, of which ``load_bits`` reads as many as are wanted; see ``docs/format.md``.
-        method: "rtn", "hqq", "lloyd" or, with calibration, "gptq" or "signround"; by default the best measured one for
-            the format.
+        method: "rtn", "hqq", "lloyd" or, with calibration, "gptq", "awq" or "signround"; by default the best measured
+            one for the format.
         group_size: Consecutive inputs that share a scale: 16 to 1024 by powers of two, or "row". Default 32 for
             "int" and "fp4", "row" for "ternary" and for a codebook per row, otherwise 64 (also where "int" is
             symmetric or made by "hqq").
@@ -362,7 +362,10 @@ class LowBitConfig(MetalConfig):
                 options["bits"] = 4 if stored is None else bits_in_memory(stored, options["method"])
         bits, format_name, method_name = options["bits"], options["format"], options["method"]
         options["method_options"] = {**options["method_options"], **_rate(options)}
-        if options["bits_stored"] is not None and format_name == "int" and method_name != BEST_RATE_AWARE:
+        stored = options["bits_stored"] is not None and method_name != BEST_RATE_AWARE
+        integers = format_name == "int" and not stored
+        makes = methods()[method_name].formats if method_name in methods() else ()
+        if format_name == "int" and (stored or ("int_columns" in makes and "int" not in makes)):
             format_name = "int_columns"
         rotated = options["transform"] not in (None, "none")
         if rotated and options["transform"] not in TRANSFORMS:
@@ -383,7 +386,7 @@ class LowBitConfig(MetalConfig):
         if is_fraction(bits):
             if overrides and "bits" in overrides:
                 raise ValueError(f"bits={bits!r} is a budget, which is for the whole model: use a whole number here")
-            if format_name not in BUDGETED or options["bits_stored"] is not None:
+            if options["format"] not in BUDGETED or options["bits_stored"] is not None:
                 raise ValueError(
                     f"bits={bits!r} is a budget, which needs formats of several widths: use "
                     f"{' or '.join(map(repr, BUDGETED))}, without bits_stored="
@@ -404,7 +407,7 @@ class LowBitConfig(MetalConfig):
             isinstance(arguments["group_size"], (bool, str)) or arguments["group_size"] == 0
         ):
             raise ValueError(f"group_size={options['group_size']!r} is not possible: use a power of two, or 'row'")
-        if format_name == "int":
+        if integers:
             if method_name == BEST_RATE_AWARE:
                 arguments = {"group_size": -1, "symmetric": True, **arguments}
             arguments.setdefault("symmetric", arguments["bits"] == 1)
@@ -416,6 +419,7 @@ class LowBitConfig(MetalConfig):
                 # 14 to 22 % less KL than groups of 64 with 16-bit scales, for 0.03 to 0.06 bits more (docs/methods.md).
                 arguments.setdefault("group_size", 32)
                 arguments.setdefault("scale_dtype", "log8")
+            arguments.setdefault("group_size", 64)
         if format_name == "codebook" and arguments.get("codebook") == "row":
             arguments.setdefault("group_size", -1)
         if method_name not in methods():

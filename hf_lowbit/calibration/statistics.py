@@ -60,6 +60,13 @@ class Moments:
         result.cross = None if self.cross is None else format.turn(format.turn(self.cross).T).T
         return result
 
+    def scaled(self, factors: torch.Tensor) -> "Moments":
+        """The moments of the inputs times ``factors`` (K,)."""
+        result = Moments(0, device=self.square.device)
+        result.tokens, result.square = self.tokens, self.square * factors * factors[:, None]
+        result.cross = None if self.cross is None else self.cross * factors * factors[:, None]
+        return result
+
     def output_error(self, weight: torch.Tensor, other: torch.Tensor) -> float:
         """Mean over tokens of ``|x V^T - x W^T|^2`` for ``weight`` W and ``other`` V (N, K)."""
         E = other - weight

@@ -1,9 +1,10 @@
-"""``format="int_columns"``: integers around zero, a step for each row and a factor for each column.
+"""``format="int_columns"``: integers as in ``int``, and a factor for each column.
 
-``w[n, k] = scale[n] * column[k] * (code - zero)``. Inputs of a layer differ widely in what an error of their weights
-costs, and a calibrated grid is fine where that is much (:mod:`hf_lowbit.methods.rate_aware`). The factors are the same
-for all rows, so a product takes them off the weight: ``(x * column) @ V^T`` with V an ordinary ``int`` weight, which
-every kernel multiplies. ``weight_columns`` is float16 (K,).
+``w[n, k] = column[k] * scale * (code - zero)``. Inputs of a layer differ widely in what an error of their weights
+costs, and a calibrated grid is fine where that is much (:mod:`hf_lowbit.methods.awq`, and with one step a row
+:mod:`hf_lowbit.methods.rate_aware`). The factors are the same for all rows, so a product takes them off the weight:
+``(x * column) @ V^T`` with V an ordinary ``int`` weight, which every kernel multiplies. ``weight_columns`` is
+float16 (K,).
 """
 
 from dataclasses import dataclass
@@ -18,17 +19,12 @@ PREFIX = "int_columns:"
 
 @dataclass(frozen=True)
 class ColumnsFormat(IntFormat):
-    """Symmetric integers with row scales and column factors."""
+    """Integers with column factors; by default around zero, with a step for each row."""
 
     group_size: int = -1
     symmetric: bool = True
 
     name = "int_columns"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.group_size != -1 or not self.symmetric:
-            raise ValueError("format='int_columns' has one step a row and is symmetric: drop group_size and symmetric")
 
     @property
     def multiplied(self) -> IntFormat:
@@ -41,8 +37,9 @@ class ColumnsFormat(IntFormat):
         return super().whole_tensor_suffixes() | {"_columns"}
 
     def pack(self, quantized: Quantized) -> Tensors:
-        assert quantized.columns is not None
-        return {**super().pack(quantized), "_columns": quantized.columns.to(torch.float16)}
+        columns = quantized.columns  # of a method that knows nothing of them: all 1
+        columns = torch.ones(quantized.codes.shape[1], device=quantized.codes.device) if columns is None else columns
+        return {**super().pack(quantized), "_columns": columns.to(torch.float16)}
 
     def unpack(self, stored: Tensors, shape) -> Quantized:
         quantized = super().unpack(stored, shape)

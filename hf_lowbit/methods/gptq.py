@@ -64,6 +64,8 @@ class Gptq(Method):
     def check(self, format):
         if (format.name == "int_columns") != (self.bits_stored is not None):
             raise ValueError("format 'int_columns' and bits_stored= belong together: use neither, or both, with 'gptq'")
+        if format.name == "int_columns" and (format.group_size != -1 or not format.symmetric):
+            raise ValueError("bits_stored= has one step a row and is symmetric: drop group_size and symmetric")
 
     @torch.no_grad()
     def quantize(self, weight, format, statistics=None):

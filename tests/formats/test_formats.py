@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from hf_lowbit.formats import FORMATS, Quantized, parse_format
 from hf_lowbit.formats.codebook import CodebookFormat
-from hf_lowbit.formats.columns import ColumnsFormat
 from hf_lowbit.formats.fp4 import MAGNITUDES, NEGATIVE_ZERO, Fp4Format
 from hf_lowbit.formats.integer import MAX_FLOAT_ZERO, IntFormat
 from hf_lowbit.formats.nested import NestedFormat
@@ -40,17 +39,15 @@ SMOLLM2_SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536))
 def formats(draw):
     name = draw(st.sampled_from(sorted(FORMATS)))
     common = {"group_size": draw(st.sampled_from(GROUPS)), "scale_dtype": draw(st.sampled_from(SCALE_DTYPES))}
-    if name == "int":
+    if name in ("int", "int_columns"):
         zeros = draw(st.sampled_from(("int", "float")))
-        return IntFormat(draw(WIDTHS), symmetric=draw(st.booleans()), zeros=zeros, **common)
+        return FORMATS[name](draw(WIDTHS), symmetric=draw(st.booleans()), zeros=zeros, **common)
     if name == "nf":
         return NormalFloatFormat(draw(st.sampled_from((2, 3, 4))), **common)
     if name == "fp4":
         return Fp4Format(**common)
     if name == "ternary":
         return TernaryFormat(**common)
-    if name == "int_columns":
-        return ColumnsFormat(draw(WIDTHS), scale_dtype=common["scale_dtype"])
     if name == "nested":
         return NestedFormat(draw(st.integers(2, 8)), **common)
     if draw(st.booleans()):

@@ -250,7 +250,7 @@ def test_the_table_above_covers_every_method_and_format():
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("gptqq", {}, "method='gptqq' is unknown: use one of ecsq, gptq, hqq, lloyd, nested, rtn, signround"),
+        ("gptqq", {}, "method='gptqq' is unknown: use one of awq, ecsq, gptq, hqq, lloyd, nested, rtn, signround"),
         ("rtn", {"rang": "mse"}, "method 'rtn' has no option 'rang': it takes range"),
         ("rtn", {"range": "max"}, "range='max' is unknown: method 'rtn' takes 'weighted', 'mse' or 'minmax'"),
         ("hqq", {"lp_norm": 0}, "lp_norm=0 is not possible: method 'hqq' takes an exponent above 0, at most 1"),
