@@ -27,7 +27,7 @@ from transformers.utils import logging
 from .calibration import Calibration, Run, calibrate, planned_hook
 from .calibration.blocks import Blocks
 from .config import LowBitConfig
-from .convert import Source, check_source, fetch, open_source, quantize_folder
+from .convert import check_source, fetch, open_source, quantize_folder
 from .methods import BEST, make_method
 from .plan import Plan, _compress, _matching_rule, _pattern, names
 from .storage.content import content_hash
@@ -156,15 +156,18 @@ def solve(
         options: Of :func:`hf_lowbit.calibration.calibrate`.
     """
     assert isinstance(config.calibration, Calibration)
-    tokens = config.calibration.tokens(tokenizer)
     source = open_source(folder, config, dtype)
-    rules = uncalibrated(source, config)
+    samples = config.calibration.samples(source.model, tokenizer)
+    samples.check(source.model)
+    blocks = Blocks(source, samples)
+    rules = uncalibrated(blocks, config)
     if rules:
         config.rules = rules
         source = open_source(folder, config, dtype)
-    hook = planned_hook(source.plan)
-    run = calibrate(source, work or cache_folder(), hook, tokens, settings, shared=work is None, **options)
-    config.calibration = config.calibration.record(tokens)
+        blocks.use(source)
+    hook, place = planned_hook(source.plan), work or cache_folder()
+    run = calibrate(source, place, hook, samples, settings, blocks=blocks, shared=work is None, **options)
+    config.calibration = config.calibration.record(samples)
     few = {name: count for name, count in run.tokens().items() if count < run.planned[name].shape[1]}
     if few:
         name = max(few, key=lambda name: run.planned[name].shape[1] / few[name])
@@ -222,9 +225,9 @@ def _device(device_map: Any) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and "auto" in places else "cpu")
 
 
-def uncalibrated(source: Source, config: LowBitConfig) -> dict[str, dict[str, Any] | None]:
+def uncalibrated(blocks: Blocks, config: LowBitConfig) -> dict[str, dict[str, Any] | None]:
     """The config's rules, after new ones that plan without calibration what it does not reach; empty without any."""
-    blocks = Blocks(source)
+    source = blocks.source
     reached = {f"{block}.{name}" for block, layers in zip(blocks.names, blocks.layers, strict=True) for name in layers}
     prefix, options = getattr(source.model, "base_model_prefix", ""), {}
     for name, planned in source.plan.packed.items():

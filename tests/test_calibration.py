@@ -175,14 +175,9 @@ def test_blocks_compute_what_the_model_computes(name, tiny):
         torch.testing.assert_close(last(hidden), expected[-1])
 
 
-def test_encoder_decoders_are_refused(tiny):
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder: calibration runs through"):
-        Blocks(source(tiny, "t5"))
-
-
 def test_nothing_packed_in_the_blocks(tiny):
     config = LowBitConfig(bits=4, rules={".*layers.*": None, ".*lm_head": {"bits": 4}})
-    with pytest.raises(ValueError, match=r"nothing is packed in the decoder blocks model.layers.0 to model.layers.1"):
+    with pytest.raises(ValueError, match=r"nothing is packed in the blocks model.layers.0 to model.layers.1"):
         Blocks(source(tiny, "llama", config))
 
 

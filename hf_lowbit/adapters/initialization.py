@@ -128,6 +128,8 @@ def initialize(
         settings["model"] = content_hash(folder)
     check_source(folder)
     source = open_source(folder, config, dtype)
+    if source.model.config.is_encoder_decoder:
+        raise ValueError(f"{type(source.model).__name__} is an encoder-decoder: adapters are made for causal models")
     if not source.model.can_generate():
         raise ValueError(f"{type(source.model).__name__} is not a causal language model: its adapter would have no use")
     tokens = None

@@ -61,7 +61,7 @@ class Probes:
     """
 
     def __init__(self, source: Source, tokens: torch.Tensor, candidates: Candidates):
-        self.blocks, self.tokens, self.candidates = Blocks(source), tokens, candidates
+        self.blocks, self.tokens, self.candidates = Blocks(source, tokens), tokens, candidates
         self.hidden, self.arguments = self.blocks.capture(tokens)
         self.reached = {
             f"{block}.{name}": (i, name)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..plan import Packed
+from .arguments import Arguments
 from .statistics import Moments
 
 
@@ -56,13 +57,17 @@ class Block:
             is spilled to a file, otherwise on ``device``, where the block is.
         reference_inputs: (W, L, H) what it gets in the float model, or None.
         arguments: What else it gets.
+        reference_arguments: What else it gets in the float model.
         generator: For all random choices in this block.
         batch_size: Windows that run together.
     """
 
-    def __init__(self, name, index, reference, layers, inputs, reference_inputs, arguments, generator, batch_size):
+    def __init__(
+        self, name, index, reference, layers, inputs, reference_inputs, arguments, generator, batch_size, others=None
+    ):
         self.name, self.index, self.reference, self.layers = name, index, reference, layers
         self.inputs, self.reference_inputs, self.arguments = inputs, reference_inputs, arguments
+        self.reference_arguments = arguments if others is None else others
         self.generator, self.batch_size = generator, batch_size
         self.device = next((p.device for p in reference.parameters()), torch.device("cpu"))
         # Parameters that nobody changes are shared with the float block.
@@ -82,35 +87,59 @@ class Block:
 
     def batches(self) -> list[torch.Tensor]:
         """Numbers of the windows that run together."""
-        return self.arguments.batches(self.batch_size)
+        found = [a.batches(self.batch_size) for a in (self.arguments, self.reference_arguments)]
+        return max(found, key=len)
 
     @torch.no_grad()
     def outputs(self, module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
         """Outputs (W, L, H) of ``module`` for ``inputs`` (W, L, H)."""
-        result = torch.empty_like(inputs)
-        for windows in self.batches():
-            result[windows] = self._run(module, inputs, windows).to(result.device)
-        return result
+        return self._through(module, inputs, None)
 
     @torch.no_grad()
-    def advance(self) -> None:
-        """Replaces the block's inputs by its outputs, batch by batch.
+    def advance(self) -> list[torch.Tensor]:
+        """The outputs of the solved block and, where its inputs are there, of the float one, in place of the inputs.
 
         Raises:
             ValueError: if the solved block's outputs are not finite.
         """
-        for module, inputs in ((self.module, self.inputs), (self.reference, self.reference_inputs)):
-            for windows in self.batches() if inputs is not None else ():
-                inputs[windows] = self._run(module, inputs, windows).to(inputs.device)
-                if module is self.module and not torch.isfinite(inputs[windows]).all():
-                    raise ValueError(
-                        f"the activations after {self.name} are not finite: the model is damaged, or too few bits "
-                        "broke it"
-                    )
+        assert self.inputs is not None
+        self.inputs = self._through(self.module, self.inputs, self.inputs)
+        if not all(torch.isfinite(self.inputs[windows]).all() for windows in self.batches()):
+            raise ValueError(
+                f"the activations after {self.name} are not finite: the model is damaged, or too few bits broke it"
+            )
+        if self.reference_inputs is None:
+            return [self.inputs]
+        self.reference_inputs = self._through(self.reference, self.reference_inputs, self.reference_inputs)
+        return [self.inputs, self.reference_inputs]
+
+    def _through(self, module: nn.Module, inputs: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
+        """Outputs for ``inputs``, in ``result`` where that is given and has their shape."""
+        arguments = self._arguments(module)
+        for windows in self.batches():
+            output = arguments.call(module, inputs[windows].to(self.device), windows)
+            arguments.hand_on(self.index, windows, output)
+            folded = arguments.folded(output[0], inputs.shape[1])
+            if result is None or result.shape[1:] != folded.shape[1:]:
+                result = inputs.new_empty(len(inputs), *folded.shape[1:])
+            result[windows] = folded.to(result.device)
+        assert result is not None
+        return result
+
+    def _arguments(self, module: nn.Module) -> Arguments:
+        return self.reference_arguments if module is self.reference else self.arguments
 
     def _run(self, module, inputs, windows) -> torch.Tensor:
         """Outputs (b, L, H) of ``module`` for some windows of ``inputs``, which may lie on another device."""
-        return self.arguments.run(module, inputs[windows].to(self.device), windows)
+        return self._arguments(module).run(module, inputs[windows].to(self.device), windows)
+
+    def power(self, target: torch.Tensor) -> float:
+        """What an error at the output is to be measured by: the mean square of what the float block, which gives
+        ``target`` (W, L, H), adds to its inputs, or of all that it gives where that has another shape.
+        """
+        assert self.reference_inputs is not None
+        alike = target.shape == self.reference_inputs.shape
+        return float((target - self.reference_inputs if alike else target).square().mean())
 
     def error(self, target: torch.Tensor) -> float:
         """Mean squared error of the output (W, L, H) of the block as solved so far, from ``target`` (W, L, H)."""

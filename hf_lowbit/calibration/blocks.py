@@ -1,19 +1,16 @@
-"""A causal language model as a row of decoder blocks, of which one is in memory in float at a time.
+"""A model as rows of blocks, of which one is in memory in float at a time.
 
-The skeleton has no weights. Its part before the first block (embeddings) is read once, to get the first block's inputs.
-For that, one forward pass per window runs with every block replaced by a recorder that hands its input on, so that the
-masks, rotations and whatever else the model gives to each block are known for each block (models with several kinds
-of attention give them different ones). The blocks themselves are then read from the checkpoint when their turn comes.
+Blocks are the members of the model's outermost lists of modules: those of a decoder, of an encoder, of a vision tower.
+Which of them run, and in which order, is found by one run on one sample (:mod:`.order`). The skeleton has no weights:
+what is outside the blocks (embeddings, projectors) is read when the inputs of a row are wanted (:mod:`.stream`), and
+the blocks themselves when their turn comes.
 
 Everything is computed in float32, from weights that were cast to the dtype in which the model will be kept.
-
-Left out: encoders, and models that do something between two blocks; both are refused.
 """
 
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -25,113 +22,104 @@ from transformers.modeling_utils import local_torch_dtype
 from ..convert import Source
 from ..pieces import Piece, realize
 from ..plan import _tied_weights
-from ..quantizer import quantize_weight
 from ..skeleton import model_class
-
-
-class _Recorded(Exception):
-    """Stops a forward pass after the last block."""
+from .arguments import Arguments
+from .order import Order, find_lists, find_order
+from .samples import Samples
+from .stream import Stream
 
 
 class Blocks:
-    """The decoder blocks of the model that ``source`` describes.
+    """The blocks of the model that ``source`` describes.
+
+    Args:
+        source: The float model.
+        samples: What it will be run on; without it, only names and weights of blocks are known, those of the decoder.
 
     Attributes:
-        names: Names of the blocks, "model.layers.0" and so on.
+        candidates: Names of everything that is a block if it runs, read a block at a time.
+        names: Names of the blocks, "model.layers.0" and so on, in the order in which they run.
         layers: For each block, the names in it of the linear layers that the plan packs, "self_attn.q_proj" and so on.
+        order: How they follow each other.
 
     Raises:
-        ValueError: for a model without decoder blocks, or with nothing in them that is packed.
+        ValueError: for a model without blocks, with nothing in them that is packed, or that cannot run on ``samples``.
     """
 
-    def __init__(self, source: Source):
-        self.source = source
-        self.model = _skeleton(source)
-        self.decoder = self.model.get_decoder()
-        self.names = _find_blocks(self.model, self.decoder)
-        self._blocks = [self.model.get_submodule(name) for name in self.names]
-        self.layers = [
-            [name.removeprefix(block + ".") for name in source.plan.packed if name.startswith(block + ".")]
-            for block in self.names
-        ]
+    def __init__(self, source: Source, samples: Samples | torch.Tensor | None = None):
+        self.model, self.order = _skeleton(source), Order()
+        self.candidates = find_lists(self.model)
+        if not self.candidates:
+            raise ValueError(f"{type(self.model).__name__} has no list of blocks: calibration cannot run through it")
+        self.use(source)
+        if samples is None:
+            decoder = {id(module) for module in self.model.get_decoder().modules()}
+            self.order = Order([n for n in self.candidates if id(self.model.get_submodule(n)) in decoder])
+        else:
+            self.order = find_order(self, Samples.of(samples).fullest())
+        self.use(source)
         if not any(self.layers):
+            where = f"{self.names[0]} to {self.names[-1]}" if self.names else "that run"
             raise ValueError(
-                f"nothing is packed in the decoder blocks {self.names[0]} to {self.names[-1]} of "
-                f"{type(self.model).__name__}: calibration has nothing to do"
+                f"nothing is packed in the blocks {where} of {type(self.model).__name__}: calibration has nothing to do"
             )
+
+    @property
+    def names(self) -> list[str]:
+        return self.order.names
+
+    def use(self, source: Source) -> None:
+        """Takes another plan for the same model."""
+        self.source, packed = source, source.plan.packed
+        self.layers = [[n.removeprefix(b + ".") for n in packed if n.startswith(b + ".")] for b in self.names]
         self._owners: dict[str, list[Piece]] = {}
         for piece in source.pieces:
             for name in piece.made:
-                owner = next((b for b in self.names if name.startswith(b + ".")), "")
+                owner = next((b for b in self.candidates if name.startswith(b + ".")), "")
                 owned = self._owners.setdefault(owner, [])
                 if not any(other is piece for other in owned):
                     owned.append(piece)
 
     def read(self, index: int) -> nn.Module:
         """A new float32 copy of block ``index`` with its weights."""
-        block = copy.deepcopy(self._blocks[index])
-        _fill(block, self._parameters(self.names[index]), self.names[index] + ".")
+        return self.read_block(self.names[index])
+
+    def read_block(self, name: str) -> nn.Module:
+        """A new float32 copy of the block ``name`` with its weights."""
+        block = copy.deepcopy(self.model.get_submodule(name))
+        _fill(block, self._parameters(name), name + ".")
         return block.eval()
 
-    @torch.no_grad()
+    def fill(self, model: nn.Module, wanted: set[str]) -> None:
+        """Gives ``model`` those of the ``wanted`` parameters and buffers that are in no block, by full name."""
+        _fill(model, self._parameters("", wanted), "")
+
     def capture(
         self, tokens: torch.Tensor, hold: Callable[[tuple[int, ...]], torch.Tensor] = torch.empty, packed: bool = False
-    ) -> tuple[torch.Tensor, list["Arguments"]]:
+    ) -> tuple[torch.Tensor, list[Arguments]]:
         """The first block's inputs, float32 (W, L, H), for ``tokens`` (W, L), and every block's other arguments.
 
         Args:
             tokens: int64.
             hold: Makes the float32 tensor for the inputs from its shape.
             packed: Whether embeddings that will be packed are rounded as they will be.
+
+        Raises:
+            ValueError: for a model that does something of its own between blocks.
         """
-        head, prefix = copy.deepcopy(self.model), _name_of(self.model, self.decoder)
-        decoder, blocks = head.get_submodule(prefix), [head.get_submodule(name) for name in self.names]
-        names = [n for n, _ in decoder.named_parameters()] + [n for n, _ in decoder.named_buffers()]
-        wanted = {f"{prefix}.{n}" if prefix else n for n in names}
-        _fill(head, self._parameters("", wanted), "")
-        for name, planned in self.source.plan.packed.items() if packed else ():
-            place = head.get_submodule(name)._parameters
-            weight = place["weight"]
-            if weight is not None and weight.device.type != "meta":  # that is, outside the blocks and the output head
-                tensors = quantize_weight(weight.data, planned, f"{name}.weight")
-                value = planned.format.dequantize(tensors, planned.shape)
-                place["weight"] = nn.Parameter(value, requires_grad=False)
-        hidden: torch.Tensor | None = None
-        arguments = [Arguments() for _ in blocks]
-        last: list[Any] = [None, -1]
-
-        def recorder(i):
-            def forward(*args, **kwargs):
-                nonlocal hidden
-                args = list(args)
-                x = args.pop(0) if args else kwargs.pop("hidden_states")
-                if i != last[1] + 1 or (i and x is not last[0]):
-                    raise ValueError(
-                        f"{type(self.model).__name__} does something of its own before {self.names[i]}: its blocks do "
-                        "not follow each other directly, which calibration cannot follow. Use a method without it"
-                    )
-                if i == 0:
-                    hidden = hold((len(tokens), *x.shape[1:])) if hidden is None else hidden
-                    hidden[len(arguments[0].windows)] = x[0]
-                arguments[i].record(args, kwargs)
-                last[:] = [x, i]
-                if i == len(blocks) - 1:
-                    raise _Recorded
-                return x
-
-            return forward
-
-        for i, block in enumerate(blocks):
-            block.forward = recorder(i)
-        for window in tokens:
-            last[:] = [None, -1]
-            try:
-                decoder(input_ids=window[None], use_cache=False)
-            except _Recorded:
-                continue
-            raise ValueError(f"{type(self.model).__name__} does not run its blocks {self.names[0]} to {self.names[-1]}")
-        assert hidden is not None
-        return hidden, arguments
+        samples = Samples.of(tokens)
+        if not self.order.rows:
+            self.order = find_order(self, samples.fullest())
+            self.use(self.source)
+        if len(self.order.rows) != 1:
+            second = self.names[self.order.rows[1].start]
+            raise ValueError(
+                f"{type(self.model).__name__} does something of its own before {second}: a search for bits, and "
+                "bits_stored=, follow a model only where its blocks follow each other directly"
+            )
+        stream = Stream(self, samples, packed, hold)
+        arguments = [stream.enter(i) for i in range(len(self.names))]
+        return stream.hidden, arguments
 
     def head(self, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """The model after its last block: a function from a window (L,) and that block's output (1, L, H) to logits.
@@ -169,84 +157,6 @@ class Blocks:
             yield from realize(piece, self.source.reader.read, self.source.model).items()
 
 
-class Arguments:
-    """What a block gets besides hidden states, for every window; kept once where it is the same for all."""
-
-    def __init__(self):
-        self.windows: list[tuple[list, dict]] = []
-        self.shared = True
-
-    def record(self, args: list, kwargs: dict) -> None:
-        """Notes the arguments for the next window."""
-        found = (args, kwargs)
-        if self.windows:
-            if _same(self.windows[0], found):
-                found = self.windows[0]
-            else:
-                self.shared = False
-        self.windows.append(found)
-
-    def to(self, device: torch.device) -> "Arguments":
-        """The same on ``device``."""
-        moved = Arguments()
-        moved.shared = self.shared
-        if self.windows:
-            first = _moved(self.windows[0], device)
-            moved.windows = [first if w is self.windows[0] else _moved(w, device) for w in self.windows]
-        return moved
-
-    def batches(self, size: int) -> list[torch.Tensor]:
-        """Numbers of windows that can run together, at most ``size``; one by one where their arguments differ."""
-        return list(torch.arange(len(self.windows)).split(size if self.shared else 1))
-
-    def run(self, block: nn.Module, hidden: torch.Tensor, windows: torch.Tensor, weights: dict | None = None):
-        """Output (b, L, H) of ``block`` for ``hidden`` (b, L, H) of ``windows`` (b,).
-
-        Args:
-            block: The block.
-            hidden: Its input.
-            windows: Numbers of the windows, one batch of :meth:`batches`, or some of one.
-            weights: Parameters to use instead of the block's own, by name.
-        """
-        args, kwargs = self.windows[int(windows[0])]
-        if weights is None:
-            output = block(hidden, *args, **kwargs)
-        else:
-            output = torch.func.functional_call(block, weights, (hidden, *args), kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-
-def _moved(nest: Any, device: torch.device) -> Any:
-    """A nest of arguments with its tensors on ``device``."""
-    if isinstance(nest, torch.Tensor):
-        return nest.to(device)
-    if isinstance(nest, dict):
-        return {k: _moved(v, device) for k, v in nest.items()}
-    return type(nest)(_moved(v, device) for v in nest) if type(nest) in (list, tuple) else nest
-
-
-def _same(first: Any, second: Any) -> bool:
-    """Whether two nests of arguments hold the same values; objects that are not data count as different."""
-    if first is second:
-        return True
-    if isinstance(first, torch.Tensor):
-        return (
-            isinstance(second, torch.Tensor)
-            and first.shape == second.shape
-            and first.dtype == second.dtype
-            and torch.equal(first, second)
-        )
-    if isinstance(first, dict):
-        return (
-            isinstance(second, dict)
-            and first.keys() == second.keys()
-            and all(_same(first[k], second[k]) for k in first)
-        )
-    if isinstance(first, (list, tuple)):
-        return type(first) is type(second) and len(first) == len(second) and all(map(_same, first, second))
-    return isinstance(first, (int, float, str, type(None))) and type(first) is type(second) and first == second
-
-
 def _skeleton(source: Source) -> PreTrainedModel:
     """The float model without weights, but with its buffers, in float32."""
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
@@ -255,29 +165,6 @@ def _skeleton(source: Source) -> PreTrainedModel:
         config.dtype = torch.float32
         model = cls(config)
     return model.eval()
-
-
-def _find_blocks(model: PreTrainedModel, decoder: nn.Module) -> list[str]:
-    """Names of the decoder's blocks: the members of its outermost ``ModuleList`` with the most parameters."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder: calibration runs through the blocks of a causal language "
-            "model. Use a method that needs no calibration"
-        )
-    prefix = _name_of(model, decoder)
-    lists: dict[str, int] = {}
-    for name, module in decoder.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(other + ".") for other in lists):
-            lists[name] = sum(p.numel() for p in module.parameters())
-    if not lists or not max(lists.values()):
-        raise ValueError(f"{type(model).__name__} has no list of decoder blocks: calibration cannot run through it")
-    chosen = max(lists, key=lambda name: lists[name])
-    count = len(decoder.get_submodule(chosen))  # type: ignore[arg-type]
-    return [".".join(part for part in (prefix, chosen, str(i)) if part) for i in range(count)]
-
-
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, found in model.named_modules() if found is module)
 
 
 def _fill(module: nn.Module, parameters, prefix: str) -> None:

@@ -1,4 +1,5 @@
-"""The text that a calibrated method looks at: strings, a file, token ids or a data set, cut into equal windows.
+"""What a calibrated method looks at: text, as strings, a file, token ids or a data set, cut into equal windows; or, for
+models that take something else, dicts of their inputs (:mod:`.samples`).
 
 Documents are tokenized one by one, without special tokens, joined by the end-of-text token where the tokenizer has one,
 and cut into windows of ``length`` tokens that do not overlap. If there are more windows than asked for, a fixed seed
@@ -8,15 +9,17 @@ The defaults, 128 windows of 512 tokens, are 65,536 tokens: more than the input 
 which a covariance of inputs has directions that no token has seen.
 """
 
-import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging
+
+from .samples import Samples, from_calls, from_text, is_call
 
 logger = logging.get_logger(__name__)
 
@@ -38,8 +41,10 @@ class Calibration:
             - a file: ``.jsonl`` with a record per line; any other is plain text, a document for each run of lines
               between empty ones;
             - the name of a data set for the package ``datasets``, "name" or "name:config", of which the split
-              "train" is read as a stream until there is enough.
-        windows: Number of windows, at most.
+              "train" is read as a stream until there is enough;
+            - for a model that takes images or sound, or an encoder-decoder, dicts of its inputs (``pixel_values``,
+              ``input_features``, ``decoder_input_ids``, ...) as its processor returns them, one call of it each.
+        windows: Number of windows, or of calls, at most; of calls the first ones are taken.
         length: Tokens in a window.
         seed: Chooses the windows where there are more.
         chat_template: Whether strings are put into the tokenizer's chat template, as one message of the user each.
@@ -59,20 +64,47 @@ class Calibration:
     def __deepcopy__(self, memo: dict) -> "Calibration":
         return self  # it is frozen, and a source may be a stream, which has no copy
 
-    def record(self, tokens: torch.Tensor) -> dict[str, Any]:
-        """What a packed repo says of the ``tokens`` (W, L) that it was calibrated on; no text and no file's name."""
+    def record(self, given: torch.Tensor | Samples) -> dict[str, Any]:
+        """What a packed repo says of the tokens (W, L) or other samples ``given``; no text and no file's name."""
+        samples = Samples.of(given)
+        length = samples.length if samples.tokens is None else samples.tokens.shape[1]
+        if length is None:
+            inputs = sorted({name for call in samples.calls for name in call})
+            return {"kind": "inputs", "inputs": inputs, "windows": len(samples), "sha256": samples.digest()}
         kinds = {"_read_file": "file", "_read_dataset": "data set"}
         reader = getattr(self._reader(), "__name__", "")
         name = {"name": self.source} if reader == "_read_dataset" else {}
         return {
             "kind": kinds.get(reader, "documents"),
             **name,
-            "windows": tokens.shape[0],
-            "length": tokens.shape[1],
+            "windows": len(samples),
+            "length": length,
             "seed": self.seed,
             "chat_template": self.chat_template,
-            "sha256": digest(tokens),
+            "sha256": samples.digest(),
         }
+
+    def samples(self, model: Any, tokenizer: Any = None) -> Samples:
+        """What ``model`` is to be run on.
+
+        Args:
+            model: A transformers model; its weights are not looked at.
+            tokenizer: As in :meth:`tokens`.
+
+        Raises:
+            ValueError: as :meth:`tokens`, and for dicts that lack what the model needs or text for one that takes none.
+        """
+        documents = iter(self._documents())
+        first = list(itertools.islice(documents, 1))
+        documents = itertools.chain(first, documents)
+        if not first or not is_call(first[0], model):
+            return from_text(self._windows(documents, tokenizer), model)
+        if self.windows < 1:
+            raise ValueError(f"calibration with windows={self.windows}: use at least 1")
+        samples = from_calls(documents, self.windows, model)
+        if len(samples) < self.windows:
+            logger.warning("calibration: %s gave %d calls, not %d", self._origin(), len(samples), self.windows)
+        return samples
 
     def tokens(self, tokenizer: Any = None) -> torch.Tensor:
         """The windows, int64 (W, ``length``).
@@ -83,6 +115,9 @@ class Calibration:
         Raises:
             ValueError: for a source that is empty, too short for one window, or of an unknown kind.
         """
+        return self._windows(self._documents(), tokenizer)
+
+    def _windows(self, documents: Iterable[Any], tokenizer: Any) -> torch.Tensor:
         if self.windows < 1 or self.length < 2:
             raise ValueError(
                 f"calibration with windows={self.windows} of length={self.length}: use at least 1 of at least 2 tokens"
@@ -91,7 +126,7 @@ class Calibration:
         enough = 8 * self.windows * self.length
         separator = [] if getattr(tokenizer, "eos_token_id", None) is None else [tokenizer.eos_token_id]
         ids: list[int] = []
-        for document in self._documents():
+        for document in documents:
             found = self._tokenize(document, tokenizer)
             ids += ([*separator, *found] if ids else found) if found else []
             if len(ids) >= enough:
@@ -128,15 +163,16 @@ class Calibration:
         return _read_file if isinstance(self.source, (str, Path)) else iter
 
     def _documents(self) -> Iterator[Any]:
-        if isinstance(self.source, dict) or not isinstance(self.source, (Iterable, Path)):
+        if isinstance(self.source, Mapping) or not isinstance(self.source, (Iterable, Path)):
+            hint = "a list of such dicts" if isinstance(self.source, Mapping) else "strings, token ids"
             raise ValueError(
-                f"calibration cannot be read from a {type(self.source).__name__}: give strings, token ids, a file or "
-                "the name of a data set"
+                f"calibration cannot be read from a {type(self.source).__name__}: give {hint}, a file or the name of a "
+                "data set"
             )
         return self._reader()(self.source)
 
     def _tokenize(self, document: Any, tokenizer: Any) -> list[int]:
-        if isinstance(document, dict):
+        if isinstance(document, Mapping):
             field = next((f for f in FIELDS if f in document), None)
             if field is None:
                 raise ValueError(
@@ -167,7 +203,7 @@ class Calibration:
 
 def digest(tokens: torch.Tensor | None) -> str | None:
     """SHA-256 of ``tokens`` (W, L), so that a run goes on only with the same text."""
-    return None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    return None if tokens is None else Samples.of(tokens).digest()
 
 
 def _is_file(source: str) -> bool:

@@ -11,6 +11,7 @@ from ..plan import Packed
 from .block import Block, Layer, Solution
 from .blocks import Blocks
 from .run import Run
+from .samples import Samples
 from .statistics import Moments
 
 
@@ -28,7 +29,7 @@ class Hook(ABC):
         """Raises ``ValueError`` if the layer ``name`` cannot be solved as it is planned; asked before any work."""
 
     def prepare(  # noqa: B027  (most have nothing to prepare)
-        self, blocks: Blocks, run: Run, tokens: torch.Tensor | None, seed: int, **options: Any
+        self, blocks: Blocks, run: Run, tokens: torch.Tensor | Samples | None, seed: int, **options: Any
     ) -> None:
         """What has to be known of the whole float model before its first block is solved.
 
@@ -37,7 +38,7 @@ class Hook(ABC):
         Args:
             blocks: The model.
             run: The run.
-            tokens: The calibration windows.
+            tokens: The calibration windows (W, L), or other calls of the model.
             seed: For random choices.
             options: ``batch_size`` and ``device``, as in :func:`calibrate`.
         """

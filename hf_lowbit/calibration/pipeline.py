@@ -28,11 +28,13 @@ from transformers.utils import logging
 from ..convert import LOCK, Source, fingerprint, resume
 from ..storage.shards import TEMPORARY, explained
 from ..version import __version__
+from .arguments import Arguments
 from .block import Block, Layer, _weight
-from .blocks import Arguments, Blocks
-from .data import digest
+from .blocks import Blocks
 from .hook import Hook
 from .run import Run
+from .samples import Samples
+from .stream import Stream
 
 logger = logging.get_logger(__name__)
 
@@ -41,9 +43,10 @@ def calibrate(
     source: Source,
     work: Path,
     hook: Hook,
-    tokens: torch.Tensor | None,
+    tokens: torch.Tensor | Samples | None,
     settings: dict,
     *,
+    blocks: Blocks | None = None,
     batch_size: int = 2,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -56,8 +59,10 @@ def calibrate(
         source: The float model, from :func:`hf_lowbit.convert.open_source`.
         work: The folder of the run; made if it does not exist.
         hook: The method.
-        tokens: Calibration windows, int64 (W, L); None for a hook that needs no activations.
+        tokens: Calibration windows, int64 (W, L), or other calls of the model; None for a hook that needs no
+            activations.
         settings: What the result depends on besides the source and the tokens, for the manifest.
+        blocks: The blocks of ``source``, if they were made of ``tokens`` before.
         batch_size: Windows that run together, where the model treats them alike.
         seed: For all random choices.
         device: Where blocks and activations are held and computed.
@@ -74,21 +79,11 @@ def calibrate(
     """
     if hook.activations != "none" and tokens is None:
         raise ValueError(f"{type(hook).__name__} needs calibration data: give calibration=, such as a list of texts")
-    if tokens is not None:
-        text = source.model.config.get_text_config(decoder=True)
-        limit = getattr(text, "max_position_embeddings", None)
-        if limit and tokens.shape[1] > limit:
-            raise ValueError(
-                f"calibration windows of {tokens.shape[1]} tokens are longer than the model's {limit} positions: use a "
-                "smaller length"
-            )
-        if not 0 <= int(tokens.min()) <= int(tokens.max()) < text.vocab_size:
-            raise ValueError(
-                f"calibration tokens go from {int(tokens.min())} to {int(tokens.max())}, the model's vocabulary from 0 "
-                f"to {text.vocab_size - 1}: use the model's own tokenizer"
-            )
-    tokens = None if hook.activations == "none" else tokens
-    blocks = Blocks(source)
+    samples = None if hook.activations == "none" or tokens is None else Samples.of(tokens)
+    if samples is not None:
+        samples.check(source.model)
+    if blocks is None:
+        blocks = Blocks(source, samples)
     full = [[f"{block}.{n}" for n in names] for block, names in zip(blocks.names, blocks.layers, strict=True)]
     run = Run(work, full, {name: source.plan.packed[name] for names in full for name in names})
     for name, planned in run.planned.items():
@@ -99,7 +94,7 @@ def calibrate(
             **source.config.to_dict(),
             **settings,
             "dtype": str(source.model.config.dtype).removeprefix("torch."),
-            "calibration": digest(tokens),
+            "calibration": None if samples is None else samples.digest(),
             "batch_size": batch_size,
             "seed": seed,
             "version": __version__,
@@ -113,59 +108,62 @@ def calibrate(
         lock = WeakFileLock(work / LOCK, timeout=None if shared else 0.1)
         with lock:
             resume(work, manifest)
-            _solve(blocks, run, hook, tokens, batch_size, seed, torch.device(device), max_activation_bytes)
+            _solve(blocks, run, hook, samples, batch_size, seed, torch.device(device), max_activation_bytes)
     except TimeoutError:
         raise FileExistsError(f"another process works in {work}: it holds {work / LOCK}") from None
     return run
 
 
-def _solve(blocks: Blocks, run: Run, hook: Hook, tokens, batch_size: int, seed: int, device, limit: int | None) -> None:
+def _solve(blocks: Blocks, run: Run, hook: Hook, samples: Samples | None, batch_size: int, seed: int, device, limit):
     """Solves what is not solved yet."""
     count = len(blocks.names)
     todo = [i for i in range(count) if blocks.layers[i] and not run.finished(i)]
     if not todo:
         return
-    hook.prepare(blocks, run, tokens, seed, batch_size=batch_size, device=device)
-    hidden, reference, arguments = None, None, [Arguments()] * count
-    if tokens is not None:
+    given = samples if samples is None or samples.tokens is None else samples.tokens
+    hook.prepare(blocks, run, given, seed, batch_size=batch_size, device=device)
+    streams: list[Stream] = []
+    if samples is not None:
         both = hook.activations == "both"
 
         def hold(shape):
             held = _hold(run.work, shape, limit if limit is None or not both else limit // 2)
             return torch.empty(shape, device=device) if held is None else held
 
-        hidden, arguments = blocks.capture(tokens, hold, packed=True)
-        reference = blocks.capture(tokens, hold)[0] if both else None
-        arguments = [a.to(device) for a in arguments]
+        streams = [Stream(blocks, samples, packed, hold, device) for packed in ([True, False] if both else [True])]
     for i in logging.tqdm(range(count), desc=f"Calibrating ({type(hook).__name__})", unit="block"):
         if i > todo[-1]:
             break
-        if hidden is None and i not in todo:
-            continue
-        _solve_block(blocks, i, run, hook, hidden, reference, arguments[i], batch_size, seed, device)
+        if streams or i in todo:
+            _solve_block(blocks, i, run, hook, streams, batch_size, seed, device)
 
 
-def _solve_block(blocks, i, run, hook, hidden, reference, arguments, batch_size, seed, device) -> None:
-    """Solves block ``i``, or reads its solution, and passes the activations on in place."""
+def _solve_block(blocks, i, run, hook, streams: list[Stream], batch_size, seed, device) -> None:
+    """Solves block ``i``, or reads its solution, and passes the activations on."""
+    arguments = [stream.enter(i) for stream in streams]
+    inputs = [stream.hidden for stream in streams]
     module = blocks.read(i).to(device)
     layers = {
         name: Layer(full, run.planned[full], _weight(module.get_submodule(name)))
         for name, full in zip(blocks.layers[i], run.layers[i], strict=True)
     }
     generator = torch.Generator(device="cpu").manual_seed(seed * 1_000_003 + i)
-    block = Block(blocks.names[i], i, module, layers, hidden, reference, arguments, generator, batch_size)
+    hidden, reference = (inputs[k] if k < len(inputs) else None for k in (0, 1))
+    own, others = arguments[0] if arguments else Arguments(), arguments[-1] if arguments else None
+    block = Block(blocks.names[i], i, module, layers, hidden, reference, own, generator, batch_size, others)
     if layers and not run.finished(i):
         hook.solve(block)
         unsolved = [layer.name for layer in layers.values() if layer.solution is None]
         if unsolved:
             raise RuntimeError(f"{type(hook).__name__} left {unsolved[0]} unsolved")
-        run.write(i, {layer.name: layer.solution for layer in layers.values()})
+        run.write(i, {layer.name: layer.solution for layer in layers.values() if layer.solution is not None})
     if layers:
         solutions = run.read(i)
         for name, layer in layers.items():
             block.set(name, solutions[layer.name])
-    if hidden is not None:
-        block.advance()
+    if streams:
+        for stream, outputs in zip(streams, block.advance(), strict=False):
+            stream.leave(i, outputs)
 
 
 def _hold(work: Path, shape: tuple[int, ...], limit: int | None) -> torch.Tensor | None:

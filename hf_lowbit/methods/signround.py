@@ -77,7 +77,7 @@ class SignRound(BlockMethod):
         target = block.outputs(block.reference, block.reference_inputs)
         starts = {name: block.layers[name].solution for name in states}
         before = block.error(target)
-        power = (target - block.reference_inputs).square().mean()
+        power = block.power(target)
         batches, order = block.batches(), []
         for step in range(self.steps):
             order = order or torch.randperm(len(batches), generator=block.generator).tolist()
