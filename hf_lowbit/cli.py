@@ -105,7 +105,12 @@ QUANTIZATION = {
     "scale_dtype": Annotated[str | None, Option(help="float16, bfloat16, float32, log8, e8m0 or e4m3.")],
     "codebook": Annotated[str | None, Option(help="For codebook: one table per tensor or row.")],
     "transform": Annotated[str | None, Option(help="hadamard, to rotate what each layer reads. [default: none]")],
+    "preprocess": Annotated[str | None, Option(help="magr, to make the largest weights smaller first. [default: none]")],
     "outliers": Annotated[float | None, Option(help="Percentage of columns that stay in float16. [default: none]")],
+    "compensation": Annotated[
+        str | None, Option(help="eora, for a low-rank correction beside each layer, by calibration. [default: none]")
+    ],
+    "compensation_rank": Annotated[int | None, Option(help="Rank of the corrections. [default: 16]")],
     "embeddings": Annotated[str | None, Option(help="Bits of embedding and output head, or float. [default: 8]")],
     "rules": Annotated[
         list[str] | None,
@@ -116,7 +121,8 @@ QUANTIZATION = {
         Option("--method-option", metavar="KEY=VALUE", help="An option of the method, 'range=minmax'; repeatable."),
     ],
 }
-_RULE_KEYS = "bits|bits_stored|format|method|group_size|symmetric|zeros|scale_dtype|codebook|transform|outliers"
+_RULE_KEYS = "bits|bits_stored|format|method|group_size|symmetric|zeros|scale_dtype|codebook|transform|preprocess|outliers"
+_RULE_KEYS += "|compensation|compensation_rank"
 _RULE_OPTION = rf"(?:{_RULE_KEYS})=[^=,]+"
 _RULE = re.compile(rf"(?P<pattern>.+?)=(?P<options>keep|{_RULE_OPTION}(?:,{_RULE_OPTION})*)", re.DOTALL)
 
@@ -258,7 +264,10 @@ def quantize(
     storage: Annotated[str, Option(help="raw, entropy or zstd: coded without loss.")] = "raw",
     calibration: Annotated[
         str | None,
-        Option(metavar="TEXT", help="For gptq: a text file, a .jsonl file, or NAME or NAME:CONFIG of a data set."),
+        Option(
+            metavar="TEXT",
+            help="For gptq, compensation and others: a text file, a .jsonl file, or NAME or NAME:CONFIG of a data set.",
+        ),
     ] = None,
     windows: Annotated[int, Option(min=1, help="The most windows to calibrate on.")] = 128,
     length: Annotated[int, Option(min=2, help="Tokens in a window.")] = 512,

@@ -12,11 +12,12 @@ from accelerate.utils import convert_file_size_to_int
 from transformers.utils.quantization_config import MetalConfig
 
 from .backends import check_backend
+from .compensation import resolve_compensation
 from .formats import FORMATS, Format, OutlierFormat, RotatedFormat, parse_format
 from .formats.nested import SMALLEST
 from .formats.rotated import TRANSFORMS
-from .low_rank import parse_low_rank
-from .methods import BEST, BlockMethod, Method, make_method, method_options, methods
+from .low_rank import LowRank, parse_low_rank
+from .methods import BEST, PREPROCESSING, BlockMethod, Method, make_method, method_options, methods
 from .version import __version__
 
 QUANT_METHOD = "lowbit"
@@ -37,7 +38,10 @@ LAYER_OPTIONS = (
     "method_options",
     "bits_stored",
     "transform",
+    "preprocess",
     "outliers",
+    "compensation",
+    "compensation_rank",
 )
 BEST_RATE_AWARE, BITS_IN_MEMORY = "ecsq", 8
 _FORMAT_OPTIONS = ("group_size", "symmetric", "zeros", "scale_dtype", "codebook")
@@ -115,8 +119,15 @@ class LowBitConfig(MetalConfig):
             alone asks for a fixed width.
         transform: "hadamard" to rotate what each packed linear layer reads, so that no weight stands out (see
             ``docs/methods.md``), or None (default). A rule takes "none" to leave layers as they are.
+        preprocess: "magr" to make the largest weights smaller where the layer's output hardly depends on it, before the
+            method chooses codes; needs ``calibration``. Default None; a rule takes "none".
         outliers: Percentage of the columns of each packed linear layer that are kept in float16 beside the codes, above
             0 and at most 10; by default none. A rule takes 0 for none.
+        compensation: "eora" to keep beside each packed linear layer a correction of low rank, the best one for the
+            inputs that ``calibration`` shows (see ``docs/methods.md``), or None (default). A rule takes "none" to leave
+            layers without.
+        compensation_rank: Rank of the corrections, 16 by default; each costs 16 bits times the rank for every input and
+            every output of its layer, which bits per weight count.
         storage: How ``save_pretrained`` stores tensors: "raw" (default), or "entropy" or "zstd", coded without loss,
             see ``docs/format.md``. A repo may be loaded with any, whatever it is stored as.
         method_options: Options of the method, such as ``{"range": "minmax"}`` for "rtn".
@@ -165,7 +176,10 @@ class LowBitConfig(MetalConfig):
         codebook: str | None = None,
         bits_stored: float | None = None,
         transform: str | None = None,
+        preprocess: str | None = None,
         outliers: float | None = None,
+        compensation: str | None = None,
+        compensation_rank: int | None = None,
         method_options: dict[str, Any] | None = None,
         calibration: Any = None,
         rules: dict[str, dict[str, Any] | None] | list[tuple[str, dict[str, Any] | None]] | None = None,
@@ -214,7 +228,8 @@ class LowBitConfig(MetalConfig):
         self.method = method or (BEST.get(self.format, "rtn") if bits_stored is None else BEST_RATE_AWARE)
         self.group_size = group_size  # type: ignore[assignment]
         self.symmetric, self.zeros, self.scale_dtype, self.codebook = symmetric, zeros, scale_dtype, codebook
-        self.transform, self.outliers = transform, outliers
+        self.transform, self.preprocess, self.outliers = transform, preprocess, outliers
+        self.compensation, self.compensation_rank = compensation, compensation_rank
         self.method_options = method_options or {}
         self.calibration = calibration
         self.rules = _ordered(rules)
@@ -232,6 +247,7 @@ class LowBitConfig(MetalConfig):
     def post_init(self) -> None:
         """Checks every option and every rule by building what it asks for."""
         self.resolve()
+        self.resolve_compensation()
         if self.activations not in ACTIVATIONS:
             raise ValueError(f"activations={self.activations!r} is unknown: use 'float' or 'int8'")
         if self.storage not in STORAGES:
@@ -265,6 +281,7 @@ class LowBitConfig(MetalConfig):
                     raise ValueError(f"rule {pattern!r} has no option {option!r}: it takes {', '.join(LAYER_OPTIONS)}")
             try:
                 self.resolve(options)
+                self.resolve_compensation(options)
             except ValueError as error:
                 raise ValueError(f"rule {pattern!r}: {error}") from None
         for text in (self.layers or {}).values():
@@ -301,9 +318,12 @@ class LowBitConfig(MetalConfig):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the method, or the one of a rule, needs calibration."""
+        """Whether the method or the compensation, or the one of a rule, needs calibration."""
         wishes = [None, *(options for options in self.rules.values() if options is not None)]
-        return any(self.resolve(options)[1].needs_calibration for options in wishes)
+        return any(
+            self.resolve(options)[1].needs_calibration or self.resolve_compensation(options) is not None
+            for options in wishes
+        )
 
     def check_calibration(self) -> None:
         """Compares what the methods need with the calibration that is there.
@@ -313,10 +333,9 @@ class LowBitConfig(MetalConfig):
         """
         given = self.calibration is not None and not _is_record(self.calibration)
         if self.needs_calibration and not given:
-            raise ValueError(
-                f"method {self.method!r} (or one of the rules) needs calibration data: give calibration=, such as a "
-                "list of texts"
-            )
+            alone = self.resolve_compensation() is not None and not self.resolve()[1].needs_calibration
+            who = f"compensation={self.compensation!r}" if alone else f"method {self.method!r} (or one of the rules)"
+            raise ValueError(f"{who} needs calibration data: give calibration=, such as a list of texts")
         if given and not self.needs_calibration and not self.seeks_allocation:
             able = sorted(name for name, method in methods().items() if method.needs_calibration)
             raise ValueError(
@@ -332,6 +351,8 @@ class LowBitConfig(MetalConfig):
     def embedding_options(self) -> dict[str, Any]:
         """What a rule for the input embedding and the output head would say, where they are packed by default."""
         options: dict[str, Any] = {"format": "int", "bits": self.embeddings, "transform": None, "outliers": None}
+        options["preprocess"] = None
+        options |= {"compensation": None, "compensation_rank": None}
         if methods()[self.method].needs_calibration:  # which does not reach them
             options |= {"method": BEST["int"], "method_options": {}}
         return options
@@ -375,6 +396,13 @@ class LowBitConfig(MetalConfig):
             raise ValueError(f"outliers={outliers!r} does not go with format 'nested' or bits_stored=: drop one")
         if outliers and method_name in methods() and issubclass(methods()[method_name], BlockMethod):
             raise ValueError(f"outliers={outliers!r} does not go with method {method_name!r}, which trains blocks")
+        preprocess = None if options["preprocess"] == "none" else options["preprocess"]
+        if preprocess is not None and preprocess not in PREPROCESSING:
+            raise ValueError(f"preprocess={preprocess!r} is unknown: use {' or '.join(map(repr, PREPROCESSING))}")
+        if preprocess and (options["bits_stored"] is not None or format_name == "nested"):
+            which = "format 'nested', whose levels are learned" if format_name == "nested" else "bits_stored="
+            which += ", whose grid has no range to make smaller" if format_name != "nested" else ""
+            raise ValueError(f"preprocess={preprocess!r} does not go with {which}: drop one")
         if rotated and format_name == "nested":
             raise ValueError("format 'nested' takes no transform: drop one of the two")
         if format_name not in FORMATS:
@@ -430,6 +458,8 @@ class LowBitConfig(MetalConfig):
                 f"method {method_name!r} does not make format {format_name!r}: use {' or '.join(map(repr, fitting))}"
             )
         method = make_method(method_name, options["method_options"])
+        if preprocess:
+            method.preprocess, method.needs_calibration = preprocess, True  # type: ignore[misc]  # of this instance
         try:
             format = cls(**arguments)
             method.check(format)
@@ -437,6 +467,10 @@ class LowBitConfig(MetalConfig):
             return (OutlierFormat(stored=format, percent=outliers) if outliers else format), method
         except TypeError as error:
             raise ValueError(f"options {arguments} do not fit format {format_name!r}: {error}") from None
+
+    def resolve_compensation(self, overrides: dict[str, Any] | None = None) -> LowRank | None:
+        """The correction that these options, changed by ``overrides`` (a rule), ask for beside a layer."""
+        return resolve_compensation(self, overrides)
 
     # -- transformers' side --------------------------------------------------------------------------------------------
 
@@ -480,8 +514,16 @@ class LowBitConfig(MetalConfig):
             "layers": self.layers,
             "low_rank": self.low_rank,
         }
-        others = ("bits_stored", "transform", "outliers", "method_options", "rules", "embeddings")
-        for key in (*_FORMAT_OPTIONS, *others, "modules_to_not_convert"):
+        others = (
+            "bits_stored",
+            "transform",
+            "outliers",
+            "compensation",
+            "compensation_rank",
+            "method_options",
+            "rules",
+        )
+        for key in (*_FORMAT_OPTIONS, *others, "embeddings", "modules_to_not_convert"):
             saved[key] = getattr(self, key)
         if _is_record(self.calibration):
             saved["calibration"] = self.calibration

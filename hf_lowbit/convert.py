@@ -174,11 +174,11 @@ def open_source(folder: Path, config: LowBitConfig, dtype: torch.dtype | str | N
     model = build_skeleton(folder, dtype, files, metadata)
     parameters = model.num_parameters()
     config = copy.deepcopy(config)
-    config.layers = None
+    config.layers = config.low_rank = None
     plan = make_plan(model, config)
     if not plan.packed:
         raise ValueError(f"there is nothing to pack in {folder}: {type(model).__name__} has no nn.Linear or Conv1D")
-    config.layers = plan.layers()
+    config.layers, config.low_rank = plan.layers(), plan.low_rank()
     replace_modules(model, plan, "auto")
     key_map, reader = KeyMap(model, LowBitHfQuantizer(config)), Reader(files)
     pieces = make_pieces(model, plan, key_map, entries, reader)

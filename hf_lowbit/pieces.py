@@ -137,8 +137,7 @@ def lay_out(piece: Piece, plan: Plan, key_map: KeyMap, entries: dict[str, Entry]
                     )
             planned = plan.packed[name.removesuffix(".weight")]
             expected = planned.shape[::-1] if transposed(model, name) else planned.shape
-            shapes = planned.format.tensors(planned.shape)
-            tensors = {suffix: torch.empty(s, dtype=d, device="meta") for suffix, (s, d) in shapes.items()}
+            tensors = {s: torch.empty(shape, dtype=d, device="meta") for s, (shape, d) in planned.tensors().items()}
         else:
             expected, tensors = key_map.known[name].shape, {"": tensor}
         if tuple(tensor.shape) != tuple(expected):

@@ -11,12 +11,14 @@ import inspect
 import re
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import nn
 
+from .compensation import check_compensation
 from .config import LowBitConfig
 from .formats import Format, parse_format
 from .formats.nested import NestedFormat
-from .low_rank import LowRank, parse_low_rank
+from .low_rank import SUFFIXES, LowRank, parse_low_rank
 from .methods import Method
 
 
@@ -29,6 +31,19 @@ class Packed:
     method: Method | None
     shape: tuple[int, int]
     low_rank: LowRank | None = None
+
+    @property
+    def looks_at_inputs(self) -> bool:
+        """Whether it cannot be packed without calibration."""
+        return self.low_rank is not None or (self.method is not None and self.method.needs_calibration)
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of all that is stored for it, by suffix of ``weight``."""
+        found = dict(self.format.tensors(self.shape))
+        if self.low_rank is not None:
+            shapes = self.low_rank.shapes(self.shape).values()
+            found |= {suffix: (s, self.low_rank.dtype) for suffix, s in zip(SUFFIXES, shapes, strict=True)}
+        return found
 
     @property
     def nbytes(self) -> int:
@@ -147,12 +162,14 @@ def make_plan(model: nn.Module, config: LowBitConfig) -> Plan:
         elif by_default and config.embeddings == "float":
             decision = Kept(name, nbytes, "embeddings='float'")
         else:
-            format, method = config.resolve(config.embedding_options() if by_default else options)
-            if format.nbytes(shape) >= 2 * shape[0] * shape[1]:
+            options = config.embedding_options() if by_default else options
+            low_rank = config.resolve_compensation(options) if kind != "embedding" else None
+            decision = Packed(name, *config.resolve(options), shape, low_rank)
+            if low_rank is not None:
+                check_compensation(name, low_rank, shape)
+            if decision.nbytes >= 2 * shape[0] * shape[1]:
                 reason = f"packing {shape[0]}x{shape[1]} would not make it smaller than 16 bits"
                 decision = Kept(name, nbytes, reason)
-            else:
-                decision = Packed(name, format, method, shape)
         choices[name] = _Choice(decision, nbytes, obstacle, by_default)
     tied = {k.removesuffix(".weight"): v.removesuffix(".weight") for k, v in _tied_weights(model).items()}
     plan.tied = _agree_on_ties(choices, tied)

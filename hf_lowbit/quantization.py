@@ -29,6 +29,7 @@ from .calibration.blocks import Blocks
 from .config import LowBitConfig
 from .convert import check_source, fetch, open_source, quantize_folder
 from .methods import BEST, make_method
+from .packed import PackedMixin
 from .plan import Plan, _compress, _matching_rule, _pattern, names
 from .storage.content import content_hash
 from .storage.shards import TEMPORARY
@@ -207,12 +208,14 @@ def solve_checkpoint(
         return next((found for n in names(name, prefix) if (found := run(n)) is not None), None)
 
     for name, planned in plan.packed.items():
-        if (
-            planned.method
-            and planned.method.needs_calibration
-            and not any(n in run.planned for n in names(name, prefix))
-        ):
-            plan.packed[name] = replace(planned, method=make_method(BEST[planned.format.multiplied.name]))
+        if planned.looks_at_inputs and not any(n in run.planned for n in names(name, prefix)):
+            method = planned.method
+            if method is not None and method.needs_calibration:
+                method = make_method(BEST[planned.format.multiplied.name])
+            plan.packed[name] = replace(planned, method=method, low_rank=None)
+            module = model.get_submodule(name)
+            assert isinstance(module, PackedMixin)
+            module.drop_factors()
     return solved
 
 
@@ -231,9 +234,14 @@ def uncalibrated(blocks: Blocks, config: LowBitConfig) -> dict[str, dict[str, An
     reached = {f"{block}.{name}" for block, layers in zip(blocks.names, blocks.layers, strict=True) for name in layers}
     prefix, options = getattr(source.model, "base_model_prefix", ""), {}
     for name, planned in source.plan.packed.items():
-        if name not in reached and planned.method is not None and planned.method.needs_calibration:
-            rule = _matching_rule(config, name, prefix)[1] or {}
-            options[name] = json.dumps({**rule, "method": BEST[planned.format.multiplied.name], "method_options": {}})
+        if name not in reached and planned.looks_at_inputs:
+            rule = dict(_matching_rule(config, name, prefix)[1] or {})
+            if planned.low_rank is not None:
+                rule["compensation"] = "none"
+                rule.pop("compensation_rank", None)
+            if planned.method is not None and planned.method.needs_calibration:
+                rule |= {"method": BEST[planned.format.multiplied.name], "method_options": {}}
+            options[name] = json.dumps(rule)
     if not options:
         return {}
     found = _compress(options, [name for name in source.plan.packed if name not in options])

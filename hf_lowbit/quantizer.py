@@ -92,7 +92,7 @@ class LowBitHfQuantizer(HfQuantizer):
             if quantization_config.layers is None:
                 raise ValueError("the repo's quantization_config has no 'layers': it was not written by hf_lowbit")
         else:
-            quantization_config.layers = None
+            quantization_config.layers = quantization_config.low_rank = None
         check_load_bits(quantization_config, self.pre_quantized)
 
     @property
@@ -238,6 +238,7 @@ class LowBitHfQuantizer(HfQuantizer):
             self._unpack_embeddings(model)
         if not self.pre_quantized:
             self.quantization_config.layers = self.plan.layers()
+            self.quantization_config.low_rank = self.plan.low_rank()
         self.freed.give_back()
         keep_packed_layout(model)
         keep_codes_from_ddp(model)
@@ -418,6 +419,7 @@ def quantize_weight(weight: torch.Tensor, planned: Packed, name: str, statistics
             weight, kept = format.take_out(weight, None if statistics is None else statistics.square.diagonal())
         if format.inner is not format:
             weight, statistics = format.turn(weight.float()), None if statistics is None else statistics.turned(format)
+        weight = planned.method.prepared(weight, format.inner, statistics)
         return {**format.pack(planned.method.quantize(weight, format.inner, statistics)), **kept}
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM
 
 from hf_lowbit import LowBitConfig
 from hf_lowbit.adapters.apiq import ApiQBlockwise, Trained
-from hf_lowbit.adapters.factors import correction, low_rank
 from hf_lowbit.adapters.initialization import BASE_FILE, BASE_KEY, METHODS, initialize, make_hook
 from hf_lowbit.calibration import Calibration, Layer, Moments, Solution
 from hf_lowbit.formats import parse_format
 from hf_lowbit.hub import content_hash
 from hf_lowbit.linear import LowBitLinear
+from hf_lowbit.low_rank import correction, low_rank
 from hf_lowbit.methods import make_method
 from hf_lowbit.plan import Packed
 from hf_lowbit.quantizer import quantize_weight

@@ -31,10 +31,11 @@ import torch
 from ..calibration import Block, Hook, Layer, Moments, Solution
 from ..formats.base import Quantized
 from ..formats.integer import IntFormat
+from ..low_rank import correction
 from ..plan import Packed
 from ..quantizer import quantize_weight
 from .eora import EoRA
-from .factors import LowRankHook, check_rank, correction
+from .factors import LowRankHook, check_rank
 
 HOLD_OUT = 8
 """Every eighth batch of calibration windows is held out."""

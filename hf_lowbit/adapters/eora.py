@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..calibration import Layer, Moments, Solution
+from ..low_rank import correction
 from ..quantizer import quantize_weight
-from .factors import LowRankHook, correction
+from .factors import LowRankHook
 
 
 @dataclass

@@ -12,8 +12,9 @@ from typing import ClassVar
 import torch
 
 from ..calibration import Layer, Solution
+from ..low_rank import low_rank
 from ..quantizer import quantize_weight
-from .factors import LowRankHook, low_rank
+from .factors import LowRankHook
 
 
 @dataclass

@@ -7,6 +7,7 @@ the weight alone, as when a model is quantized while it loads.
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ..compensation import compensated
 from ..methods import BlockMethod
 from ..methods.rate_aware import Share
 from ..plan import Plan
@@ -24,20 +25,25 @@ class Planned(LayerHook):
     activations: ClassVar[str] = "quantized"
 
     def solve_layer(self, layer, moments, generator):
-        if not layer.planned.method.needs_calibration:
+        calibrated = layer.planned.method.needs_calibration
+        if not calibrated and layer.planned.low_rank is None:
             return Solution(quantize_weight(layer.weight, layer.planned, layer.name + ".weight"))
         self.check_tokens(layer, moments)
-        tensors = quantize_weight(layer.weight, layer.planned, layer.name + ".weight", moments)
-        return Solution(tensors, tokens=moments.tokens)
+        statistics = moments if calibrated else None
+        tensors = quantize_weight(layer.weight, layer.planned, layer.name + ".weight", statistics)
+        return compensated(layer, Solution(tensors, tokens=moments.tokens), moments)
 
     def check_tokens(self, layer: Layer, moments: Moments) -> None:
         """Raises ``ValueError`` if ``layer`` saw no token."""
         method, name = layer.planned.method, layer.name
         assert method is not None
+        who, rule = f"method {method.name!r}", {"method": "rtn"}
+        if not method.needs_calibration:
+            who, rule = "compensation='eora'", {"compensation": "none"}
         if moments.tokens == 0:
             raise ValueError(
-                f"{name} never saw a token of the calibration, so method {method.name!r} knows nothing of it: give "
-                f"more or other text, or plan it without calibration by a rule {{{name!r}: {{'method': 'rtn'}}}}"
+                f"{name} never saw a token of the calibration, so {who} knows nothing of it: give more or other text, "
+                f"or plan it without calibration by a rule {{{name!r}: {rule}}}"
             )
 
 
@@ -58,7 +64,9 @@ class PlannedBlocks(Planned):
                     block.set(name, self.solve_layer(layer, moments, block.generator))
                     continue
                 self.check_tokens(layer, moments)
-                quantized, state = method.begin(format.turn(layer.weight), format.inner, moments.turned(format))
+                turned = moments.turned(format)
+                weight = method.prepared(format.turn(layer.weight), format.inner, turned)
+                quantized, state = method.begin(weight, format.inner, turned)
                 block.set(name, Solution(format.pack(quantized), tokens=moments.tokens))
                 alike = (s for m, s in trained if (type(m), vars(m)) == (type(method), vars(method)))
                 if (states := next(alike, None)) is None:
@@ -66,6 +74,13 @@ class PlannedBlocks(Planned):
                 states[name] = state
         for method, states in trained:
             method.train(block, states)
+        learned = {name for _, states in trained for name in states if block.layers[name].planned.low_rank is not None}
+        for group in block.groups() if learned else ():
+            moments = block.moments(group, cross=False)
+            for name in learned.intersection(group):
+                layer = block.layers[name]
+                assert layer.solution is not None
+                block.set(name, compensated(layer, layer.solution, moments))
 
 
 @dataclass

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ..low_rank import SUFFIXES
 from ..plan import Packed
 from ..storage.shards import TEMPORARY, explained, sync_folder
 from .block import Solution
@@ -80,6 +81,11 @@ class Run:
                 stored[suffix] = tensor
             found[name] = Solution(stored, tensors.get(f"{name}.lora_A"), tensors.get(f"{name}.lora_B"))
             found[name].tokens = counts.get(name)
+            if planned.low_rank is not None:
+                shapes = planned.low_rank.shapes(planned.shape).values()
+                for factor, shape in zip("AB", shapes, strict=True):
+                    if tuple(getattr(tensors.get(f"{name}.lora_{factor}"), "shape", ())) != shape:
+                        raise ValueError(f"{self.path(index)} is damaged at {name}.lora_{factor}: remove it and go on")
         return found
 
     def __call__(self, name: str) -> dict[str, torch.Tensor] | None:
@@ -89,7 +95,12 @@ class Run:
         if index not in self._open:
             self._open.clear()  # one block at a time
             self._open[index] = self.read(index)
-        return self._open[index][name].tensors
+        solution, low_rank = self._open[index][name], self.planned[name].low_rank
+        if low_rank is None:
+            return solution.tensors
+        assert solution.lora_a is not None and solution.lora_b is not None
+        factors = (factor.to(low_rank.dtype) for factor in (solution.lora_a, solution.lora_b))
+        return {**solution.tensors, **dict(zip(SUFFIXES, factors, strict=True))}
 
     def tokens(self) -> dict[str, int]:
         """For each module whose solution rests on calibration, how many tokens it saw."""
