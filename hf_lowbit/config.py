@@ -520,6 +520,7 @@ class LowBitConfig(MetalConfig):
             "outliers",
             "compensation",
             "compensation_rank",
+            "preprocess",
             "method_options",
             "rules",
         )

@@ -241,6 +241,7 @@ def uncalibrated(blocks: Blocks, config: LowBitConfig) -> dict[str, dict[str, An
                 rule.pop("compensation_rank", None)
             if planned.method is not None and planned.method.needs_calibration:
                 rule |= {"method": BEST[planned.format.multiplied.name], "method_options": {}}
+                rule |= {"preprocess": "none"} if planned.method.preprocess else {}
             options[name] = json.dumps(rule)
     if not options:
         return {}

@@ -133,7 +133,9 @@ def _candidates(source: Source, config: LowBitConfig) -> Candidates:
     """Format and method of every width for each layer that the budget is for; the method is one that needs no data."""
     prefix, ends = getattr(source.model, "base_model_prefix", ""), ends_of(source.model)
     method = config.resolve()[1]
-    fallback = {"method": BEST[config.format], "method_options": {}} if method.needs_calibration else {}
+    fallback = (
+        {"method": BEST[config.format], "method_options": {}, "preprocess": None} if method.needs_calibration else {}
+    )
     choices = {}
     for bits in WIDTHS:
         try:

@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..formats import Format, Quantized
+from ..transforms.magr import shrink_extremes
 
 if TYPE_CHECKING:
-    from ..calibration import Block
+    from ..calibration import Block, Moments
+
+PREPROCESSING = {"magr": shrink_extremes}
 
 # Weights of one chunk of rows in GridMethod. A method holds about ten float32 temporaries of this size: 10 MB, which
 # also fit a processor's cache.
@@ -32,6 +35,19 @@ class Method(ABC):
     formats: ClassVar[tuple[str, ...]]
     """Names of the formats whose codes this method can choose."""
     needs_calibration: ClassVar[bool] = False
+    preprocess: str | None = None
+    """What is done to weights before, of :data:`PREPROCESSING`; a config sets it."""
+
+    def prepared(self, weight: torch.Tensor, format: Format, statistics: "Moments | None") -> torch.Tensor:
+        """``weight`` (N, K) after :attr:`preprocess`, for which ``statistics`` of its inputs are needed.
+
+        Both are in the basis in which ``format`` stores codes.
+        """
+        if self.preprocess is None:
+            return weight
+        if statistics is None:
+            raise ValueError(f"preprocess={self.preprocess!r} needs calibration data: give calibration=")
+        return PREPROCESSING[self.preprocess](weight, statistics.square, format)
 
     def check(self, format: Format) -> None:  # noqa: B027  (most can choose codes of every format of these names)
         """Raises ``ValueError`` if codes of ``format`` cannot be chosen; asked before any work."""
