@@ -17,7 +17,7 @@ from hf_lowbit.convert import open_source
 from hf_lowbit.formats import parse_format
 from hf_lowbit.linear import LowBitLinear
 from hf_lowbit.methods import make_method
-from hf_lowbit.methods.rate_aware import Share
+from hf_lowbit.methods.rate_aware import Share, widened
 from hf_lowbit.storage.entropy import encode, symbols_for
 
 BYTES = parse_format("int_columns:bits=8")
@@ -224,6 +224,30 @@ def test_rows_that_are_worth_more_get_smaller_errors():
     # Steps go by the square root of the worth, with a tenth of the mean added: 105 / 6 between the squares.
     assert 0.7 * 105 / 6 < errors[:96].mean() / errors[96:].mean() < 1.4 * 105 / 6
     assert stored(quantized, BYTES) == pytest.approx(3.0, rel=0.01)
+
+
+def cost(rows, columns) -> float:
+    return float(rows.square().mean() * columns.square().mean())
+
+
+@pytest.mark.parametrize("case", ["nothing", "row", "column", "both"])
+def test_steps_are_widened_where_it_costs_least(case):
+    x = torch.rand(64, 96, generator=torch.Generator().manual_seed(0))
+    large = {"nothing": [], "row": [x[5]], "column": [x[:, 7]], "both": [x[5], x[:, 7], x[20:22, 3]]}[case]
+    for part in large:
+        part *= 3
+    rows, columns = widened(x)
+    assert rows.shape == (64, 1) and columns.shape == (96,) and min(rows.min(), columns.min()) >= 1
+    assert (x <= rows * columns * (1 + 1e-6)).all()
+    # What a row or a column shares is its own to bear; never worse than columns alone or rows alone.
+    by_columns, by_rows = (torch.maximum(x.amax(d, keepdim=True), torch.ones(())) for d in (0, 1))
+    assert cost(rows, columns) <= min(cost(by_rows, torch.ones(96)), cost(torch.ones(64, 1), by_columns)) * (1 + 1e-6)
+    if case == "row":
+        assert (rows > 1).nonzero()[:, 0].tolist() == [5]
+    if case == "column":
+        assert (columns > 1).nonzero()[:, 0].tolist() == [7]
+    if case == "both":
+        assert cost(rows, columns) < 0.5 * min(cost(by_rows, torch.ones(96)), cost(torch.ones(64, 1), by_columns))
 
 
 def test_zeros_and_dead_inputs():

@@ -15,11 +15,13 @@ take just that.
 
 - Codes are chosen by error and rate together (:func:`hf_lowbit.rate.cheapest_codes`). Columns that are hardly worth a
   bit become zero by that.
-- A column whose largest weight does not fit the codes in memory gets a wider step; what feedback pushes out of range
-  after that is clipped, and the error fed back like any other. Their number is logged.
+- Where the largest weights do not fit the codes in memory, rows and columns get wider steps, whichever costs less
+  (:func:`widened`); what feedback pushes out of range after that is clipped, and the error fed back like any other.
+  Their number is logged.
 - Steps of rows are fitted to the codes last, in the norm of H.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -40,6 +42,7 @@ PASSES = 4  # of error feedback at most, each with the step that the one before 
 TOLERANCE = 0.002  # in parts of the rate, at which no further pass is made
 SAMPLE_WEIGHTS = 2**17  # to begin with a good step
 SHRINK = 0.1
+LEVELS = 17
 
 
 @dataclass
@@ -98,8 +101,9 @@ def quantize_to_rate(W: torch.Tensor, share: Share, format: ColumnsFormat, dampi
     factor = find_step(lambda f: rate_of(W[part], f * rows[part], worth, format, N, bits_of), wanted / (N * K), start)
     best, nearest, lengths = None, float("inf"), None
     for _ in range(PASSES):
-        steps = format.storable_scales(factor * rows)
-        columns = storable(torch.maximum(worth, (W / steps).nan_to_num_(0, 0, 0).abs().amax(0) / limit), "float16")
+        wide_rows, wide_columns = widened(in_steps(W, factor * rows, worth).abs_().div_(limit))
+        steps = format.storable_scales(factor * rows * wide_rows)
+        columns = storable(worth * wide_columns, "float16")
         if lengths is None:
             lengths = code_lengths(count_codes(in_steps(W, steps, columns).round_().clamp_(-limit, limit)))
         codes, clipped = _feed_back(W, U, steps, columns, lengths, limit)
@@ -121,6 +125,30 @@ def quantize_to_rate(W: torch.Tensor, share: Share, format: ColumnsFormat, dampi
 def in_steps(W: torch.Tensor, steps: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """``W`` (N, K) by ``steps`` (N, 1) and ``columns`` (K,); 0 where those are 0."""
     return (W / steps / columns).nan_to_num_(0, 0, 0)
+
+
+def widened(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of rows (N, 1) and of columns (K,), at least 1, whose products are at least ``x`` (N, K), not negative.
+
+    Wider steps cost ``mean(rows^2) * mean(columns^2)`` times the error. A row whose gradients are large overflows in
+    many columns, a column in which few weights are large in one row: it is the least cost of 2 x 17 ways, in which the
+    rows (or the columns) take what exceeds a level and the others all that is left.
+    """
+    (N, K), large = x.shape, x > 1
+    rows, columns = torch.ones_like(x[:, :1]), torch.ones_like(x[0])
+    some, others = large.any(1), large.any(0)
+    if not some.any():
+        return rows, columns
+    x, best = x[some][:, others].clamp_min_(1).log2_(), float("inf")
+    for level in torch.linspace(0, float(x.max()), LEVELS).tolist():
+        for first in (0, 1):
+            one = (x.amax(first, keepdim=True) - level).clamp_min_(0)
+            other = (x - one).amax(1 - first, keepdim=True).clamp_min_(0)
+            wide = (one, other) if first else (other, one)
+            cost = math.prod(1 + float((4**w - 1).sum()) / n for w, n in zip(wide, (N, K), strict=True))
+            if cost < best:
+                best, rows[some], columns[others] = cost, wide[0].exp2(), wide[1][0].exp2()
+    return rows, columns
 
 
 def rate_of(
