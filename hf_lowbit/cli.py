@@ -105,7 +105,7 @@ QUANTIZATION = {
     "scale_dtype": Annotated[str | None, Option(help="float16, bfloat16, float32, log8, e8m0 or e4m3.")],
     "codebook": Annotated[str | None, Option(help="For codebook: one table per tensor or row.")],
     "transform": Annotated[str | None, Option(help="hadamard, to rotate what each layer reads. [default: none]")],
-    "preprocess": Annotated[str | None, Option(help="magr, to make the largest weights smaller first. [default: none]")],
+    "preprocess": Annotated[str | None, Option(help="magr, to shrink the largest weights first. [default: none]")],
     "outliers": Annotated[float | None, Option(help="Percentage of columns that stay in float16. [default: none]")],
     "compensation": Annotated[
         str | None, Option(help="eora, for a low-rank correction beside each layer, by calibration. [default: none]")
@@ -121,8 +121,8 @@ QUANTIZATION = {
         Option("--method-option", metavar="KEY=VALUE", help="An option of the method, 'range=minmax'; repeatable."),
     ],
 }
-_RULE_KEYS = "bits|bits_stored|format|method|group_size|symmetric|zeros|scale_dtype|codebook|transform|preprocess|outliers"
-_RULE_KEYS += "|compensation|compensation_rank"
+_RULE_KEYS = "bits|bits_stored|format|method|group_size|symmetric|zeros|scale_dtype|codebook|transform|outliers"
+_RULE_KEYS += "|preprocess|compensation|compensation_rank"
 _RULE_OPTION = rf"(?:{_RULE_KEYS})=[^=,]+"
 _RULE = re.compile(rf"(?P<pattern>.+?)=(?P<options>keep|{_RULE_OPTION}(?:,{_RULE_OPTION})*)", re.DOTALL)
 

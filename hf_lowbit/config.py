@@ -17,7 +17,7 @@ from .formats import FORMATS, Format, OutlierFormat, RotatedFormat, parse_format
 from .formats.nested import SMALLEST
 from .formats.rotated import TRANSFORMS
 from .low_rank import LowRank, parse_low_rank
-from .methods import BEST, PREPROCESSING, BlockMethod, Method, make_method, method_options, methods
+from .methods import BEST, BlockMethod, Method, make_method, method_options, methods, preprocessing
 from .version import __version__
 
 QUANT_METHOD = "lowbit"
@@ -120,7 +120,8 @@ class LowBitConfig(MetalConfig):
         transform: "hadamard" to rotate what each packed linear layer reads, so that no weight stands out (see
             ``docs/methods.md``), or None (default). A rule takes "none" to leave layers as they are.
         preprocess: "magr" to make the largest weights smaller where the layer's output hardly depends on it, before the
-            method chooses codes; needs ``calibration``. Default None; a rule takes "none".
+            method chooses codes; needs ``calibration``. "magr:1e-4" gives its strength (default 1e-5, for "gptq"; see
+            ``docs/methods.md``). Default None; a rule takes "none".
         outliers: Percentage of the columns of each packed linear layer that are kept in float16 beside the codes, above
             0 and at most 10; by default none. A rule takes 0 for none.
         compensation: "eora" to keep beside each packed linear layer a correction of low rank, the best one for the
@@ -397,8 +398,8 @@ class LowBitConfig(MetalConfig):
         if outliers and method_name in methods() and issubclass(methods()[method_name], BlockMethod):
             raise ValueError(f"outliers={outliers!r} does not go with method {method_name!r}, which trains blocks")
         preprocess = None if options["preprocess"] == "none" else options["preprocess"]
-        if preprocess is not None and preprocess not in PREPROCESSING:
-            raise ValueError(f"preprocess={preprocess!r} is unknown: use {' or '.join(map(repr, PREPROCESSING))}")
+        if preprocess is not None:
+            preprocessing(preprocess)  # which checks it
         if preprocess and (options["bits_stored"] is not None or format_name == "nested"):
             which = "format 'nested', whose levels are learned" if format_name == "nested" else "bits_stored="
             which += ", whose grid has no range to make smaller" if format_name != "nested" else ""

@@ -10,7 +10,9 @@ Options of a method are the keyword arguments of its constructor; ``LowBitConfig
 against them.
 """
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -22,6 +24,27 @@ if TYPE_CHECKING:
     from ..calibration import Block, Moments
 
 PREPROCESSING = {"magr": shrink_extremes}
+
+
+def preprocessing(text: Any) -> Callable[[torch.Tensor, torch.Tensor, Format], torch.Tensor]:
+    """What ``preprocess=text`` stands for: "magr", or "magr:1e-4" where its strength is given.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    name, colon, strength = text.partition(":") if isinstance(text, str) else (text, "", "")
+    if name not in PREPROCESSING:
+        raise ValueError(f"preprocess={text!r} is unknown: use {' or '.join(map(repr, PREPROCESSING))}")
+    if not colon:
+        return PREPROCESSING[name]
+    try:
+        number = float(strength)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise ValueError(f"preprocess={text!r} is not possible: use '{name}:' and a strength from 0 to 1, as 1e-5")
+    return functools.partial(PREPROCESSING[name], strength=number)
+
 
 # Weights of one chunk of rows in GridMethod. A method holds about ten float32 temporaries of this size: 10 MB, which
 # also fit a processor's cache.
@@ -36,7 +59,7 @@ class Method(ABC):
     """Names of the formats whose codes this method can choose."""
     needs_calibration: ClassVar[bool] = False
     preprocess: str | None = None
-    """What is done to weights before, of :data:`PREPROCESSING`; a config sets it."""
+    """What is done to weights before, a text for :func:`preprocessing`; a config sets it."""
 
     def prepared(self, weight: torch.Tensor, format: Format, statistics: "Moments | None") -> torch.Tensor:
         """``weight`` (N, K) after :attr:`preprocess`, for which ``statistics`` of its inputs are needed.
@@ -47,7 +70,7 @@ class Method(ABC):
             return weight
         if statistics is None:
             raise ValueError(f"preprocess={self.preprocess!r} needs calibration data: give calibration=")
-        return PREPROCESSING[self.preprocess](weight, statistics.square, format)
+        return preprocessing(self.preprocess)(weight, statistics.square, format)
 
     def check(self, format: Format) -> None:  # noqa: B027  (most can choose codes of every format of these names)
         """Raises ``ValueError`` if codes of ``format`` cannot be chosen; asked before any work."""

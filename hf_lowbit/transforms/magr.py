@@ -1,4 +1,4 @@
-"""``preprocess="magr"``: weights with smaller extremes whose layer gives nearly the same output, before they are rounded.
+"""``preprocess="magr"``: weights with smaller extremes that give nearly the same output, before they are rounded.
 
 Zhang et al., 2024 (MagR, arXiv 2406.00800). The range of a group decides its steps, and single large weights decide the
 range. The outputs of a layer hardly depend on some combinations of its inputs, so extremes can be moved there:
@@ -7,7 +7,7 @@ range. The outputs of a layer hardly depend on some combinations of its inputs, 
 
 with ``H = mean x^T x``. It is solved by proximal gradient steps, accelerated (Beck & Teboulle, 2009): a step against
 the gradient, as long as the largest eigenvalue L of H allows, then the proximal map of the maximum. By Moreau's
-decomposition that is what is left of a group's values after their projection onto the l1 ball of radius ``penalty / L``.
+decomposition that is what the projection of a group's values onto the l1 ball of radius ``penalty / L`` leaves of them.
 
 The penalty is set so that this radius is ``strength`` times the sum of magnitudes that a group of average weights of
 its row would have. It is for the basis and the groups in which codes are stored, and nothing is stored for it: what

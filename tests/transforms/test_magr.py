@@ -1,6 +1,5 @@
 """MagR solves what it says it solves, and goes before every method that ranges matter to."""
 
-import functools
 import json
 import math
 
@@ -12,7 +11,7 @@ import hf_lowbit
 from hf_lowbit import LowBitConfig
 from hf_lowbit.calibration import Calibration, Moments
 from hf_lowbit.formats import parse_format
-from hf_lowbit.methods import PREPROCESSING, make_method
+from hf_lowbit.methods import make_method
 from hf_lowbit.plan import Packed
 from hf_lowbit.quantizer import quantize_weight
 from hf_lowbit.transforms.magr import project, shrink_extremes
@@ -119,11 +118,10 @@ def test_a_layer_is_prepared_before_its_codes_are_chosen(method):
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "signround"])
-def test_whole_models(method, tiny, tmp_path, monkeypatch):
-    monkeypatch.setitem(PREPROCESSING, "magr", functools.partial(shrink_extremes, strength=1e-2))  # which shows
+def test_whole_models(method, tiny, tmp_path):
     options = {"steps": 2} if method == "signround" else {}
     rules = {r".*\.q_proj": {"preprocess": "none"}}
-    config = LowBitConfig(bits=2, method=method, preprocess="magr", method_options=options, rules=rules)
+    config = LowBitConfig(bits=2, method=method, preprocess="magr:0.01", method_options=options, rules=rules)
     repo = hf_lowbit.quantize(tiny("llama"), config, output=tmp_path / "with", calibration=ids())
     without = LowBitConfig(bits=2, method=method, method_options=options)
     data = None if method == "rtn" else ids()
@@ -132,7 +130,7 @@ def test_whole_models(method, tiny, tmp_path, monkeypatch):
     assert torch.equal(model.get_submodule(layer.format("q")).weight, other.get_submodule(layer.format("q")).weight)
     assert not torch.equal(model.get_submodule(layer.format("v")).weight, other.get_submodule(layer.format("v")).weight)
     saved = json.loads((repo.folder / "config.json").read_text())["quantization_config"]
-    assert saved["preprocess"] == "magr" and repo.tokens[layer.format("v")] == 24 * 32
+    assert saved["preprocess"] == "magr:0.01" and repo.tokens[layer.format("v")] == 24 * 32
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load("llama", tmp_path / "again"), "llama"), logits(model, "llama"))
 
@@ -145,6 +143,8 @@ def test_whole_models(method, tiny, tmp_path, monkeypatch):
             {"bits_stored": 3.0},
             "preprocess='magr' does not go with bits_stored=, whose grid has no range to make smaller",
         ),
+        ({"preprocess": "magr:2"}, "preprocess='magr:2' is not possible: use 'magr:' and a strength from 0 to 1"),
+        ({"preprocess": "magr:"}, "preprocess='magr:' is not possible"),
         ({"format": "nested"}, "preprocess='magr' does not go with format 'nested', whose levels are learned"),
         ({"rules": {"x": {"preprocess": 1}}}, "rule 'x': preprocess=1 is unknown"),
     ],
