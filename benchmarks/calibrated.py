@@ -33,7 +33,9 @@ from hf_lowbit.evaluate import evaluate
 logging.disable_progress_bar()
 INT64 = ("--group-size", "64", "--scale-dtype", "float16")
 LOG64 = ("--group-size", "64", "--scale-dtype", "log8")
-CALIBRATED = ("gptq", "signround")
+CALIBRATED = ("gptq", "awq", "signround")
+ROWS = ("--group-size", "row", "--scale-dtype", "float16")
+FEEDBACK = ("--method-option", "feedback=true")
 TABLE32 = ("--format", "codebook", "--group-size", "32")
 # (Not the peak that the system reports of a child: that begins with its parent's.)
 QUANTIZE = """
@@ -66,6 +68,13 @@ def settings() -> dict[str, tuple[str, ...]]:
                 *(*width, "--method", "gptq", *LOG64, "--transform", "hadamard"),
             ),
             f"signround int{bits} g64, 8-bit scales": (*width, "--method", "signround", *LOG64),
+            f"awq int{bits} g64": (*width, "--method", "awq", *INT64),
+            f"awq int{bits} g32": (*width, "--method", "awq"),
+            f"awq int{bits} g64, feedback": (*width, "--method", "awq", *FEEDBACK, *INT64),
+            f"awq int{bits} g64, 8-bit scales, feedback": (*width, "--method", "awq", *FEEDBACK, *LOG64),
+            f"magr gptq int{bits} g64": (*width, "--method", "gptq", "--preprocess", "magr", *INT64),
+            f"gptq int{bits} row": (*width, "--method", "gptq", *ROWS),
+            f"magr gptq int{bits} row": (*width, "--method", "gptq", "--preprocess", "magr", *ROWS),
         }
     return rows
 
