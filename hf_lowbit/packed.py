@@ -54,13 +54,6 @@ class PackedMixin:
         for name, factor in zip(NAMES, (factor_in, factor_out), strict=True):
             setattr(self, name, nn.Parameter(factor.detach().contiguous(), requires_grad=False))
 
-    def drop_factors(self) -> None:
-        """Takes the low-rank correction away, if there is one."""
-        for name in NAMES if self.low_rank is not None else ():
-            delattr(self, name)
-            del self.dtypes[name]
-        self.low_rank = None
-
     def factors(self) -> list[torch.Tensor]:
         """The factors (r, K) and (N, r) of the low-rank correction, or nothing."""
         return [] if self.low_rank is None else self._restored(NAMES)

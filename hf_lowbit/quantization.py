@@ -15,22 +15,22 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import constants
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import logging
 
 from .calibration import Calibration, Run, calibrate, planned_hook
 from .calibration.blocks import Blocks
 from .config import LowBitConfig
 from .convert import check_source, fetch, open_source, quantize_folder
-from .methods import BEST, make_method
-from .packed import PackedMixin
-from .plan import Plan, _compress, _matching_rule, _pattern, names
+from .methods import BEST
+from .plan import Plan, _compress, _matching_rule, _pattern, make_plan, names
 from .storage.content import content_hash
 from .storage.shards import TEMPORARY
 
@@ -161,9 +161,11 @@ def solve(
     samples = config.calibration.samples(source.model, tokenizer)
     samples.check(source.model)
     blocks = Blocks(source, samples)
-    rules = uncalibrated(blocks, config)
+    reached = {f"{block}.{name}" for block, layers in zip(blocks.names, blocks.layers, strict=True) for name in layers}
+    rules = uncalibrated(source.model, source.plan, reached, config)
     if rules:
-        config.rules = rules
+        logger.warning("calibration does not reach %s: quantized without it", ", ".join(rules))
+        config.rules = {**as_rules(rules), **config.rules}
         source = open_source(folder, config, dtype)
         blocks.use(source)
     hook, place = planned_hook(source.plan), work or cache_folder()
@@ -181,16 +183,16 @@ def solve(
 
 
 def solve_checkpoint(
-    model: PreTrainedModel, files: list[str] | None, device_map: Any, config: LowBitConfig, plan: Plan
+    model: PreTrainedModel, files: list[str] | None, device_map: Any, config: LowBitConfig
 ) -> Callable[[str], dict[str, torch.Tensor] | None]:
     """What ``from_pretrained`` runs: the calibration of the checkpoint that it is about to load.
 
     Args:
-        model: The model to load, on ``meta``.
+        model: The model to load, on ``meta``, before anything in it is replaced.
         files: Its checkpoint.
         device_map: As given to ``from_pretrained``; calibration computes on its one device, or on the first GPU.
-        config: The quantizer's config, which :func:`solve` changes.
-        plan: The quantizer's plan: what calibration did not reach is planned without it.
+        config: The quantizer's config. Afterwards it holds the record of the calibration in the place of its source,
+            and rules for the layers of ``model`` that were not reached.
 
     Returns:
         A function from the name of a module of ``model`` to its packed tensors, or None for one that was not solved.
@@ -201,21 +203,19 @@ def solve_checkpoint(
             "by save_pretrained, and load that folder"
         )
     folder, place = Path(files[0]).parent, model.config._name_or_path or Path(files[0]).parent
-    run = solve(folder, config, model.config.dtype, None, find_tokenizer(place), {}, device=_device(device_map))
+    own = copy.deepcopy(config)
+    # The caller is building a model: on the meta device, in the dtype of its weights.
+    with torch.device("cpu"), local_torch_dtype(torch.float32, "the calibration"):
+        run = solve(folder, own, model.config.dtype, None, find_tokenizer(place), {}, device=_device(device_map))
+    config.calibration = own.calibration
     prefix = getattr(model, "base_model_prefix", "")
 
     def solved(name: str) -> dict[str, torch.Tensor] | None:
         return next((found for n in names(name, prefix) if (found := run(n)) is not None), None)
 
-    for name, planned in plan.packed.items():
-        if planned.looks_at_inputs and not any(n in run.planned for n in names(name, prefix)):
-            method = planned.method
-            if method is not None and method.needs_calibration:
-                method = make_method(BEST[planned.format.multiplied.name])
-            plan.packed[name] = replace(planned, method=method, low_rank=None)
-            module = model.get_submodule(name)
-            assert isinstance(module, PackedMixin)
-            module.drop_factors()
+    plan = make_plan(model, config)
+    reached = {name for name in plan.packed if any(n in run.planned for n in names(name, prefix))}
+    config.rules = {**as_rules(uncalibrated(model, plan, reached, config)), **config.rules}
     return solved
 
 
@@ -228,12 +228,14 @@ def _device(device_map: Any) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and "auto" in places else "cpu")
 
 
-def uncalibrated(blocks: Blocks, config: LowBitConfig) -> dict[str, dict[str, Any] | None]:
-    """The config's rules, after new ones that plan without calibration what it does not reach; empty without any."""
-    source = blocks.source
-    reached = {f"{block}.{name}" for block, layers in zip(blocks.names, blocks.layers, strict=True) for name in layers}
-    prefix, options = getattr(source.model, "base_model_prefix", ""), {}
-    for name, planned in source.plan.packed.items():
+def uncalibrated(
+    model: PreTrainedModel, plan: Plan, reached: set[str], config: LowBitConfig
+) -> dict[str, dict[str, Any]]:
+    """What a rule has to say of those in the ``plan`` of ``model`` that calibration has not ``reached``, by their names
+    with ``*`` for numbers.
+    """
+    prefix, options = getattr(model, "base_model_prefix", ""), {}
+    for name, planned in plan.packed.items():
         if name not in reached and planned.looks_at_inputs:
             rule = dict(_matching_rule(config, name, prefix)[1] or {})
             if planned.low_rank is not None:
@@ -243,11 +245,13 @@ def uncalibrated(blocks: Blocks, config: LowBitConfig) -> dict[str, dict[str, An
                 rule |= {"method": BEST[planned.format.multiplied.name], "method_options": {}}
                 rule |= {"preprocess": "none"} if planned.method.preprocess else {}
             options[name] = json.dumps(rule)
-    if not options:
-        return {}
-    found = _compress(options, [name for name in source.plan.packed if name not in options])
-    logger.warning("calibration does not reach %s: quantized without it", ", ".join(found))
-    return {**{_pattern(key).pattern: json.loads(rule) for key, rule in found.items()}, **config.rules}
+    found = _compress(options, [name for name in plan.packed if name not in options])
+    return {key: json.loads(rule) for key, rule in found.items()}
+
+
+def as_rules(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same with patterns for names."""
+    return {_pattern(key).pattern: rule for key, rule in found.items()}
 
 
 def cache_folder() -> Path:

@@ -15,7 +15,6 @@ The order in which transformers calls them:
 """
 
 import copy
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -85,7 +84,6 @@ class LowBitHfQuantizer(HfQuantizer):
         self.freed = FreedMemory()
         self.trains_scales = False  # set by hf_lowbit.adapters.scales
         self.streaming: Streaming | None = None
-        self.calibrate = None  # runs what has to be run before weights are quantized, once
         self.solved = None  # what calibrated methods decided, by module name
         if self.pre_quantized:
             quantization_config.check_requested()
@@ -161,15 +159,16 @@ class LowBitHfQuantizer(HfQuantizer):
                 "hf_lowbit found nothing to pack in %s: there is no nn.Linear or Conv1D", type(model).__name__
             )
         self.check_backend(device_map)
+        if not self.pre_quantized and self.quantization_config.needs_calibration:
+            from .quantization import solve_checkpoint
+
+            self.solved = solve_checkpoint(model, checkpoint_files, device_map, self.quantization_config)
+            self.plan = make_plan(model, self.quantization_config)
         replace_modules(model, self.plan, self.quantization_config.backend, self.quantization_config.activations)
         self.coded = check_checkpoint(model, self.plan, checkpoint_files)
         self.refuse_offloading(device_map)
         if self.pre_quantized:
             leave_unread(model, self.plan)
-        if not self.pre_quantized and self.quantization_config.needs_calibration:
-            from .quantization import solve_checkpoint
-
-            self.calibrate = functools.partial(solve_checkpoint, model, checkpoint_files, device_map)
         if (budget := self.quantization_config.memory_budget()) is not None:
             from .streaming import Streaming
 
@@ -206,10 +205,6 @@ class LowBitHfQuantizer(HfQuantizer):
         return super().get_new_dtype(converter, param, dtype)
 
     def get_quantize_ops(self):
-        # Not earlier: while the model is built and its modules are replaced, every new tensor is on the meta device.
-        if self.calibrate is not None:
-            calibrate, self.calibrate = self.calibrate, None
-            self.solved = calibrate(self.quantization_config, self.plan)
         return LowBitQuantize(self)
 
     # -- after loading -------------------------------------------------------------------------------------------------

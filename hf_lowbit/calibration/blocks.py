@@ -132,7 +132,7 @@ class Blocks:
             owner, _, leaf = name.rpartition(".")
             head.get_submodule(owner)._parameters[leaf] = head.get_parameter(source)
         given: list[torch.Tensor] = []
-        for name in self.names:
+        for name in self.candidates:
             last = name == self.names[-1]
             head.get_submodule(name).forward = lambda x, *_, last=last, **__: given.pop() if last else x
             for module in head.get_submodule(name).modules():

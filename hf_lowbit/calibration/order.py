@@ -106,8 +106,8 @@ class Outside:
             for leaf, parameter in module._parameters.items():
                 # In blocks nothing is looked at but the dtype; outside they are new, not in the checkpoint.
                 if parameter is not None and parameter.device.type == "meta" and id(parameter) not in ends:
-                    shape = (0,) if id(parameter) in inside else parameter.shape
-                    module._parameters[leaf] = nn.Parameter(torch.zeros(shape, dtype=torch.float32), requires_grad=False)
+                    value = torch.zeros((0,) if id(parameter) in inside else parameter.shape, dtype=torch.float32)
+                    module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         if output is not None:
             output.register_forward_pre_hook(_stop)
         forward = inspect.signature(self.model.forward).parameters
