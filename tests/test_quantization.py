@@ -107,8 +107,10 @@ def test_the_repo_tells_what_it_was_calibrated_on_and_no_more(chat, tmp_path):
     assert other["kind"] == "documents" and other["sha256"] != record["sha256"]
 
 
-def test_it_goes_on_after_kill_9_to_the_same_bits(tiny, tmp_path, python):
-    expected = hf_lowbit.quantize(tiny("llama"), gptq(), output=tmp_path / "whole", calibration=ids())
+@pytest.mark.parametrize("options", [{"method": "gptq"}, {"method": "awq", "preprocess": "magr"}])
+def test_it_goes_on_after_kill_9_to_the_same_bits(tiny, tmp_path, python, options):
+    config = LowBitConfig(bits=3, **options)
+    expected = hf_lowbit.quantize(tiny("llama"), config, output=tmp_path / "whole", calibration=ids())
     code = f"""
 import os, signal, torch, hf_lowbit
 torch.set_num_threads({torch.get_num_threads()})
@@ -116,13 +118,13 @@ from hf_lowbit import LowBitConfig
 from hf_lowbit.calibration import Calibration
 from hf_lowbit.calibration.pipeline import Run
 write = Run.write
-def stop(self, index, solutions):
-    write(self, index, solutions)
+def stop(self, *block):
+    write(self, *block)
     os.kill(os.getpid(), signal.SIGKILL)
 if not os.path.exists({str(tmp_path / "out.calibration")!r}):
     Run.write = stop
 windows = torch.randint(4, 160, (40, 48), generator=torch.Generator().manual_seed(0))
-hf_lowbit.quantize({tiny("llama")!r}, LowBitConfig(bits=3, method="gptq"), output={str(tmp_path / "out")!r},
+hf_lowbit.quantize({tiny("llama")!r}, LowBitConfig(bits=3, **{options!r}), output={str(tmp_path / "out")!r},
                    calibration=Calibration(list(windows), 40, 48))
 """
     killed = python(code, check=False)

@@ -133,13 +133,13 @@ def _candidates(source: Source, config: LowBitConfig) -> Candidates:
     """Format and method of every width for each layer that the budget is for; the method is one that needs no data."""
     prefix, ends = getattr(source.model, "base_model_prefix", ""), ends_of(source.model)
     method = config.resolve()[1]
-    fallback = (
+    fallback: dict[str, Any] = (
         {"method": BEST[config.format], "method_options": {}, "preprocess": None} if method.needs_calibration else {}
     )
     choices = {}
     for bits in WIDTHS:
         try:
-            choices[bits] = config.resolve({"bits": bits, **fallback})
+            choices[bits] = config.resolve({"bits": bits})[0], config.resolve({"bits": bits, **fallback})[1]
         except ValueError:  # the format has no such width
             continue
     if len(choices) < 2:

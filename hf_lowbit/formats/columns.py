@@ -47,8 +47,8 @@ class ColumnsFormat(IntFormat):
         return quantized
 
     def decode(self, quantized: Quantized) -> torch.Tensor:
-        assert quantized.columns is not None
-        return super().decode(quantized).mul_(quantized.columns)
+        values = super().decode(quantized)
+        return values if quantized.columns is None else values.mul_(quantized.columns)
 
 
 def split_columns(x: torch.Tensor, companions: list[torch.Tensor], format: str):

@@ -103,7 +103,8 @@ def test_dead_inputs_and_empty_weights(feedback):
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
-def test_whole_models_pack_load_and_save(name, tiny, tmp_path):
+def test_whole_models_pack_load_and_save(name, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_LOWBIT_CACHE", str(tmp_path / "cache"))
     config = LowBitConfig(bits=3, method="awq")
     repo = hf_lowbit.quantize(tiny(name), config, output=tmp_path / "packed", calibration=ids())
     model = load(name, repo.folder)
@@ -113,6 +114,15 @@ def test_whole_models_pack_load_and_save(name, tiny, tmp_path):
     torch.testing.assert_close(logits(model, name), logits(plain, name), rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(load(name, tmp_path / "again"), name), logits(model, name))
+    config = LowBitConfig(bits=3, method="awq", calibration=ids())
+    assert torch.equal(logits(load(name, tiny(name), quantization_config=config), name), logits(model, name))
+
+
+def test_factors_count_in_a_budget(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_LOWBIT_CACHE", str(tmp_path / "cache"))
+    config = LowBitConfig(bits=3.7, method="awq", preprocess="magr", embeddings="float")
+    repo = hf_lowbit.quantize(tiny("llama"), config, output=tmp_path / "packed", calibration=ids())
+    assert 3.4 < repo.coverage["bits_per_packed_weight"] <= 3.7
 
 
 def test_it_goes_with_rotation_outliers_and_rules(tiny, tmp_path):
