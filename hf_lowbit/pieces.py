@@ -37,6 +37,9 @@ class Solved(Protocol):
 
     def __call__(self, name: str) -> dict[str, torch.Tensor] | None: ...
 
+    def parameter(self, name: str) -> torch.Tensor | None:
+        """The new value of a parameter that is not packed, by its full name, or None where it stays."""
+
 
 @dataclass
 class Piece:
@@ -210,8 +213,11 @@ def produce(
         planned = plan.packed.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         tensors = {"": tensor}
         found = solved(planned.name) if solved is not None and planned is not None else None
+        tuned = solved.parameter(name) if solved is not None and planned is None else None
         if found is not None:
             tensors = found
+        elif tuned is not None:
+            tensors = {"": tuned.to(tensor.dtype)}
         elif planned is not None:
             try:
                 tensors = quantize_weight(tensor.T if transposed(model, name) else tensor, planned, name)

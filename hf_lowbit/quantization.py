@@ -184,7 +184,7 @@ def solve(
 
 def solve_checkpoint(
     model: PreTrainedModel, files: list[str] | None, device_map: Any, config: LowBitConfig
-) -> Callable[[str], dict[str, torch.Tensor] | None]:
+) -> tuple[Callable[[str], dict[str, torch.Tensor] | None], dict[str, torch.Tensor]]:
     """What ``from_pretrained`` runs: the calibration of the checkpoint that it is about to load.
 
     Args:
@@ -195,7 +195,8 @@ def solve_checkpoint(
             and rules for the layers of ``model`` that were not reached.
 
     Returns:
-        A function from the name of a module of ``model`` to its packed tensors, or None for one that was not solved.
+        A function from the name of a module of ``model`` to its packed tensors, or None for one that was not solved,
+        and the new values of parameters that are not packed, by the model's names.
     """
     if not files or not all(file.endswith(".safetensors") for file in files):
         raise ValueError(
@@ -216,7 +217,9 @@ def solve_checkpoint(
     plan = make_plan(model, config)
     reached = {name for name in plan.packed if any(n in run.planned for n in names(name, prefix))}
     config.rules = {**as_rules(uncalibrated(model, plan, reached, config)), **config.rules}
-    return solved
+    known = dict(model.named_parameters())
+    tuned = {next(n for n in names(name, prefix) if n in known): value for name, value in run.parameters.items()}
+    return solved, tuned
 
 
 def _device(device_map: Any) -> torch.device:

@@ -84,6 +84,7 @@ class LowBitHfQuantizer(HfQuantizer):
         self.freed = FreedMemory()
         self.trains_scales = False  # set by hf_lowbit.adapters.scales
         self.streaming: Streaming | None = None
+        self.tuned = {}  # and what they made of parameters that are not packed
         self.solved = None  # what calibrated methods decided, by module name
         if self.pre_quantized:
             quantization_config.check_requested()
@@ -162,7 +163,9 @@ class LowBitHfQuantizer(HfQuantizer):
         if not self.pre_quantized and self.quantization_config.needs_calibration:
             from .quantization import solve_checkpoint
 
-            self.solved = solve_checkpoint(model, checkpoint_files, device_map, self.quantization_config)
+            self.solved, self.tuned = solve_checkpoint(
+                model, checkpoint_files, device_map, self.quantization_config
+            )
             self.plan = make_plan(model, self.quantization_config)
         replace_modules(model, self.plan, self.quantization_config.backend, self.quantization_config.activations)
         self.coded = check_checkpoint(model, self.plan, checkpoint_files)
@@ -227,6 +230,8 @@ class LowBitHfQuantizer(HfQuantizer):
         if new:
             restore_modules(model, model.dtype, new)
             model.initialize_weights()  # of what is not initialised yet
+        for name, value in self.tuned.items():
+            model.get_parameter(name).data.copy_(value)
         if self.pre_quantized:
             unnest(model, self.plan, self.quantization_config)
         if self.quantization_config.unpacks_embeddings:

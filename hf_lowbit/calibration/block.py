@@ -58,6 +58,7 @@ class Block:
         reference_inputs: (W, L, H) what it gets in the float model, or None.
         arguments: What else it gets.
         reference_arguments: What else it gets in the float model.
+        tuned: New values of parameters that are not packed, by name in the block, float32.
         generator: For all random choices in this block.
         batch_size: Windows that run together.
     """
@@ -73,6 +74,7 @@ class Block:
         # Parameters that nobody changes are shared with the float block.
         shared = {id(p): p for p in reference.parameters()}
         self.module = copy.deepcopy(reference, shared)
+        self.tuned: dict[str, torch.Tensor] = {}
 
     def set(self, name: str, solution: Solution) -> None:
         """Takes ``solution`` for the layer ``name`` and puts its value into the solved block."""
@@ -80,6 +82,12 @@ class Block:
         layer.solution = solution
         weight = self.as_parameter(name, layer.value(solution))[name + ".weight"]
         self.module.get_submodule(name).weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+
+    def tune(self, name: str, value: torch.Tensor) -> None:
+        """Takes ``value`` for the parameter ``name`` of the block, which is not packed."""
+        owner, _, leaf = name.rpartition(".")
+        self.tuned[name] = value.detach()
+        setattr(self.module.get_submodule(owner), leaf, nn.Parameter(value.detach().clone(), requires_grad=False))
 
     def as_parameter(self, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
         """``value`` (N, K) for the layer ``name`` as its module keeps it, by the parameter's name."""

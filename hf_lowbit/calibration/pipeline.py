@@ -156,11 +156,15 @@ def _solve_block(blocks, i, run, hook, streams: list[Stream], batch_size, seed, 
         unsolved = [layer.name for layer in layers.values() if layer.solution is None]
         if unsolved:
             raise RuntimeError(f"{type(hook).__name__} left {unsolved[0]} unsolved")
-        run.write(i, {layer.name: layer.solution for layer in layers.values() if layer.solution is not None})
+        dtype = blocks.source.model.config.dtype  # in which they will be stored
+        tuned = {f"{block.name}.{name}": value.to(dtype).float() for name, value in block.tuned.items()}
+        run.write(i, {layer.name: layer.solution for layer in layers.values() if layer.solution is not None}, tuned)
     if layers:
         solutions = run.read(i)
         for name, layer in layers.items():
             block.set(name, solutions[layer.name])
+        for name, value in run.tuned(i).items():
+            block.tune(name.removeprefix(block.name + "."), value.to(block.device))
     if streams:
         for stream, outputs in zip(streams, block.advance(), strict=False):
             stream.leave(i, outputs)

@@ -1,5 +1,6 @@
 """The folder of a run: a file for each finished block, written beside and renamed, and read again on the way on."""
 
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from ..plan import Packed
 from ..storage.shards import TEMPORARY, explained, sync_folder
 from .block import Solution
 
+TUNED = "tuned:"  # begins the names of parameters that are not packed
 TOKENS = "tokens"  # key in a block file's metadata: tokens that each layer saw
 
 
@@ -46,9 +48,9 @@ class Run:
         """Whether block ``index`` is solved."""
         return self.path(index).is_file()
 
-    def write(self, index: int, solutions: dict[str, Solution]) -> None:
-        """Writes the solutions of a block, by full module name, beside and renames."""
-        tensors = {}
+    def write(self, index: int, solutions: dict[str, Solution], tuned: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes the solutions of a block, by full module name, and tuned parameters by theirs, beside and renames."""
+        tensors = {TUNED + name: value.contiguous() for name, value in (tuned or {}).items()}
         counts = {name: s.tokens for name, s in solutions.items() if s.tokens is not None}
         for name, s in solutions.items():
             tensors.update({f"{name}.weight{suffix}": t.contiguous() for suffix, t in s.tensors.items()})
@@ -101,6 +103,21 @@ class Run:
         assert solution.lora_a is not None and solution.lora_b is not None
         factors = (factor.to(low_rank.dtype) for factor in (solution.lora_a, solution.lora_b))
         return {**solution.tensors, **dict(zip(SUFFIXES, factors, strict=True))}
+
+    def parameter(self, name: str) -> torch.Tensor | None:
+        """The new value, float32, of a parameter that is not packed, by its full name, or None."""
+        return self.parameters.get(name)
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """All of them, once the run is finished."""
+        return {name: t for i, names in enumerate(self.layers) if names for name, t in self.tuned(i).items()}
+
+    def tuned(self, index: int) -> dict[str, torch.Tensor]:
+        """Those of a finished block."""
+        with safe_open(self.path(index), "pt") as file:
+            keys = [key for key in file.keys() if key.startswith(TUNED)]  # noqa: SIM118  (it is no dict)
+            return {key.removeprefix(TUNED): file.get_tensor(key) for key in keys}
 
     def tokens(self) -> dict[str, int]:
         """For each module whose solution rests on calibration, how many tokens it saw."""

@@ -15,10 +15,20 @@ and v decides again about every rounding that was close. Zero points stay those 
 output on the quantized model's inputs, towards the float model's output on its own. A block keeps its start if training
 did not bring it closer.
 
-Not learned: biases, norms, and anything of layers that the plan keeps or gives to other methods.
+Two options learn more:
+
+- ``lwc`` (learnable weight clipping, OmniQuant, arXiv 2308.13137): both ends of every group's range move by themselves,
+  so that zero points move too, and weights are rounded and clipped anew on the grid that the ends give:
+  :class:`LearnedClipping`.
+- ``tune_norms`` (norm tweaking, arXiv 2309.02784): weights and biases of the block's norms are trained with the rest.
+  There each channel's mean and variance are what is compared, after quantizing; here it is the output itself, and all
+  is learned at once. They stay in float, in the dtype of the model.
+
+Not learned: biases of linear layers, and anything of layers that the plan keeps or gives to other methods.
 """
 
 import torch
+from torch import nn
 
 from ..formats.base import Format, Quantized, inverse
 from ..formats.integer import IntFormat
@@ -35,7 +45,10 @@ class SignRound(BlockMethod):
     Args:
         steps: Training steps for a block, each on one batch of calibration windows.
         lr: Learning rate of v, in steps of the grid; ``1 / steps`` by default, with which v just reaches its limits.
-        range_lr: Learning rate of r; ``0.2 / steps`` by default.
+        range_lr: Learning rate of r; ``0.2 / steps`` by default. With ``lwc``, of both ends, in parts of the range.
+        lwc: Whether both ends of ranges are learned, and not scales alone.
+        tune_norms: Whether the block's norms are trained too.
+        norm_lr: Their learning rate, in parts of the mean magnitude of each; ``0.02 / steps`` by default.
         damping: As in "gptq".
         act_order: As in "gptq".
     """
@@ -48,12 +61,20 @@ class SignRound(BlockMethod):
         steps: int = 64,
         lr: float | None = None,
         range_lr: float | None = None,
+        lwc: bool = False,
+        tune_norms: bool = False,
+        norm_lr: float | None = None,
         damping: float = 0.01,
         act_order: bool = True,
     ):
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r} is not possible: method 'signround' takes a whole number from 1")
-        for option, value in (("lr", lr), ("range_lr", range_lr)):
+        for option, switch in (("lwc", lwc), ("tune_norms", tune_norms)):
+            if not isinstance(switch, bool):
+                raise ValueError(f"{option}={switch!r} is not possible: method 'signround' takes True or False")
+        if norm_lr is not None and not tune_norms:
+            raise ValueError(f"norm_lr={norm_lr!r} is of no use without tune_norms=True")
+        for option, value in (("lr", lr), ("range_lr", range_lr), ("norm_lr", norm_lr)):
             if value is not None and not value >= 0:
                 raise ValueError(
                     f"{option}={value!r} is not possible: method 'signround' takes a number from 0, or None"
@@ -62,12 +83,15 @@ class SignRound(BlockMethod):
         self.steps, self.damping, self.act_order = steps, damping, act_order
         self.lr = 1 / steps if lr is None else lr
         self.range_lr = 0.2 / steps if range_lr is None else range_lr
+        self.lwc, self.tune_norms = lwc, tune_norms
+        self.norm_lr = 0.02 / steps if norm_lr is None else norm_lr
 
     @torch.no_grad()
     def begin(self, weight, format, statistics):
         start = Gptq(self.damping, self.act_order)
         grid, H = start.quantize(weight, format, statistics), statistics.damped(self.damping)
-        return grid, Learned(format, grid, places(weight.to(torch.float32), format.decode(grid), H))
+        kind = LearnedClipping if self.lwc else Learned
+        return grid, kind(format, grid, places(weight.to(torch.float32), format.decode(grid), H))
 
     @torch.enable_grad()
     def train(self, block, states):
@@ -79,10 +103,11 @@ class SignRound(BlockMethod):
         before = block.error(target)
         power = block.power(target)
         batches, order = block.batches(), []
+        norms = find_norms(block.module) if self.tune_norms else {}
         for step in range(self.steps):
             order = order or torch.randperm(len(batches), generator=block.generator).tolist()
             windows = batches[order.pop()]
-            weights: dict[str, torch.Tensor] = {}
+            weights: dict[str, torch.Tensor] = {name: norm.value() for name, norm in norms.items()}
             for name, learned in states.items():
                 value = block.layers[name].planned.format.turn_back(learned.value())
                 weights |= block.as_parameter(name, value)
@@ -90,12 +115,42 @@ class SignRound(BlockMethod):
             ((output - target[windows]).square().mean() / power).backward()
             for learned in states.values():
                 learned.step(self.lr, self.range_lr, 1 - step / self.steps)
+            for norm in norms.values():
+                norm.step(self.norm_lr * (1 - step / self.steps))
+        for name, norm in norms.items():
+            block.tune(name, norm.value())
         for name, learned in states.items():
             layer = block.layers[name]
             block.set(name, Solution(layer.planned.format.pack(learned.quantized()), tokens=starts[name].tokens))
         if not block.error(target) < before:
             for name, solution in starts.items():
                 block.set(name, solution)
+            for name, norm in norms.items():
+                block.tune(name, norm.first)
+
+
+class Norm:
+    """A weight or bias of a norm that is trained: ``first + change * size``, with size the mean magnitude of first."""
+
+    def __init__(self, first: torch.Tensor):
+        self.first, self.change = first.detach(), torch.zeros_like(first).requires_grad_()
+        self.size = float(first.abs().mean()) or 1.0
+
+    def value(self) -> torch.Tensor:
+        return self.first + self.change * self.size
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Moves by ``lr`` against the sign of the gradient, and forgets it; a norm that did not run stays."""
+        if self.change.grad is not None:
+            self.change.add_(self.change.grad.sign_(), alpha=-lr)
+            self.change.grad = None
+
+
+def find_norms(module: nn.Module) -> dict[str, Norm]:
+    """The weights and biases of all norms in ``module``, by name: of modules whose class is named after one."""
+    owners = [(n, m) for n, m in module.named_modules() if "norm" in type(m).__name__.lower()]
+    return {f"{n}.{leaf}": Norm(p) for n, m in owners for leaf, p in m.named_parameters(recurse=False) if p.ndim == 1}
 
 
 class Learned:
@@ -147,6 +202,69 @@ class Learned:
     def quantized(self) -> Quantized:
         """Codes and scales as learned so far."""
         return Quantized(self.codes().to(torch.uint8), self.scales(), self.grid.zeros)
+
+
+class LearnedClipping(Learned):
+    """The same with ranges whose ends move apart from each other, by r (upper) and t (lower) times the first range.
+
+    Scales are then ``first * (1 + r - t)``, and zero points ``(z - t * max_code) / (1 + r - t)``, rounded as they are
+    stored. A symmetric grid has no lower end to move. Codes are ``clip(round(w / scale + zero + v))``, w being where
+    the start had the weight; the gradient passes through the rounding, and not where codes are clipped.
+
+    Attributes:
+        weight: w (N, K).
+        lower: t (N, G).
+    """
+
+    def __init__(self, format: Format, grid: Quantized, places: torch.Tensor):
+        super().__init__(format, grid, places)
+        self.weight = self.format.by_group(
+            lambda p, s, z: (p - z.unsqueeze(-1)) * s.unsqueeze(-1), self.place, self.first, self.zeros
+        )
+        self.lower = torch.zeros_like(self.first).requires_grad_(not self.format.symmetric)
+
+    def scales(self):
+        exact = self.first * (1 + self.change - self.lower)
+        return exact + (self.format.storable_scales(exact.detach()) - exact).detach()
+
+    def moved_zeros(self) -> torch.Tensor:
+        """Zero points (N, G) as they will be stored, differentiable like scales."""
+        if self.format.symmetric:
+            return self.zeros
+        exact = (self.zeros - self.lower * self.format.max_code) / (1 + self.change - self.lower)
+        return exact + (self.format.storable_zeros(exact.detach()) - exact).detach()
+
+    def _places(self) -> torch.Tensor:
+        """Where the weights lie on the grid as it is, in steps, (N, K), v included."""
+        found = self.format.by_group(
+            lambda w, s, z: w / torch.where(s == 0, 1, s).unsqueeze(-1) + z.unsqueeze(-1),
+            self.weight, self.scales(), self.moved_zeros(),
+        )  # fmt: skip
+        return found + self.offset
+
+    def codes(self):
+        return self._places().detach().round_().clamp_(0, self.format.max_code)
+
+    def value(self):
+        exact = self._places().clamp(0, self.format.max_code)
+        codes = exact + (exact.detach().round() - exact.detach())
+        return self.format.by_group(
+            lambda c, s, z: (c - z.unsqueeze(-1)) * s.unsqueeze(-1), codes, self.scales(), self.moved_zeros()
+        )
+
+    @torch.no_grad()
+    def step(self, lr, range_lr, fraction):
+        super().step(lr, range_lr, fraction)
+        if self.lower.grad is not None:
+            self.lower.add_(self.lower.grad.sign_(), alpha=-range_lr * fraction)
+            self.lower.clamp_(-MAX_RANGE_CHANGE / 2, MAX_RANGE_CHANGE / 2)
+            self.lower.grad = None
+        self.change.clamp_(-MAX_RANGE_CHANGE / 2, MAX_RANGE_CHANGE / 2)
+
+    @torch.no_grad()
+    def quantized(self):
+        zeros = None if self.format.symmetric else self.moved_zeros()
+        return Quantized(self.codes().to(torch.uint8), self.scales(), zeros)
 
 
 def places(W: torch.Tensor, Q: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
