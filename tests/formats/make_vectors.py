@@ -35,6 +35,7 @@ VECTORS = [
     ("codebook-2-row", "codebook:bits=2,group_size=-1,codebook=row", (2, 70)),
     ("nested-4", "nested:bits=4,group_size=32", (2, 70)),
     ("int-columns-8", "int_columns:bits=8", (2, 70)),
+    ("int-columns-3-groups", "int_columns:bits=3,group_size=32,symmetric=False", (2, 70)),
     ("ternary-row", "ternary:bits=1.58", (2, 23)),
     ("ternary-groups", "ternary:bits=1.58,group_size=16,scale_dtype=float16", (3, 40)),
 ]
