@@ -33,7 +33,7 @@ from hf_lowbit.evaluate import evaluate
 logging.disable_progress_bar()
 INT64 = ("--group-size", "64", "--scale-dtype", "float16")
 LOG64 = ("--group-size", "64", "--scale-dtype", "log8")
-CALIBRATED = ("gptq", "awq", "signround")
+CALIBRATED = ("gptq", "awq", "signround", "eora")
 ROWS = ("--group-size", "row", "--scale-dtype", "float16")
 FEEDBACK = ("--method-option", "feedback=true")
 TABLE32 = ("--format", "codebook", "--group-size", "32")
@@ -68,6 +68,16 @@ def settings() -> dict[str, tuple[str, ...]]:
                 *(*width, "--method", "gptq", *LOG64, "--transform", "hadamard"),
             ),
             f"signround int{bits} g64, 8-bit scales": (*width, "--method", "signround", *LOG64),
+            f"signround int{bits} g64, 8-bit scales, lwc": (
+                *(*width, "--method", "signround", *LOG64, "--method-option", "lwc=true"),
+            ),
+            f"signround int{bits} g64, 8-bit scales, norms": (
+                *(*width, "--method", "signround", *LOG64, "--method-option", "tune_norms=true"),
+            ),
+            f"rtn int{bits} g64, eora 16": (*width, *INT64, "--compensation", "eora"),
+            f"gptq int{bits} g64, 8-bit scales, eora 16": (
+                *(*width, "--method", "gptq", *LOG64, "--compensation", "eora"),
+            ),
             f"awq int{bits} g64": (*width, "--method", "awq", *INT64),
             f"awq int{bits} g32": (*width, "--method", "awq"),
             f"awq int{bits} g64, feedback": (*width, "--method", "awq", *FEEDBACK, *INT64),
