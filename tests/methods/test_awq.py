@@ -140,6 +140,18 @@ def test_it_goes_with_rotation_outliers_and_rules(tiny, tmp_path):
     torch.testing.assert_close(logits(repo.load(), "llama"), logits(plain, "llama"), rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_corrections_of_low_rank_lower_its_error(tiny, tmp_path):
+    tokens, errors = torch.stack([torch.as_tensor(w) for w in ids().source]), []
+    float_logits = load("llama", tiny("llama"))(tokens).logits
+    for rank in (None, 16):
+        more = {} if rank is None else {"compensation": "eora", "compensation_rank": rank}
+        config = LowBitConfig(bits=2, method="awq", embeddings="float", preprocess="magr", **more)
+        repo = hf_lowbit.quantize(tiny("llama"), config, output=tmp_path / str(rank), calibration=ids())
+        errors.append((repo.load()(tokens).logits - float_logits).square().mean())
+    assert errors[1] < errors[0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
