@@ -1,1 +1,4 @@
-"""Changes of basis that leave a model's function as it is. :mod:`.hadamard` rotates what a layer reads."""
+"""What is done to weights before codes are chosen, and leaves a model's function as it is, or nearly so.
+
+:mod:`.hadamard` rotates what a layer reads, :mod:`.magr` makes the largest weights smaller.
+"""
