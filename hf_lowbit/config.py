@@ -334,8 +334,11 @@ class LowBitConfig(MetalConfig):
         """
         given = self.calibration is not None and not _is_record(self.calibration)
         if self.needs_calibration and not given:
-            alone = self.resolve_compensation() is not None and not self.resolve()[1].needs_calibration
-            who = f"compensation={self.compensation!r}" if alone else f"method {self.method!r} (or one of the rules)"
+            method, who = self.resolve()[1], f"method {self.method!r} (or one of the rules)"
+            if not type(method).needs_calibration and method.preprocess is not None:
+                who = f"preprocess={method.preprocess!r}"
+            elif not method.needs_calibration and self.resolve_compensation() is not None:
+                who = f"compensation={self.compensation!r}"
             raise ValueError(f"{who} needs calibration data: give calibration=, such as a list of texts")
         if given and not self.needs_calibration and not self.seeks_allocation:
             able = sorted(name for name, method in methods().items() if method.needs_calibration)
