@@ -27,8 +27,9 @@ from transformers.utils import logging
 
 from .calibration import Calibration, Run, calibrate, planned_hook
 from .calibration.blocks import Blocks
+from .calibration.processes import Processes
 from .config import LowBitConfig
-from .convert import check_source, fetch, open_source, quantize_folder
+from .convert import check_destination, check_source, fetch, open_source, quantize_folder
 from .methods import BEST
 from .plan import Plan, _compress, _matching_rule, _pattern, make_plan, names
 from .storage.content import content_hash
@@ -101,20 +102,21 @@ def quantize(
     """
     output, config = Path(output).absolute(), copy.deepcopy(config)
     work, saved = (output.with_name(output.name + end) for end in (".calibration", ".source"))
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not an empty folder: remove it, or choose another name")
+    processes = Processes.current()
+    processes.first(lambda: check_destination(output))
     if calibration is not None:
         config.calibration = Calibration.of(calibration)
     config.check_calibration()
     if isinstance(model_or_path, (str, os.PathLike)):
-        folder, settings = fetch(str(model_or_path)), {}
+        folder, settings = processes.each(lambda: fetch(str(model_or_path))), {}
     else:
-        folder = save_model(model_or_path, saved)
+        folder = processes.first(lambda: save_model(model_or_path, saved))
         settings = {"model": content_hash(folder)}
     if config.seeks_allocation:
         from .allocation.budget import settle
 
-        config = settle(folder, config, dtype, tokenizer if tokenizer is not None else find_tokenizer(model_or_path))
+        given = tokenizer if tokenizer is not None else find_tokenizer(model_or_path)
+        config = processes.each(lambda: settle(folder, config, dtype, given))
     run = None
     if config.needs_calibration:
         check_source(folder)
@@ -123,14 +125,18 @@ def quantize(
             folder, config, dtype, work, tokenizer, settings,
             batch_size=batch_size, seed=seed, device=device, max_activation_bytes=max_activation_bytes,
         )  # fmt: skip
-    coverage = quantize_folder(
-        folder, output, config, max_shard_size=max_shard_size, dtype=dtype, solved=run,
-        progress=logging.is_progress_bar_enabled(),
-    )  # fmt: skip
     tokens = {} if run is None else run.tokens()
-    for place in (work, saved):
-        shutil.rmtree(place, ignore_errors=True)
-    return QuantizedRepo(output, coverage, tokens)
+
+    def write():
+        coverage = quantize_folder(
+            folder, output, config, max_shard_size=max_shard_size, dtype=dtype, solved=run,
+            progress=logging.is_progress_bar_enabled(),
+        )  # fmt: skip
+        for place in (work, saved):
+            shutil.rmtree(place, ignore_errors=True)
+        return coverage
+
+    return QuantizedRepo(output, processes.first(write), tokens)
 
 
 def solve(

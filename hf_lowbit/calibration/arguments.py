@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .processes import Processes
+
 Handed = dict["Later", list[Any]]  # for each, what every sample got
 
 
@@ -137,6 +139,30 @@ class Arguments:
                 part = value[j : j + 1] if own else value
                 known = next((v for v in values if v is not None), part)
                 values[self.samples[window]] = known if same(known, part) else part
+
+    def exchange(self, index: int, processes: Processes, batches: list[torch.Tensor], shape: tuple[int, ...]):
+        """Tells the other processes what block ``index`` gave here for this one's share of ``batches``, besides hidden
+        states, and takes over what it gave there.
+
+        Returns ``shape``, that of all outputs (W, L, H), of the main process, which has some at any rate.
+        """
+        if processes.count == 1:
+            return shape
+        own = [window for windows in processes.share(batches) for window in windows.tolist()]
+        handed = {
+            later: {self.samples[window]: values[self.samples[window]] for window in own}
+            for later, values in self.handed.items()
+            if later.block == index
+        }
+        found = processes.gather((shape, {window: self.after[window] for window in own}, handed))
+        for _, after, theirs in found:
+            self.after.update(after)
+            for later, by_sample in theirs.items():
+                values = self.handed[later]
+                for sample, value in by_sample.items():
+                    known = values[self.samples[0]]
+                    values[sample] = known if same(known, value) else value
+        return found[0][0]
 
 
 def same(first: Any, second: Any) -> bool:

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..plan import Packed
 from .arguments import Arguments
+from .processes import Processes
 from .statistics import Moments
 
 
@@ -69,6 +70,7 @@ class Block:
         self.name, self.index, self.reference, self.layers = name, index, reference, layers
         self.inputs, self.reference_inputs, self.arguments = inputs, reference_inputs, arguments
         self.reference_arguments = arguments if others is None else others
+        self.processes = Processes.current()
         self.generator, self.batch_size = generator, batch_size
         self.device = next((p.device for p in reference.parameters()), torch.device("cpu"))
         # Parameters that nobody changes are shared with the float block.
@@ -123,15 +125,18 @@ class Block:
 
     def _through(self, module: nn.Module, inputs: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
         """Outputs for ``inputs``, in ``result`` where that is given and has their shape."""
-        arguments = self._arguments(module)
-        for windows in self.batches():
+        arguments, batches = self._arguments(module), self.batches()
+        for windows in self.processes.share(batches):
             output = arguments.call(module, inputs[windows].to(self.device), windows)
             arguments.hand_on(self.index, windows, output)
             folded = arguments.folded(output[0], inputs.shape[1])
             if result is None or result.shape[1:] != folded.shape[1:]:
                 result = inputs.new_empty(len(inputs), *folded.shape[1:])
             result[windows] = folded.to(result.device)
-        assert result is not None
+        shape = arguments.exchange(self.index, self.processes, batches, () if result is None else tuple(result.shape))
+        if result is None or tuple(result.shape) != shape:
+            result = inputs.new_empty(shape)
+        self.processes.spread(result, batches)
         return result
 
     def _arguments(self, module: nn.Module) -> Arguments:
@@ -195,11 +200,12 @@ class Block:
         cross = self.reference_inputs is not None if cross is None else cross
         assert self.inputs is not None
         moments = Moments(self.layers[name].weight.shape[1], cross, self.device)
-        for windows in self.batches() if batches is None else batches:
+        for windows in self.processes.share(self.batches() if batches is None else batches):
             x = self._input_of(name, self.module, self.inputs, windows)
             r = self._input_of(name, self.reference, self.reference_inputs, windows) if cross else None
             if x is not None and (not cross or r is not None):
                 moments.add(x, r)
+        moments.add_others(self.processes)
         return moments
 
     def _input_of(self, name, module, inputs, windows) -> torch.Tensor | None:

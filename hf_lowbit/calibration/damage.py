@@ -111,7 +111,7 @@ def measure_damage(
             scale, curve = _curve(weight, gradients, worth[full], format.inner)
             found.update({f"{full}.gradients": gradients, f"{full}.curve": curve, f"{full}.scale": scale})
     path = work / FILE
-    temporary = path.with_name(path.name + TEMPORARY)
+    temporary = path.with_name(f"{path.name}-{os.getpid()}{TEMPORARY}")  # each of several processes has its own
     with explained(path, sum(t.nbytes for t in found.values())):
         save_file(found, temporary)
     os.replace(temporary, path)

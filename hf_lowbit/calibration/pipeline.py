@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from .arguments import Arguments
 from .block import Block, Layer, _weight
 from .blocks import Blocks
 from .hook import Hook
+from .processes import Processes
 from .run import Run
 from .samples import Samples
 from .stream import Stream
@@ -103,11 +105,13 @@ def calibrate(
     run.identity = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     if shared:
         work = run.work = work / run.identity[:32]
-    work.mkdir(parents=True, exist_ok=True)
+    processes = Processes.current()
+    processes.first(lambda: work.mkdir(parents=True, exist_ok=True))
     try:
-        lock = WeakFileLock(work / LOCK, timeout=None if shared else 0.1)
-        with lock:
-            resume(work, manifest)
+        with ExitStack() as stack:
+            lock = WeakFileLock(work / LOCK, timeout=None if shared else 0.1)
+            processes.first(lambda: stack.enter_context(lock) and None)
+            processes.first(lambda: resume(work, manifest))
             _solve(blocks, run, hook, samples, batch_size, seed, torch.device(device), max_activation_bytes)
     except TimeoutError:
         raise FileExistsError(f"another process works in {work}: it holds {work / LOCK}") from None
@@ -117,7 +121,8 @@ def calibrate(
 def _solve(blocks: Blocks, run: Run, hook: Hook, samples: Samples | None, batch_size: int, seed: int, device, limit):
     """Solves what is not solved yet."""
     count = len(blocks.names)
-    todo = [i for i in range(count) if blocks.layers[i] and not run.finished(i)]
+    processes = Processes.current()
+    todo = processes.first(lambda: [i for i in range(count) if blocks.layers[i] and not run.finished(i)])
     if not todo:
         return
     given = samples if samples is None or samples.tokens is None else samples.tokens
@@ -135,10 +140,10 @@ def _solve(blocks: Blocks, run: Run, hook: Hook, samples: Samples | None, batch_
         if i > todo[-1]:
             break
         if streams or i in todo:
-            _solve_block(blocks, i, run, hook, streams, batch_size, seed, device)
+            _solve_block(blocks, i, i in todo, run, hook, streams, batch_size, seed, device)
 
 
-def _solve_block(blocks, i, run, hook, streams: list[Stream], batch_size, seed, device) -> None:
+def _solve_block(blocks, i, todo: bool, run, hook, streams: list[Stream], batch_size, seed, device) -> None:
     """Solves block ``i``, or reads its solution, and passes the activations on."""
     arguments = [stream.enter(i) for stream in streams]
     inputs = [stream.hidden for stream in streams]
@@ -151,14 +156,15 @@ def _solve_block(blocks, i, run, hook, streams: list[Stream], batch_size, seed, 
     hidden, reference = (inputs[k] if k < len(inputs) else None for k in (0, 1))
     own, others = arguments[0] if arguments else Arguments(), arguments[-1] if arguments else None
     block = Block(blocks.names[i], i, module, layers, hidden, reference, own, generator, batch_size, others)
-    if layers and not run.finished(i):
+    if todo:
         hook.solve(block)
         unsolved = [layer.name for layer in layers.values() if layer.solution is None]
         if unsolved:
             raise RuntimeError(f"{type(hook).__name__} left {unsolved[0]} unsolved")
         dtype = blocks.source.model.config.dtype  # in which they will be stored
         tuned = {f"{block.name}.{name}": value.to(dtype).float() for name, value in block.tuned.items()}
-        run.write(i, {layer.name: layer.solution for layer in layers.values() if layer.solution is not None}, tuned)
+        found = {layer.name: layer.solution for layer in layers.values() if layer.solution is not None}
+        block.processes.first(lambda: run.write(i, found, tuned))
     if layers:
         solutions = run.read(i)
         for name, layer in layers.items():
@@ -178,7 +184,7 @@ def _hold(work: Path, shape: tuple[int, ...], limit: int | None) -> torch.Tensor
     nbytes = 4 * math.prod(shape)
     if limit is None or nbytes <= limit:
         return None
-    path = work / ("activations" + TEMPORARY)
+    path = work / f"activations-{os.getpid()}{TEMPORARY}"
     with explained(path, nbytes), open(path, "wb") as file:
         os.posix_fallocate(file.fileno(), 0, nbytes)  # a full disk is said now, not by a signal later
     held = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.float32).view(shape)

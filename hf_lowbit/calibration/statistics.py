@@ -12,36 +12,70 @@ weight whose output is nearest to the float model's.
 import torch
 
 from ..formats import Format
+from .processes import Processes
 
 
 class Moments:
-    """Mean second moments of the inputs of one or several layers, float32.
+    """Mean second moments of the inputs of one or several layers.
+
+    The products of each batch are float32, as wide as what they are made of; they are summed in float64, so that a long
+    calibration loses nothing of a single window, and the order of the batches does not show.
 
     Attributes:
-        square: ``mean x^T x`` (K, K).
-        cross: ``mean r^T x`` (K, K), or None if it was not asked for.
+        square: ``mean x^T x`` (K, K), float32.
+        cross: ``mean r^T x`` (K, K), float32, or None if it was not asked for.
         tokens: Number of tokens counted.
     """
 
     def __init__(self, in_features: int, cross: bool = False, device: torch.device | str = "cpu"):
-        def zeros():
-            return torch.zeros(in_features, in_features, device=device)
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64  # which mps has not
+        self.tokens = 0
+        self._sums: list[torch.Tensor] = [
+            torch.zeros(in_features, in_features, dtype=dtype, device=device) for _ in range(2 if cross else 1)
+        ]
+        self._means: list[torch.Tensor | None] = []
 
-        self.square, self.tokens = zeros(), 0
-        self.cross: torch.Tensor | None = zeros() if cross else None
+    @property
+    def square(self) -> torch.Tensor:
+        square = self._mean(0)
+        assert square is not None
+        return square
+
+    @square.setter
+    def square(self, value: torch.Tensor) -> None:
+        self._means = [value, None]
+
+    @property
+    def cross(self) -> torch.Tensor | None:
+        return self._mean(1)
+
+    @cross.setter
+    def cross(self, value: torch.Tensor | None) -> None:
+        self._means = [self.square, value]
+
+    def _mean(self, index: int) -> torch.Tensor | None:
+        if not self._means:
+            means = [(total / max(self.tokens, 1)).float() for total in self._sums]
+            self._means, self._sums = [*means, None][:2], []  # type: ignore[list-item]
+        return self._means[index]
 
     def add(self, x: torch.Tensor, r: torch.Tensor | None = None) -> None:
-        """Counts tokens ``x`` (..., K) and, for cross moments, the float model's inputs ``r`` at the same tokens."""
+        """Counts tokens ``x`` (..., K) and, for cross moments, the float model's inputs ``r`` at the same tokens.
+
+        Not after the means have been looked at.
+        """
+        assert not self._means
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        total = self.tokens + len(x)
-        # A running mean: sums of a long calibration would lose what a single window adds.
-        keep, take = self.tokens / total, 1 / total
-        self.square.addmm_(x.T, x, beta=keep, alpha=take)
-        if self.cross is not None:
+        self._sums[0] += x.T @ x
+        if len(self._sums) > 1:
             assert r is not None
-            r = r.detach().reshape(-1, r.shape[-1]).float()
-            self.cross.addmm_(r.T, x, beta=keep, alpha=take)
-        self.tokens = total
+            self._sums[1] += r.detach().reshape(-1, r.shape[-1]).float().T @ x
+        self.tokens += len(x)
+
+    def add_others(self, processes: Processes) -> None:
+        """Counts what the other processes counted."""
+        processes.add(self._sums)
+        self.tokens = sum(processes.gather(self.tokens))
 
     def damped(self, damping: float) -> torch.Tensor:
         """``square`` with ``damping`` times its mean diagonal added to the diagonal; the identity without tokens."""
