@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 from conftest import load, logits
+from typer.testing import CliRunner
 
 import hf_lowbit
-from hf_lowbit import LowBitConfig
+from hf_lowbit import LowBitConfig, cli
 from hf_lowbit.calibration import Calibration, Moments
 from hf_lowbit.formats import parse_format
 from hf_lowbit.methods import make_method
@@ -152,6 +153,17 @@ def test_whole_models(method, tiny, tmp_path):
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
         LowBitConfig(**{"preprocess": "magr", **options})
+
+
+def test_the_command_line_takes_it(tiny, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"input_ids": window.tolist()}) for window in ids().source))
+    command = ["quantize", tiny("llama"), str(tmp_path / "packed"), "--method", "gptq", "--preprocess", "magr:1e-4"]
+    command += ["--rule", ".*q_proj=preprocess=none", "--calibration", str(text), "--length", "32", "--json"]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 0, result.output
+    saved = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert saved["preprocess"] == "magr:1e-4" and saved["rules"] == [[".*q_proj", {"preprocess": "none"}]]
 
 
 def test_it_needs_calibration(tiny, tmp_path):
