@@ -55,12 +55,14 @@ def shrink_extremes(
 def project(values: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     """The nearest point to ``values`` (..., g) whose magnitudes sum up to ``radius`` (..., 1) at most.
 
-    Duchi et al., 2008: magnitudes are lowered by one threshold, at 0 at the least, that their sorted sums tell.
+    Magnitudes are lowered by one threshold, at 0 at the least. It is sought by Newton's steps from below: what exceeds
+    the threshold falls in pieces of straight lines, so they end, after few where the radius is small.
     """
     sizes = values.abs()
-    falling = sizes.sort(-1, descending=True).values
-    above = falling.cumsum(-1) - radius
-    count = torch.arange(1, values.shape[-1] + 1, device=values.device)
-    last = (falling * count > above).sum(-1, keepdim=True).clamp_min(1)  # how many stay above the threshold
-    threshold = (above.gather(-1, last - 1) / last).clamp_min(0)
-    return values.sign() * (sizes - threshold).clamp_min(0)
+    threshold = (sizes.amax(-1, keepdim=True) - radius).clamp_min(0)
+    while True:
+        above = sizes > threshold
+        next_one = ((sizes * above).sum(-1, keepdim=True) - radius) / above.sum(-1, keepdim=True).clamp_min(1)
+        if not (next_one > threshold).any():
+            return values.sign() * (sizes - threshold).clamp_min(0)
+        threshold = torch.maximum(threshold, next_one)
