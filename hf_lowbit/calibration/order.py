@@ -27,6 +27,7 @@ from ..plan import _tied_weights
 from ..quantizer import quantize_weight
 from .arguments import Later, tensors_in
 
+DATA = ("input_ids", "pixel_values", "input_features", "input_values", "decoder_input_ids")
 Play = Callable[[str, torch.Tensor, list, dict], Any]
 
 
@@ -190,9 +191,12 @@ def find_order(blocks, call: dict[str, torch.Tensor]) -> Order:
         raise
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError, AssertionError) as error:
         inputs = ", ".join(f"{name} {tuple(value.shape)}" for name, value in call.items())
+        takes = inspect.signature(blocks.model.forward).parameters
+        others = [name for name in DATA if name in takes and name not in call]
+        lacks = f" (it also takes {', '.join(others)})" if others else ""
         raise ValueError(
             f"{type(blocks.model).__name__} cannot be calibrated on {inputs}: {error}. Give all that its forward "
-            "needs, as its processor or tokenizer returns it"
+            f"needs{lacks}, as its processor or tokenizer returns it"
         ) from error
     return order
 

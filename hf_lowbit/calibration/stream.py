@@ -66,6 +66,8 @@ class Stream:
             i = numbers.get(name, len(order.names))
             if i < row.start:
                 return order.returned[i].with_hidden(i, self._output(i, sample, x))
+            if i > row[-1] and last < row.start:
+                raise Stop  # this sample has no part in the row
             if i != last + 1 or (i > row.start and not untouched(x, given)):
                 raise Unfollowed(
                     f"{model} does something of its own before {name} on calibration input {sample}, which it does not "
