@@ -117,7 +117,9 @@ def entries(target: str, text: str, form: str, search: bool, found: dict[tuple, 
                 split = record.split
             else:
                 split = tiles.fast_split(rows, N, K, layout, record, sass_report.DEVICES[target][1])
-            taken = {name: size for name, size in dataclasses.asdict(record).items() if name != "split"}
+            taken = {
+                name: size for name, size in dataclasses.asdict(record).items() if name != "split" and size is not None
+            }
             made.append({**key, "N": N, "K": K, "tiles": taken, "split": split})
     return made
 

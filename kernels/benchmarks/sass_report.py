@@ -125,6 +125,7 @@ class Launch:
     weights: int
     turns: int = 1
     maxnreg: int | None = None
+    stages: int | None = None
 
 
 def _device(target: str):
@@ -146,7 +147,9 @@ def _portable(case: Case, layout, M: int) -> Launch:
         own = {"BLOCK_R": size.rows, "BLOCK_K": size.inputs}
         return Launch(rows.rows_kernel, own, size.warps, size.rows * size.inputs)
     if "gradient" in case.kernel:
-        size = tiles.gradient_tiles(M, 4096, 4096, layout, warp)
+        rule = tiles.grouped_gradient_tiles if case.kernel.startswith("grouped") else tiles.gradient_tiles
+        vendor = (case.target in NVIDIA,) if case.kernel.startswith("grouped") else ()
+        size = rule(M, 4096, 4096, layout, warp, *vendor)
         own |= {"BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCK_K": size.inputs}
         kernel = (
             grouped.grouped_input_gradient_kernel if case.kernel.startswith("grouped") else rows.input_gradient_kernel
@@ -154,15 +157,18 @@ def _portable(case: Case, layout, M: int) -> Launch:
         turns = 4 if layout.planes[-1] == 1 and size.outputs >= 64 else 1
         return Launch(kernel, own, size.warps, size.outputs * size.inputs, turns, most)
     device, grouping = _device(case.target), case.kernel.startswith("grouped")
-    size = tiles.linear_tiles(M, 4096, 4096, layout, warp) if grouping else _tiles(device, layout, M, 4096, 4096)
-    gemv = M <= tiles.GEMV_ROWS
+    if grouping:
+        size = tiles.grouped_tiles(M, 4096, 4096, layout, warp, case.target in NVIDIA)
+    else:
+        size = _tiles(device, layout, M, 4096, 4096)
+    gemv, most = size.rows <= tiles.GEMV_ROWS, most if tiles.wants_registers(size.rows, layout) else None
     own |= {"BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCK_L": size.inputs}
     if grouping:
         kernel, own["GEMV"] = grouped.grouped_linear_kernel, gemv
     else:
         kernel = matmul.gemv_kernel if gemv else matmul.gemm_kernel
         own["SPLIT"] = 4
-    return Launch(kernel, own, size.warps, size.outputs * size.inputs * layout.fields, 1, most if gemv else None)
+    return Launch(kernel, own, size.warps, size.outputs * size.inputs * layout.fields, 1, most, size.stages)
 
 
 def _launch(case: Case, layout) -> Launch:
@@ -172,7 +178,7 @@ def _launch(case: Case, layout) -> Launch:
 
     if case.kernel == "hadamard":
         block = int(case.format.removeprefix("block="))
-        sizes = hadamard.sizes(block)
+        sizes = hadamard.sizes(block, AMD.get(case.target, 32))
         return Launch(hadamard.butterfly_kernel, sizes, hadamard.WARPS, block * sizes["BLOCK_R"])
     M = {**ROWS, **PORTABLE_ROWS}[case.kernel]
     if case.form == "portable":
@@ -220,7 +226,8 @@ def _compile(case: Case, launch: Launch):
         target = GPUTarget("hip", case.target, AMD[case.target])
     else:
         target = GPUTarget("cuda", int(case.target.removeprefix("sm_")), 32)
-    options = {"num_warps": launch.warps} | ({"maxnreg": launch.maxnreg} if launch.maxnreg else {})
+    options = {"num_warps": launch.warps, "maxnreg": launch.maxnreg, "num_stages": launch.stages}
+    options = {name: value for name, value in options.items() if value is not None}
     return triton.compile(source, target=target, options=options), target.warp_size
 
 

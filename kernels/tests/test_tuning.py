@@ -53,7 +53,7 @@ def _used(device, form, layout, rows, N, K):
     """What :func:`lowbit_kernels.linear` takes there: its sizes as in a file, and the split."""
     if form == "portable":
         sizes = lowbit_kernels._tiles(device, layout, rows, N, K)
-        return {k: v for k, v in dataclasses.asdict(sizes).items() if k != "split"}, sizes.split
+        return {k: v for k, v in dataclasses.asdict(sizes).items() if k != "split" and v is not None}, sizes.split
     sizes, split = lowbit_kernels._fast_tiles(device, form, layout, rows, N, K)
     return dataclasses.asdict(sizes), split
 
@@ -79,7 +79,7 @@ def test_shipped_entries_are_what_the_kernels_use(architecture):
     uncovered = parse("int:bits=5,group_size=256")
     ruled = fast_tiles(1, uncovered) if form != "portable" else linear_tiles(1, 4096, 4096, uncovered, device.warp)
     assert tuning.find(architecture, form, uncovered, 1, 4096, 4096) is None
-    sizes = {k: v for k, v in dataclasses.asdict(ruled).items() if k != "split"}
+    sizes = {k: v for k, v in dataclasses.asdict(ruled).items() if k != "split" and v is not None}
     assert _used(device, form, uncovered, 1, 4096, 4096)[0] == sizes
     assert _used(device, form, layouts["int4_g32"], 16, 1024, 64)[1] == 1
 

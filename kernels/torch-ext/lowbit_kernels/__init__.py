@@ -21,7 +21,16 @@ from .grouped import grouped_input_gradient, grouped_linear
 from .layout import Layout, even, name_tensors, on_device, parse
 from .matmul import add_kernel, gemm_kernel, gemv_kernel
 from .rows import input_gradient_kernel, rows_kernel
-from .tiles import GEMV_ROWS, Tiles, at_most, fast_split, gradient_tiles, linear_tiles, row_tiles
+from .tiles import (
+    GEMV_ROWS,
+    Tiles,
+    at_most,
+    fast_split,
+    gradient_tiles,
+    linear_tiles,
+    row_tiles,
+    wants_registers,
+)
 
 __all__ = [
     "DTYPES",
@@ -136,7 +145,8 @@ def _portable(x, weight, companions, bias, layout, K, tiles, device) -> torch.Te
         BLOCK_N=tiles.outputs,
         BLOCK_L=tiles.inputs,
         num_warps=tiles.warps,
-        **(device.registers if gemv else {}),
+        **tiles.pipelined,
+        **(device.registers if wants_registers(tiles.rows, layout) else {}),
     )
     if tiles.split > 1:
         grid = (triton.cdiv(M * N, _ADD_BLOCK),)

@@ -13,8 +13,6 @@ Weights of all experts are stacked, ``weight`` (E, N, lanes), and so is every co
 here: routing, sorting, and gathering x by token instead of reading sorted rows.
 """
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +22,7 @@ from .decode import row_lanes
 from .layout import Layout, Packed, even, name_tensors, on_device, parse
 from .matmul import gemm_sum, gemv_sum
 from .rows import input_gradient_sum
-from .tiles import GEMV_ROWS, Tiles, gradient_tiles, linear_tiles
+from .tiles import GEMV_ROWS, Tiles, grouped_gradient_tiles, grouped_tiles, wants_registers
 
 
 @triton.jit
@@ -210,7 +208,7 @@ def grouped_linear(
         return out
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     device = forms.describe(x.device)
-    tiles = tiles or replace(linear_tiles(triton.cdiv(R, E), N, K, layout, device.warp), split=1)
+    tiles = tiles or grouped_tiles(triton.cdiv(R, E), N, K, layout, device.warp, device.vendor == "nvidia")
     with on_device(x.device):
         grouped_linear_kernel[(row_tiles_needed(R, E, tiles.rows), triton.cdiv(N, tiles.outputs))](
             *(x.contiguous(), ends.contiguous(), *packed, bias, out, E, R, N, K),
@@ -223,7 +221,8 @@ def grouped_linear(
             BLOCK_N=tiles.outputs,
             BLOCK_L=tiles.inputs,
             num_warps=tiles.warps,
-            **(device.registers if tiles.rows <= GEMV_ROWS else {}),
+            **tiles.pipelined,
+            **(device.registers if wants_registers(tiles.rows, layout) else {}),
         )
     return out
 
@@ -245,7 +244,7 @@ def grouped_input_gradient(
     if out.numel() == 0:
         return out
     device = forms.describe(gradient.device)
-    tiles = tiles or gradient_tiles(triton.cdiv(R, E), N, K, layout, device.warp)
+    tiles = tiles or grouped_gradient_tiles(triton.cdiv(R, E), N, K, layout, device.warp, device.vendor == "nvidia")
     with on_device(gradient.device):
         grouped_input_gradient_kernel[(row_tiles_needed(R, E, tiles.rows), triton.cdiv(K, tiles.inputs))](
             *(gradient.contiguous(), ends.contiguous(), *packed, out, E, R, N, K),

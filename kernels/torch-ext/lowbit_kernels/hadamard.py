@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .forms import describe
 from .layout import on_device
 
 MAX_SMALL = 64
@@ -102,9 +103,9 @@ def butterfly_kernel(x, out, rows, scale, BLOCK: tl.constexpr, STAGES: tl.conste
     tl.store(out + place, (value * scale).to(out.dtype.element_ty), mask=r < rows)
 
 
-def sizes(block: int) -> dict[str, int]:
-    """Constants of :func:`butterfly_kernel` for runs of ``block`` values."""
-    return {"BLOCK": block, "STAGES": block.bit_length() - 1, "BLOCK_R": max(1, 1024 // block)}
+def sizes(block: int, warp: int = 32) -> dict[str, int]:
+    """Constants of :func:`butterfly_kernel` for runs of ``block`` values: 8 values or more for each thread to load."""
+    return {"BLOCK": block, "STAGES": block.bit_length() - 1, "BLOCK_R": max(1, 8 * WARPS * warp // block)}
 
 
 def plain_hadamard(x: torch.Tensor, inverse: bool = False, max_block: int = 4096) -> torch.Tensor:
@@ -143,7 +144,7 @@ def hadamard(x: torch.Tensor, inverse: bool = False, max_block: int = 4096) -> t
     runs = x.contiguous().view(-1, b)
     # The butterflies' sums stay in float32 where a matrix follows.
     out = torch.empty(runs.shape, dtype=x.dtype if r == 1 else torch.float32, device=x.device)
-    constants = sizes(b)
+    constants = sizes(b, describe(x.device).warp)
     if out.numel():
         with on_device(x.device):
             butterfly_kernel[(triton.cdiv(runs.shape[0], constants["BLOCK_R"]),)](

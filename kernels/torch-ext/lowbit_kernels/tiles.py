@@ -8,12 +8,13 @@ thread: the rules count in threads, and warps follow from how wide the device's 
 weights; after a plane of 4 bits they are decoded in two parts (``Layout.sum_parts``), in gradients in four.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .fast import FastTiles
 from .layout import Layout
 
 GEMV_ROWS = 4  # up to so many rows of x, multiplying in registers beats a tile of tl.dot padded to 16
+SMALL_GROUP = 32  # up to so many weights, the scales of a step take registers that a tile of usual size needs
 _MULTIPROCESSORS = 128  # of a large GPU
 
 
@@ -27,6 +28,7 @@ class Tiles:
         inputs: 16-bit lanes a step (``linear``), or inputs; whole blocks of 64 inputs, except in ternary rows.
         split: Programs that share the inputs of one output tile (``linear``).
         warps: Warps a program.
+        stages: Steps whose loads are under way at a time; Triton's own number if None.
     """
 
     rows: int
@@ -34,6 +36,17 @@ class Tiles:
     inputs: int
     split: int = 1
     warps: int = 4
+    stages: int | None = None
+
+    @property
+    def pipelined(self) -> dict[str, int]:
+        """``stages`` as an option of a launch."""
+        return {} if self.stages is None else {"num_stages": self.stages}
+
+
+def wants_registers(rows: int, layout: Layout) -> bool:
+    """Whether a product with ``rows`` of x a program, left to NVIDIA's assembler, saves registers and spills a few."""
+    return rows <= GEMV_ROWS or 0 < layout.group <= SMALL_GROUP
 
 
 def _power(n: int, low: int, high: int) -> int:
@@ -43,14 +56,31 @@ def _power(n: int, low: int, high: int) -> int:
 
 def linear_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32) -> Tiles:
     """For ``x`` (M, K) and a weight (N, K), on a device with ``warp`` threads in a warp."""
-    gemv = M <= GEMV_ROWS
-    most = {3: 32, 5: 32, 7: 16}.get(layout.bits, 64)  # a 1-bit plane after another takes registers
+    gemv, small = M <= GEMV_ROWS, 0 < layout.group <= SMALL_GROUP
+    most = {3: 32, 5: 16 if small else 32, 7: 16}.get(layout.bits, 64)  # a 1-bit plane after another takes registers
     rows, outputs, lanes, threads = (_power(M, 1, 4), 16, 32, 64) if gemv else (_power(M, 16, most), 64, 16, 128)
     if not layout.ternary:
         lanes = max(layout.lanes, lanes * layout.planes[0] // layout.planes[-1])
     programs, steps = -(-M // rows) * -(-N // outputs), -(-layout.row_lanes(K) // lanes)
     split = _shares(programs, steps, 2 * _MULTIPROCESSORS)
     return Tiles(rows, outputs, lanes, split, threads // warp)
+
+
+def grouped_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32, nvidia: bool = True) -> Tiles:
+    """:func:`linear_tiles` for about M rows an expert: kernels that hold more addresses, and spill from some widths on.
+
+    The exceptions were found by counting in compiled code; nothing here was timed.
+    """
+    tiles = replace(linear_tiles(M, N, K, layout, warp), split=1)
+    if not 0 < layout.group <= SMALL_GROUP:
+        return tiles
+    rdna, gemv = not nvidia and warp == 32, M <= GEMV_ROWS
+    exceptions = {
+        (7, nvidia and not gemv): {"outputs": 128, "warps": 8, "stages": 2},
+        (3, rdna and gemv): {"outputs": 32, "warps": 4},
+        (7, rdna and gemv): vars(replace(linear_tiles(GEMV_ROWS + 1, N, K, layout, warp), split=1)),
+    }
+    return replace(tiles, **exceptions.get((layout.bits, True), {}))
 
 
 def fast_split(
@@ -84,6 +114,12 @@ def gradient_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32) -> Ti
     least = 2 if layout.ternary else layout.planes[-1]
     rows, outputs, inputs = {8: (64, 32, 64), 4: (32, 64, 64), 2: (32, 64, 128), 1: (64, 128, 128)}[least]
     return Tiles(_power(M, 16, rows), outputs, inputs, 1, 128 // warp)
+
+
+def grouped_gradient_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32, nvidia: bool = True) -> Tiles:
+    """:func:`gradient_tiles` for about M rows an expert, see :func:`grouped_tiles`."""
+    tiles = gradient_tiles(M, N, K, layout, warp)
+    return replace(tiles, rows=16) if layout.name in ("nf", "codebook") and not nvidia and warp == 32 else tiles
 
 
 def row_tiles(R: int, K: int, layout: Layout, warp: int = 32) -> Tiles:
