@@ -80,15 +80,15 @@ def prepare(source: str, name: str) -> Path:
                 source, LowBitConfig(bits=2), destination=folder, method=method, rank=RANK, calibration=calibration
             )
         return folder
-    folder = CACHE / "finetune" / name
+    folder = CACHE / "finetune" / f"{name}-head8"  # named after all that is in it: a default may change
     if not folder.exists():
         from transformers import AutoModelForCausalLM
 
         from hf_lowbit import LowBitConfig
 
-        config = LowBitConfig(bits=int(name[3:]), method="rtn")
+        config = LowBitConfig(bits=int(name[3:]), method="rtn", embeddings=8)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, quantization_config=config)
-        partial = folder.with_name(name + ".partial")
+        partial = folder.with_name(folder.name + ".partial")
         model.save_pretrained(partial)
         partial.rename(folder)
     return folder

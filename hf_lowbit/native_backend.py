@@ -2,10 +2,10 @@
 
 ``kernels/cpu`` builds one shared library that knows nothing of torch; this module finds it beside the Triton kernels,
 describes a packed weight to it by plain pointers, and registers what it can run. One row of activations is multiplied
-while the weight is decoded, more rows with small decoded panels. Where that is slower than torch's own matrix product
-(:data:`FEW_ROWS` says from how many rows on), rows of the weight are decoded into a buffer of :data:`BUFFER_BYTES` and
-handed to it: float32 whatever the dtype, since half precision is slow on most CPUs, but bfloat16 where the processor
-multiplies it.
+while the weight is decoded, more rows, and gradients, with decoded panels. Where that is slower than torch's own matrix
+product (:data:`FEW_ROWS` says from how many rows on), rows of the weight are decoded into a buffer of
+:data:`BUFFER_BYTES` and handed to it. All is float32 whatever the dtype, since half precision is slow on most CPUs, but
+from :data:`FEW_BFLOAT16_ROWS` rows on bfloat16 where the processor multiplies it.
 
 Threads are those of torch's OpenMP where its library has libgomp's interface, else a pool of the library's own.
 
@@ -32,15 +32,15 @@ from .formats.scales import decode_scales
 from .int8 import int8_levels
 
 LIBRARY = "liblowbit_cpu.so"
-VERSION = 2
-FEW_ROWS = {"avx512vnni": sys.maxsize, "avx512": sys.maxsize, "portable": 3}
+VERSION = 3
+FEW_ROWS = {"avx512bf16": sys.maxsize, "avx512vnni": sys.maxsize, "avx512": sys.maxsize, "portable": 3}
 """Rows of activations from which torch's float32 product is faster than panels, by instruction set; others: 64.
 
 Measured on Zen 5 with two threads, 4096 x 4096 at 4 bits: panels of AVX-512 are twice as fast as torch at 64 to 512
 rows (``benchmarks/cpu_layers.py``); those of AVX2, forced by ``lowbit_force_isa``, 1.25 times at 64 and 0.9 times at
 256, and plain loops far slower at 8. Not measured on other processors.
 """
-FEW_BFLOAT16_ROWS = 32  # where the processor multiplies bfloat16
+FEW_BFLOAT16_ROWS = 32  # from which bfloat16 is multiplied as such, where the processor does that (also in the library)
 CALL_ROWS = 256  # of one call, so that float32 activations stay in the last cache while panel after panel meets them
 BUFFER_BYTES = 2**21  # what a core's second cache holds, more or less
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -78,6 +78,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     library.lowbit_linear.argtypes = [pointer, pointer, pointer, pointer, number, flag, flag]
     library.lowbit_linear_int8.argtypes = [pointer, pointer, pointer, pointer, pointer, pointer, number, flag, flag]
     library.lowbit_dequantize.argtypes = [pointer, pointer, number, number, pointer, flag, flag]
+    library.lowbit_input_gradient.argtypes = [pointer, pointer, pointer, number, flag, flag]
+    library.lowbit_low_rank.argtypes = [*[pointer] * 5, number, flag, flag]
+    library.lowbit_low_rank_gradients.argtypes = [*[pointer] * 8, number, flag, flag]
     library.lowbit_pack.argtypes = library.lowbit_unpack.argtypes = [pointer, pointer, number, number, flag, flag]
     native_codec.declare(library)
     library.lowbit_isa.restype = library.lowbit_isas.restype = ctypes.c_char_p
@@ -222,11 +225,20 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 and _multiplies_bfloat16() else torch.float32
 
 
-def _few_rows(product: torch.dtype) -> int:
-    """From how many rows on torch multiplies, in the dtype ``product``."""
+@functools.cache
+def _multiplies_tiles() -> bool:
+    """Whether this processor has a unit for small matrices, which torch uses and the library does not."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+def _for_torch(weight: _Described, rows: int, product: torch.dtype) -> bool:
+    """Whether decoded rows of ``weight`` go to torch's product, in the dtype ``product``, with so many ``rows``."""
+    isa, ternary = library().lowbit_isa().decode(), weight.record.bits == 0
     if product == torch.bfloat16:
-        return FEW_BFLOAT16_ROWS
-    return FEW_ROWS.get(library().lowbit_isa().decode(), 64)
+        return rows >= FEW_BFLOAT16_ROWS and (ternary or isa != "avx512bf16" or _multiplies_tiles())
+    return (
+        rows >= FEW_ROWS.get(isa, 64) and not ternary
+    )  # decoded in its own order, panels cost far less than whole rows
 
 
 def linear(x, weight, companions, bias, format, in_features):
@@ -238,12 +250,12 @@ def linear(x, weight, companions, bias, format, in_features):
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
     product = _product_dtype(x.dtype)
-    ternary = described.record.bits == 0  # decoded in its own order, panels cost far less than whole rows
-    if rows < _few_rows(product) or (ternary and product == torch.float32):
+    if not _for_torch(described, rows, product):
         pointer = None if bias is None else bias.data_ptr()
         dtype, run, size = DTYPES[x.dtype], library().lowbit_linear, x.element_size()
-        for first in range(0, rows, CALL_ROWS):
-            some = min(CALL_ROWS, rows - first)
+        most = CALL_ROWS if product == torch.float32 else max(1, rows)
+        for first in range(0, rows, most):
+            some = min(most, rows - first)
             start, end = x.data_ptr() + first * in_features * size, out.data_ptr() + first * N * size
             _check(run(described.pointer, start, pointer, end, some, dtype, _threads()))
         return out
@@ -272,6 +284,11 @@ def input_gradient(gradient, weight, companions, format, in_features):
     """``gradient @ W``; shapes as in :func:`hf_lowbit.ops.input_gradient`."""
     described, N = describe(weight, companions, format, in_features), weight.shape[0]
     rows, dtype = gradient.numel() // max(1, N), _product_dtype(gradient.dtype)
+    if not _for_torch(described, rows, dtype):
+        gradient, out = gradient.contiguous(), gradient.new_empty((*gradient.shape[:-1], in_features))
+        run = library().lowbit_input_gradient
+        _check(run(described.pointer, gradient.data_ptr(), out.data_ptr(), rows, DTYPES[gradient.dtype], _threads()))
+        return out
     flat = gradient.reshape(rows, N).to(dtype)
     total = torch.zeros((rows, in_features))
     for first, last, part in _decoded(described, N, in_features, dtype):

@@ -229,8 +229,12 @@ def test_bfloat16_layers_share_their_input(tiny):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_branch_is_pefts(dtype):
-    """Values bit for bit; gradients against float64, within the roundings of each product."""
+def test_the_branch_is_pefts(dtype, monkeypatch):
+    """Values bit for bit in plain PyTorch; gradients against float64, within the roundings of each product.
+
+    The same of the kernels: ``test_native_low_rank.py``.
+    """
+    monkeypatch.setenv("HF_LOWBIT_BACKEND", "torch")
     generator = torch.Generator().manual_seed(0)
     x, result, a, b, gradient = (
         torch.randn(s, generator=generator) for s in ((2, 9, 40), (2, 9, 24), (4, 40), (24, 4), (2, 9, 24))

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from ..packed import PackedMixin
 from .base import note_layer
-from .branch import add_low_rank
+from .branch import add_low_rank, packed_with_low_rank
 from .overflow import OverflowWatch
 from .requantize import Cost, Original, requantize
 
@@ -237,7 +237,11 @@ class LoraLowBitLinear(FloatView, lora.Linear):
             return super().forward(x, *args, **kwargs)
         name = names[0]
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        y = add_low_rank(self.base_layer(x), self.lora_dropout[name](x), a, b, self.scaling[name])
+        y, dropout = None, self.lora_dropout[name]
+        if isinstance(dropout, nn.Identity):
+            y = packed_with_low_rank(self.base_layer, x, a, b, self.scaling[name])
+        if y is None:
+            y = add_low_rank(self.base_layer(x), dropout(x), a, b, self.scaling[name])
         if y.dtype == torch.float16:
             self._watch(self.target_name, x, a, b, y)
         return y

@@ -1,11 +1,10 @@
 // The C interface: checks, the choice of an instruction set, and the split of work among threads.
 
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <string>
 
+#include "bfloat16.h"
 #include "int8.h"
 #include "kernels.h"
 #include "lowbit_cpu.h"
@@ -20,22 +19,25 @@ constexpr int PARTS_PER_THREAD = 4;
 
 // An instruction set: the copies that serve it.
 struct Isa {
-    const Int8Kernels *int8;  // has the name: there may be a better copy of these than of the others
+    const char *name;
     const Kernels *kernels;
-    bool here() const { return kernels->here() && int8->here(); }
+    const Int8Kernels *int8;
+    const Bfloat16Kernels *bfloat16;  // or null
+    bool here() const { return kernels->here() && int8->here() && (!bfloat16 || bfloat16->here()); }
 };
 
 // All that were compiled, the best first; the portable one runs everywhere.
 const Isa ALL[] = {
 #if defined(LOWBIT_X86)
-    {&int8_avx512vnni(), &kernels_avx512()},
-    {&int8_avx512(), &kernels_avx512()},
-    {&int8_avx2(), &kernels_avx2()},
+    {"avx512bf16", &kernels_avx512(), &int8_avx512vnni(), &bfloat16_avx512()},
+    {"avx512vnni", &kernels_avx512(), &int8_avx512vnni(), nullptr},
+    {"avx512", &kernels_avx512(), &int8_avx512(), nullptr},
+    {"avx2", &kernels_avx2(), &int8_avx2(), nullptr},
 #elif defined(LOWBIT_ARM64)
-    {&int8_neondot(), &kernels_neon()},
-    {&int8_neon(), &kernels_neon()},
+    {"neondot", &kernels_neon(), &int8_neondot(), nullptr},
+    {"neon", &kernels_neon(), &int8_neon(), nullptr},
 #endif
-    {&int8_portable(), &kernels_portable()}};
+    {"portable", &kernels_portable(), &int8_portable(), nullptr}};
 
 const Isa *best() {
     for (const Isa &isa : ALL)
@@ -83,21 +85,41 @@ struct Split {
         if (size < least) size = least;
         parts = size ? (int)((count + size - 1) / size) : 0;
     }
+    int workers(int threads) const { return threads < parts ? threads : parts; }
     int64_t first(int part) const { return part * size; }
     int64_t last(int part) const { return (part + 1) * size < count ? (part + 1) * size : count; }
 };
 
-template <class Body> void run(const Split &split, int threads, Body &body) {
-    run_parts([](void *context, int part) { (*(Body *)context)(part); }, &body, split.parts, threads);
-}
+template <class Body> void run(const Split &split, int threads, Body &body) { lowbit::run(split.parts, threads, body); }
 
-struct Free { void operator()(void *p) const { std::free(p); } };
-template <class T> using Memory = std::unique_ptr<T, Free>;
-template <class T> Memory<T> memory(int64_t count) {
-    return Memory<T>((T *)std::aligned_alloc(64, ((size_t)count * sizeof(T) + 63) / 64 * 64));
+// Parts of a product that is cut into pieces of columns, `most` of them in a part, and of the m rows that meet them where there
+// are too few such ranges for all threads: each range decodes the weight anew for every share of the rows.
+struct Parts {
+    int64_t m, pieces, ranges, size, shares;
+    int threads;
+    Parts(const lowbit_weight *w, int64_t m, int64_t pieces, int64_t most, int64_t tile, int threads) : m(m), pieces(pieces) {
+        const int64_t useful = 1 + w->rows * w->inputs / PART_WEIGHTS * (m < 8 ? m : 8);
+        this->threads = threads < useful ? threads : (int)useful;
+        ranges = (pieces + most - 1) / most;
+        const bool enough = ranges % this->threads == 0 || ranges >= PARTS_PER_THREAD * this->threads;
+        const int64_t tiles = (m + tile - 1) / tile, wanted = enough ? 1 : this->threads;
+        size = (tiles + wanted - 1) / wanted * tile;
+        shares = (m + size - 1) / size;
+    }
+    int count() const { return (int)(ranges * shares); }
+    int workers() const { return threads < count() ? threads : count(); }
+    int64_t rows() const { return size < m ? size : m; }              // of a part, at most
+    int64_t width() const { return (pieces + ranges - 1) / ranges; }  // the same of pieces
+    int64_t first(int part) const { return part / ranges * size; }
+    int64_t last(int part) const { return first(part) + size < m ? first(part) + size : m; }
+    int64_t from(int part) const { return part % ranges * pieces / ranges; }
+    int64_t to(int part) const { return (part % ranges + 1) * pieces / ranges; }
+};
+
+// The kernels of bfloat16, if they are to multiply m rows of it.
+const Bfloat16Kernels *bfloat16_for(const lowbit_weight *w, int64_t m, int dtype) {
+    return dtype == LOWBIT_BF16 && m >= BFLOAT16_FEW && w->bits ? isa()->bfloat16 : nullptr;
 }
-typedef Memory<float> Floats;
-Floats floats(int64_t count) { return memory<float>(count); }
 
 }  // namespace
 
@@ -112,13 +134,25 @@ int lowbit_linear(const lowbit_weight *w, const void *x, const void *bias, void 
     if (!within(m, 0) || !known(dtype) || !within(threads, 1, MOST_THREADS) || (m && w->rows && (!x || !out))) return LOWBIT_BAD_ARGUMENT;
     if (m == 0 || w->rows == 0) return LOWBIT_OK;
     const Kernels *k = kernels();
+    if (const Bfloat16Kernels *narrow = bfloat16_for(w, m, dtype)) {
+        const Parts parts(w, m, (w->rows + 63) / 64, BFLOAT16_COLUMNS / 64, BFLOAT16_TILE, threads);
+        const int64_t own = narrow->scratch_floats(w, parts.rows());
+        Floats scratch = floats(parts.workers() * own);
+        if (!scratch) return LOWBIT_NO_MEMORY;
+        auto body = [&](int part, int worker) {
+            narrow->linear(w, k->decoder(w), (const uint16_t *)x, (const uint16_t *)bias, (uint16_t *)out, parts.first(part),
+                           parts.last(part), parts.from(part), parts.to(part), scratch.get() + worker * own);
+        };
+        lowbit::run(parts.count(), parts.threads, body);
+        return LOWBIT_OK;
+    }
     const int64_t stride = arranged_inputs(w), own = scratch_floats(w, m);
     const Split split(w->rows, w->inputs * (m < 8 ? m : 8), threads);
-    Floats arranged = floats(m * stride), scratch = floats(split.parts * own);
+    Floats arranged = floats(m * stride), scratch = floats(split.workers(threads) * own);
     if (!arranged || !scratch) return LOWBIT_NO_MEMORY;
     k->arrange(w, x, arranged.get(), dtype, 0, m);
-    auto body = [&](int part) {
-        k->linear(w, arranged.get(), m, bias, out, dtype, split.first(part), split.last(part), scratch.get() + part * own);
+    auto body = [&](int part, int worker) {
+        k->linear(w, arranged.get(), m, bias, out, dtype, split.first(part), split.last(part), scratch.get() + worker * own);
     };
     run(split, threads, body);
     return LOWBIT_OK;
@@ -135,21 +169,43 @@ int lowbit_linear_int8(const lowbit_weight *w, const uint8_t *levels, const floa
     const int64_t rows = INT8_STRIP * INT8_STRIPS, own = int8_scratch(w, m) / 64 * 64 + 64;
     const Split tokens(m, 4 * stride, threads), split((w->rows + rows - 1) / rows, rows * stride * (m < 8 ? m : 8), threads);
     const Memory<int8_t> codes = memory<int8_t>(m * stride + 64);
-    const Floats scales = floats(2 * m * units), wide = floats(tokens.parts * stride);
-    const Memory<uint8_t> scratch = memory<uint8_t>(split.parts * own);
+    const Floats scales = floats(2 * m * units), wide = floats(tokens.workers(threads) * stride);
+    const Memory<uint8_t> scratch = memory<uint8_t>(split.workers(threads) * own);
     if (!codes || !scales || !wide || !scratch) return LOWBIT_NO_MEMORY;
     std::memset(codes.get() + m * stride, 0, 64);  // blocks are read in pairs
     const Tokens quantized{codes.get(), scales.get(), scales.get() + m * units, m, stride, units};
-    auto quantize = [&](int part) {
-        k->quantize(w, x, dtype, quantized, tokens.first(part), tokens.last(part), wide.get() + part * stride);
+    auto quantize = [&](int part, int worker) {
+        k->quantize(w, x, dtype, quantized, tokens.first(part), tokens.last(part), wide.get() + worker * stride);
     };
     run(tokens, threads, quantize);
-    auto multiply = [&](int part) {
+    auto multiply = [&](int part, int worker) {
         const int64_t last = split.last(part) * rows;
         k->linear(w, {levels, steps}, quantized, bias, out, dtype, split.first(part) * rows, last < w->rows ? last : w->rows,
-                  scratch.get() + part * own);
+                  scratch.get() + worker * own);
     };
     run(split, threads, multiply);
+    return LOWBIT_OK;
+}
+
+int lowbit_input_gradient(const lowbit_weight *w, const void *gradient, void *out, int64_t m, int dtype, int threads) {
+    if (!sound(w)) return LOWBIT_BAD_WEIGHT;
+    if (!within(m, 0) || !known(dtype) || !within(threads, 1, MOST_THREADS) || (m && (!out || (w->rows && !gradient)))) return LOWBIT_BAD_ARGUMENT;
+    if (m == 0) return LOWBIT_OK;
+    const Kernels *k = kernels();
+    const Bfloat16Kernels *narrow = bfloat16_for(w, m, dtype);
+    const Parts parts(w, m, pieces_of(w), (narrow ? BFLOAT16_COLUMNS : GRADIENT_INPUTS) / piece_inputs(w), GRADIENT_TILE, threads);
+    const int64_t own = narrow ? narrow->scratch_floats(w, parts.rows()) : gradient_floats(w, parts.rows(), parts.width());
+    Floats scratch = floats(parts.workers() * own);
+    if (!scratch) return LOWBIT_NO_MEMORY;
+    auto body = [&](int part, int worker) {
+        float *const mine = scratch.get() + worker * own;
+        const int64_t first = parts.first(part), last = parts.last(part), from = parts.from(part), to = parts.to(part);
+        if (narrow)
+            narrow->input_gradient(w, k->decoder(w), (const uint16_t *)gradient, (uint16_t *)out, first, last, from, to, mine);
+        else
+            k->input_gradient(w, gradient, first, last, out, dtype, from, to, mine);
+    };
+    lowbit::run(parts.count(), parts.threads, body);
     return LOWBIT_OK;
 }
 
@@ -164,10 +220,10 @@ int lowbit_dequantize(const lowbit_weight *w, const int64_t *index, int64_t firs
     const Kernels *k = kernels();
     const Split split(count, w->inputs, threads);
     const int64_t own = scratch_floats(w, 0);
-    Floats scratch = floats(split.parts * own);
+    Floats scratch = floats(split.workers(threads) * own);
     if (!scratch) return LOWBIT_NO_MEMORY;
-    auto body = [&](int part) {
-        k->dequantize(w, index, first, out, dtype, split.first(part), split.last(part), scratch.get() + part * own);
+    auto body = [&](int part, int worker) {
+        k->dequantize(w, index, first, out, dtype, split.first(part), split.last(part), scratch.get() + worker * own);
     };
     run(split, threads, body);
     return LOWBIT_OK;
@@ -176,7 +232,7 @@ int lowbit_dequantize(const lowbit_weight *w, const int64_t *index, int64_t firs
 int lowbit_pack(const uint8_t *codes, uint16_t *lanes, int64_t rows, int64_t inputs, int bits, int threads) {
     if (!packable(rows, inputs, bits, threads) || (rows && (!codes || !lanes))) return LOWBIT_BAD_ARGUMENT;
     const Split split(rows, inputs, threads);
-    auto body = [&](int part) { kernels()->pack(codes, lanes, inputs, bits, split.first(part), split.last(part)); };
+    auto body = [&](int part, int) { kernels()->pack(codes, lanes, inputs, bits, split.first(part), split.last(part)); };
     run(split, threads, body);
     return LOWBIT_OK;
 }
@@ -184,7 +240,7 @@ int lowbit_pack(const uint8_t *codes, uint16_t *lanes, int64_t rows, int64_t inp
 int lowbit_unpack(const uint16_t *lanes, uint8_t *codes, int64_t rows, int64_t inputs, int bits, int threads) {
     if (!packable(rows, inputs, bits, threads) || (rows && (!codes || !lanes))) return LOWBIT_BAD_ARGUMENT;
     const Split split(rows, inputs, threads);
-    auto body = [&](int part) { kernels()->unpack(lanes, codes, inputs, bits, split.first(part), split.last(part)); };
+    auto body = [&](int part, int) { kernels()->unpack(lanes, codes, inputs, bits, split.first(part), split.last(part)); };
     run(split, threads, body);
     return LOWBIT_OK;
 }
@@ -197,17 +253,17 @@ const char *lowbit_isas(void) {
     static const std::string names = [] {
         std::string found;
         for (const Isa &isa : ALL)
-            if (isa.here()) found += (found.empty() ? "" : ",") + std::string(isa.int8->name);
+            if (isa.here()) found += (found.empty() ? "" : ",") + std::string(isa.name);
         return found;
     }();
     return names.c_str();
 }
 
-const char *lowbit_isa(void) { return isa()->int8->name; }
+const char *lowbit_isa(void) { return isa()->name; }
 
 int lowbit_force_isa(const char *name) {
     for (const Isa &isa : ALL)
-        if (name && !std::strcmp(isa.int8->name, name) && isa.here()) {
+        if (name && !std::strcmp(isa.name, name) && isa.here()) {
             chosen = &isa;
             return LOWBIT_OK;
         }

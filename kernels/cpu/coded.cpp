@@ -318,7 +318,7 @@ int64_t encode_block(int kind, const uint8_t *in, int64_t count, int64_t bytes, 
 }
 
 template <class Body> void each(int64_t parts, int threads, Body &body) {
-    run_parts([](void *context, int part) { (*(Body *)context)(part); }, &body, (int)parts, threads);
+    run_parts([](void *context, int part, int) { (*(Body *)context)(part); }, &body, (int)parts, threads);
 }
 
 bool sound(const void *in, int64_t rows, int64_t bytes, int kind) {

@@ -41,39 +41,42 @@ INLINE F load_as(const void *p, int64_t i, int dtype) {
     return dtype == LOWBIT_F16 ? from_halves((const uint16_t *)p + i) : from_bhalves((const uint16_t *)p + i);
 }
 
-// The scales of a row, as floats.
-static inline void read_scales(const lowbit_weight *w, int64_t row, int64_t groups, float *scales) {
-    const int64_t first = row * groups;
+// The scales of groups `from` to `to` - 1 of a row, as floats, to scales[from] and on.
+static inline void read_scales(const lowbit_weight *w, int64_t row, int64_t from, int64_t to, float *scales) {
+    const int64_t first = row * groups_of(w) + from, count = to - from;
+    scales += from;
     switch (w->scale) {
         case LOWBIT_SCALE_BYTE:
-            for (int64_t g = 0; g < groups; g++) scales[g] = w->scale_table[((const uint8_t *)w->scales)[first + g]];
+            for (int64_t g = 0; g < count; g++) scales[g] = w->scale_table[((const uint8_t *)w->scales)[first + g]];
             return;
-        case LOWBIT_SCALE_F16: return widen((const uint16_t *)w->scales + first, scales, groups, LOWBIT_F16);
-        case LOWBIT_SCALE_BF16: return widen((const uint16_t *)w->scales + first, scales, groups, LOWBIT_BF16);
-        case LOWBIT_SCALE_F32: return widen((const float *)w->scales + first, scales, groups, LOWBIT_F32);
+        case LOWBIT_SCALE_F16: return widen((const uint16_t *)w->scales + first, scales, count, LOWBIT_F16);
+        case LOWBIT_SCALE_BF16: return widen((const uint16_t *)w->scales + first, scales, count, LOWBIT_BF16);
+        case LOWBIT_SCALE_F32: return widen((const float *)w->scales + first, scales, count, LOWBIT_F32);
         default:
-            for (int64_t g = 0; g < groups; g++) scales[g] = 1.0f;
+            for (int64_t g = 0; g < count; g++) scales[g] = 1.0f;
     }
 }
 
-// The zero points of a row, as floats.
-template <int BITS> static inline void read_zeros(const lowbit_weight *w, int64_t row, int64_t groups, float *zeros) {
+// The zero points of groups `from` (a multiple of 8) to `to` - 1 of a row, as floats, to zeros[from] and on.
+template <int BITS> static inline void read_zeros(const lowbit_weight *w, int64_t row, int64_t from, int64_t to, float *zeros) {
+    const int64_t groups = groups_of(w);
     if (w->zero == LOWBIT_ZERO_FIXED) {
-        for (int64_t g = 0; g < groups; g++) zeros[g] = w->fixed_zero;
+        for (int64_t g = from; g < to; g++) zeros[g] = w->fixed_zero;
     } else if (w->zero == LOWBIT_ZERO_F16) {
-        widen((const uint16_t *)w->zeros + row * groups, zeros, groups, LOWBIT_F16);
+        widen((const uint16_t *)w->zeros + row * groups + from, zeros + from, to - from, LOWBIT_F16);
     } else {
         const int64_t size = (groups * BITS + 7) / 8;
-        const uint8_t *stream = (const uint8_t *)w->zeros + row * size, *const end = (const uint8_t *)w->zeros + w->rows * size;
-        for (int64_t g = 0; g < groups; g += 16, stream += 2 * BITS) {
+        const uint8_t *stream = (const uint8_t *)w->zeros + row * size + from / 8 * BITS;
+        const uint8_t *const end = (const uint8_t *)w->zeros + w->rows * size;
+        for (int64_t g = from; g < to; g += 16, stream += 2 * BITS) {
             uint8_t copy[16] = {0};
-            const uint8_t *from = stream;
-            if (end - stream < 16) from = (const uint8_t *)memcpy(copy, stream, (size_t)(end - stream));
-            const F sixteen = to_float(stream16<BITS>(from));
-            if (g + 16 <= groups)
+            const uint8_t *here = stream;
+            if (end - stream < 16) here = (const uint8_t *)memcpy(copy, stream, (size_t)(end - stream));
+            const F sixteen = to_float(stream16<BITS>(here));
+            if (g + 16 <= to)
                 store(zeros + g, sixteen);
             else
-                store_first(zeros + g, sixteen, (int)(groups - g));
+                store_first(zeros + g, sixteen, (int)(to - g));
         }
     }
 }
@@ -167,8 +170,8 @@ template <int BITS> INLINE void load_arranged(U (&word)[2], const uint16_t *row,
 // The scales and zero points of a row, 2 * groups floats.
 template <int BITS, Kind KIND> static inline void read_grids(const lowbit_weight *w, int64_t row, float *grids) {
     const int64_t groups = groups_of(w);
-    read_scales(w, row, groups, grids);
-    if (KIND == INTEGER) read_zeros<BITS>(w, row, groups, grids + groups);
+    read_scales(w, row, 0, groups, grids);
+    if (KIND == INTEGER) read_zeros<BITS>(w, row, 0, groups, grids + groups);
 }
 
 // Calls use(k, values) for the 16 values from k on, for blocks `from` to `to` - 1 of a row, in the order of load_arranged if ARRANGED.
@@ -177,15 +180,16 @@ template <int BITS, Kind KIND, bool FINE, bool ARRANGED, class Use>
 INLINE void walk(const lowbit_weight *w, int64_t row, int64_t from, int64_t to, const float *scales, const float *zeros, Use use) {
     const int64_t blocks = (w->inputs + 63) / 64, groups = groups_of(w);
     const uint16_t *lanes = w->codes + row * (4 * BITS * blocks);
-    const int64_t per_group = w->group ? w->group / 64 : blocks;  // blocks; 0 if FINE
+    const int64_t per_group = w->group ? w->group >> 6 : blocks;  // blocks; 0 if FINE
     Grid grid;
     grid.levels = w->table ? w->levels + (w->table == LOWBIT_TABLE_ROW ? row << BITS : 0) : nullptr;
     const F levels = BITS <= 4 ? first_levels<BITS>(grid.levels) : zero();
-    int64_t group = FINE ? from * 64 / w->group : from / per_group, left = 0;
-    if (!FINE && from % per_group) {
+    int64_t group = w->group ? 64 * from >> __builtin_ctzll((uint64_t)w->group) : 0, left = 0;
+    const int64_t begun = FINE ? 0 : w->group ? from & (per_group - 1) : from;
+    if (begun) {
         enter_group<BITS, KIND>(grid, levels, scales + group, zeros + group);
         group++;
-        left = per_group - from % per_group;
+        left = per_group - begun;
     }
     for (int64_t b = from; b < to; b++) {
         U word[2];
@@ -215,7 +219,7 @@ INLINE void walk(const lowbit_weight *w, int64_t row, int64_t from, int64_t to, 
 // Values of a row to out (inputs floats, and 16 more that may be written); `scales`: room for one a group.
 static inline void ternary_row(const lowbit_weight *w, int64_t row, float *out, float *scales) {
     const int64_t lanes = (w->inputs + 9) / 10, groups = groups_of(w);
-    read_scales(w, row, groups, scales);
+    read_scales(w, row, 0, groups, scales);
     const uint16_t *from = w->codes + row * lanes;
     for (int64_t l = 0; l < lanes; l += 16) {
         const int64_t here = lanes - l < 16 ? lanes - l : 16;
@@ -274,6 +278,43 @@ INLINE void walk_ternary(const lowbit_weight *w, int64_t row, int64_t from, int6
             use(place + TERNARY_LANES * j, evens, j % 2 * 2);
             use(place + TERNARY_LANES * j + 16, odds, j % 2 * 2 + 1);
         }
+    }
+}
+
+// ---------------------------------------------------------------- from numbers to template arguments
+
+#define FOR_KIND(BITS)                      \
+    if (w->table) {                         \
+        CALL(BITS, TABLE)                   \
+    } else {                                \
+        CALL(BITS, INTEGER)                 \
+    }
+#define FOR_BITS                            \
+    switch (w->bits) {                      \
+        case 1: CALL(1, INTEGER)            \
+        case 2: CALL(2, INTEGER)            \
+        case 3: CALL(3, INTEGER)            \
+        case 4: CALL(4, INTEGER)            \
+        case 5: FOR_KIND(5)                 \
+        case 6: FOR_KIND(6)                 \
+        case 7: FOR_KIND(7)                 \
+        default: FOR_KIND(8)                \
+    }
+
+INLINE bool fine(const lowbit_weight *w) { return w->group && w->group < 64; }
+
+// ---------------------------------------------------------------- results
+
+// Places k to k + 15 of a row of K, which begins at `row`, those within it.
+INLINE void put(void *out, int64_t row, int64_t k, int64_t K, int dtype, F v) {
+    if (k + 16 <= K && dtype == LOWBIT_F32) {
+        store((float *)out + row + k, v);
+    } else if (k + 16 <= K) {
+        (dtype == LOWBIT_F16 ? to_halves : to_bhalves)((uint16_t *)out + row + k, v);
+    } else {
+        float values[16];
+        store(values, v);
+        for (int64_t j = 0; j < 16 && k + j < K; j++) write(out, row + k + j, dtype, values[j]);
     }
 }
 

@@ -97,7 +97,7 @@ static void product(const lowbit_weight *w, const float *x, const void *bias, vo
     const int64_t blocks = (w->inputs + 63) / 64, groups = groups_of(w), tail = groups / UNITS * UNITS;
     const int shift = UNITS > 1 ? 0 : w->group ? __builtin_ctzll((uint64_t)w->group / 64) : 62;  // from a block to its group
     const bool fixed = w->zero == LOWBIT_ZERO_FIXED;  // zero points and levels are the same for all rows
-    for (int r = 0; fixed && KIND == INTEGER && r < AT_ONCE; r++) read_zeros<BITS>(w, first, groups, scratch + (2 * r + 1) * (groups + 4));
+    for (int r = 0; fixed && KIND == INTEGER && r < AT_ONCE; r++) read_zeros<BITS>(w, first, 0, groups, scratch + (2 * r + 1) * (groups + 4));
     const F shared = first_levels<BITS <= 4 ? BITS : 4>(w->table ? w->levels : nullptr);
     for (int64_t row = first; row < last; row += AT_ONCE) {
         Rows rows;
@@ -111,8 +111,8 @@ static void product(const lowbit_weight *w, const float *x, const void *bias, vo
             if (BITS <= 4) rows.first[r] = w->table == LOWBIT_TABLE_ROW ? first_levels<BITS>(rows.levels[r]) : shared;
             rows.total[r] = zero();
             rows.bytes[r] = (const uint8_t *)w->scales + here * groups;
-            if (!BYTE) read_scales(w, here, groups, scales);
-            if (KIND == INTEGER && !fixed) read_zeros<BITS>(w, here, groups, zeros);
+            if (!BYTE) read_scales(w, here, 0, groups, scales);
+            if (KIND == INTEGER && !fixed) read_zeros<BITS>(w, here, 0, groups, zeros);
             for (int64_t g = groups; UNITS > 1 && g < groups + 4; g++) {  // behind the row's end, where x is 0
                 scales[g] = zeros[g] = 0.0f;
                 if (BYTE) ends[r][g % UNITS] = 0;
@@ -152,7 +152,7 @@ static void ternary_product(const lowbit_weight *w, const float *x, const void *
     const int64_t pieces = arranged_inputs(w) / TERNARY_PIECE;
     for (int64_t row = first; row < last; row++) {
         F total[4] = {zero(), zero(), zero(), zero()};
-        read_scales(w, row, groups_of(w), scratch);
+        read_scales(w, row, 0, groups_of(w), scratch);
         walk_ternary(w, row, 0, pieces, w->group ? scratch : nullptr, [&](int64_t k, F v, int sum) __attribute__((always_inline)) {
             total[sum] = fma(v, load(x + k), total[sum]);
         });
@@ -214,7 +214,7 @@ template <int BITS, Kind KIND, bool FINE> struct Codes {
 
 struct TernaryCodes {
     static constexpr int64_t PIECE = TERNARY_PIECE;
-    static void grids(const lowbit_weight *w, int64_t row, float *to) { read_scales(w, row, groups_of(w), to); }
+    static void grids(const lowbit_weight *w, int64_t row, float *to) { read_scales(w, row, 0, groups_of(w), to); }
     static void decode(const lowbit_weight *w, int64_t row, int64_t from, int64_t to, const float *grids, float *panel) {
         panel -= PIECE * from;
         walk_ternary(w, row, from, to, grids, [&](int64_t k, F v, int) __attribute__((always_inline)) { store(panel + k, v); });
@@ -266,19 +266,6 @@ static void coded_products(const lowbit_weight *w, const float *x, int64_t m, co
 
 // ---------------------------------------------------------------- rows of the weight
 
-// Places k to k + 15 of a row of K, which begins at `row`, those within it.
-INLINE void put(void *out, int64_t row, int64_t k, int64_t K, int dtype, F v) {
-    if (k + 16 <= K && dtype == LOWBIT_F32) {
-        store((float *)out + row + k, v);
-    } else if (k + 16 <= K) {
-        (dtype == LOWBIT_F16 ? to_halves : to_bhalves)((uint16_t *)out + row + k, v);
-    } else {
-        float values[16];
-        store(values, v);
-        for (int64_t j = 0; j < 16 && k + j < K; j++) write(out, row + k + j, dtype, values[j]);
-    }
-}
-
 template <int BITS, Kind KIND, bool FINE>
 static void dequantize_rows(const lowbit_weight *w, const int64_t *index, int64_t start, void *out, int dtype, int64_t first,
                             int64_t last, float *scratch) {
@@ -293,27 +280,7 @@ static void dequantize_rows(const lowbit_weight *w, const int64_t *index, int64_
     }
 }
 
-// ---------------------------------------------------------------- the entries: from numbers to template arguments
-
-#define FOR_KIND(BITS)                      \
-    if (w->table) {                         \
-        CALL(BITS, TABLE)                   \
-    } else {                                \
-        CALL(BITS, INTEGER)                 \
-    }
-#define FOR_BITS                            \
-    switch (w->bits) {                      \
-        case 1: CALL(1, INTEGER)            \
-        case 2: CALL(2, INTEGER)            \
-        case 3: CALL(3, INTEGER)            \
-        case 4: CALL(4, INTEGER)            \
-        case 5: FOR_KIND(5)                 \
-        case 6: FOR_KIND(6)                 \
-        case 7: FOR_KIND(7)                 \
-        default: FOR_KIND(8)                \
-    }
-
-static bool fine(const lowbit_weight *w) { return w->group && w->group < 64; }
+// ---------------------------------------------------------------- the entries
 
 // Scales of 8 bits are looked up where they are needed, or, where that is no great loss, before.
 #if defined(LOWBIT_AVX512)
@@ -384,7 +351,8 @@ static bool here() {
 #endif
 }
 
-static const Kernels KERNELS = {LOWBIT_ISA_NAME, here, linear, dequantize, arrange, pack, unpack, pack_pairs, decode_symbols};
+static const Kernels KERNELS = {here, linear, dequantize, input_gradient, decoder, low_rank_dots, low_rank_wide,
+                                low_rank_deep, arrange, pack, unpack, pack_pairs, decode_symbols};
 
 }  // namespace LOWBIT_ISA
 

@@ -20,6 +20,10 @@ constexpr int PANEL_ROWS = 16, PANEL_INPUTS = 1024;
 constexpr int64_t MOST_ROWS = 48;  // of x, that a panel is multiplied by
 constexpr int MOST_AT_ONCE = 4;  // rows of the weight that are multiplied by one row of x
 constexpr int TERNARY_LANES = 32, TERNARY_PIECE = 10 * TERNARY_LANES;  // that are decoded at once
+// Of the input gradient: rows of the weight and inputs that are decoded at once, rows of the gradient that they are multiplied by, and
+// of these how many by one reading of the weight.
+constexpr int GRADIENT_ROWS = 128, GRADIENT_INPUTS = TERNARY_PIECE, GRADIENT_TILE = 6;
+constexpr int64_t GRADIENT_MOST = 44 * GRADIENT_TILE;
 
 // Floats of a row of x as the kernels want it, which is zero where the row ends.
 static inline int64_t arranged_inputs(const lowbit_weight *w) {
@@ -35,8 +39,35 @@ static inline int64_t scratch_floats(const lowbit_weight *w, int64_t m) {
     return (own + 63) / 64 * 64;
 }
 
+// Inputs that the gradient takes together, and how many such pieces a row has.
+static inline int64_t piece_inputs(const lowbit_weight *w) { return w->bits ? 64 : TERNARY_PIECE; }
+static inline int64_t pieces_of(const lowbit_weight *w) { return arranged_inputs(w) / piece_inputs(w); }
+
+// Floats of scratch memory that `decoder` needs for the scales and zero points of a row.
+static inline int64_t grid_floats(const lowbit_weight *w) {
+    return 2 * (w->group ? (w->inputs + w->group - 1) / w->group : 1) + 32;
+}
+
+// Decodes rows first .. last - 1, pieces from .. to - 1: 64 floats each, those of a row `block` floats apart, rows `row` floats.
+typedef void Decode(const lowbit_weight *w, int64_t first, int64_t last, int64_t from, int64_t to, float *grids, float *panel, int64_t row,
+                    int64_t block);
+
+// Floats of scratch memory that `input_gradient` needs for m rows and `pieces` pieces.
+static inline int64_t gradient_floats(const lowbit_weight *w, int64_t m, int64_t pieces) {
+    const int64_t most = m < GRADIENT_MOST ? m : GRADIENT_MOST;
+    const int64_t own = grid_floats(w) + most * GRADIENT_ROWS + (GRADIENT_ROWS + most) * pieces * piece_inputs(w);
+    return (own + 63) / 64 * 64;
+}
+
+// A factor of an adapter, or its transpose, with zeros behind its ranks up to a multiple of RANK_TILE, and behind its width up to one
+// of 16.
+constexpr int RANK_TILE = 8;
+struct PaddedFactor {
+    const float *data;
+    int64_t ranks, width;  // as padded
+};
+
 struct Kernels {
-    const char *name;
     bool (*here)();  // whether this processor has it
     // x (m, arranged_inputs), from `arrange`; out (m, rows); scratch as many floats as scratch_floats says.
     void (*linear)(const lowbit_weight *, const float *x, int64_t m, const void *bias, void *out, int dtype, int64_t first,
@@ -44,6 +75,20 @@ struct Kernels {
     // out (.., inputs); scratch as for m = 0.
     void (*dequantize)(const lowbit_weight *, const int64_t *index, int64_t start, void *out, int dtype, int64_t first,
                        int64_t last, float *scratch);
+    // out (.., inputs) from gradient (.., rows): their rows begin .. end - 1, pieces from .. to - 1 of each, GRADIENT_INPUTS inputs at
+    // most; scratch as many floats as gradient_floats says.
+    void (*input_gradient)(const lowbit_weight *, const void *gradient, int64_t begin, int64_t end, void *out, int dtype, int64_t from,
+                           int64_t to, float *scratch);
+    Decode *(*decoder)(const lowbit_weight *);
+    // Rows begin .. end - 1 of x (.., width) times a factor transposed, to (.., ranks).
+    void (*low_rank_dots)(const void *x, int64_t begin, int64_t end, int64_t width, int dtype, const PaddedFactor &factor, float *to);
+    // Rows begin .. end - 1 of left (.., ranks) times a factor times a scale, plus `added` (or null), to out, both (.., width).
+    void (*low_rank_wide)(const float *left, const PaddedFactor &factor, float scale, const void *added, void *out, int64_t begin,
+                          int64_t end, int64_t width, int dtype);
+    // left (m, ranks) transposed times columns from .. to - 1 of x (m, width) times a scale: entry (r, k), r below `rank`, to
+    // out[r * across + k * along].
+    void (*low_rank_deep)(const float *left, int64_t ranks, int64_t m, const void *x, int64_t width, int dtype, int64_t from, int64_t to,
+                          float scale, float *out, int64_t rank, int64_t across, int64_t along);
     // Rows first .. last - 1 of x (.., inputs) to floats in the order in which the weight is decoded.
     void (*arrange)(const lowbit_weight *, const void *x, float *to, int dtype, int64_t first, int64_t last);
     void (*pack)(const uint8_t *codes, uint16_t *lanes, int64_t inputs, int bits, int64_t first, int64_t last);
@@ -72,8 +117,16 @@ static inline int64_t row_lanes(int64_t inputs, int bits) {
 // The copy that was chosen.
 const Kernels *kernels();
 
-// Of a copy, in packing.cpp and codec.cpp; arguments as in Kernels.
+// Of a copy, in gradient.cpp, low_rank.cpp, packing.cpp and codec.cpp; arguments as in Kernels.
 namespace LOWBIT_ISA {
+void input_gradient(const lowbit_weight *w, const void *gradient, int64_t begin, int64_t end, void *out, int dtype, int64_t from,
+                    int64_t to, float *scratch);
+Decode *decoder(const lowbit_weight *w);
+void low_rank_dots(const void *x, int64_t begin, int64_t end, int64_t width, int dtype, const PaddedFactor &factor, float *to);
+void low_rank_wide(const float *left, const PaddedFactor &factor, float scale, const void *added, void *out, int64_t begin, int64_t end,
+                   int64_t width, int dtype);
+void low_rank_deep(const float *left, int64_t ranks, int64_t m, const void *x, int64_t width, int dtype, int64_t from, int64_t to,
+                   float scale, float *out, int64_t rank, int64_t across, int64_t along);
 void pack_pairs(const uint8_t *pairs, uint16_t *lanes, int64_t blocks);
 bool decode_symbols(const uint8_t *coded, size_t size, const Slot *table, uint8_t *symbols, size_t count);
 void pack(const uint8_t *codes, uint16_t *lanes, int64_t inputs, int bits, int64_t first, int64_t last);

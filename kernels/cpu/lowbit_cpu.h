@@ -17,7 +17,7 @@
 #endif
 
 /* Of this interface; a caller compares it with what lowbit_version returns. */
-#define LOWBIT_VERSION 2
+#define LOWBIT_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -56,9 +56,31 @@ LOWBIT_EXPORT int lowbit_linear(const lowbit_weight *weight, const void *x, cons
 LOWBIT_EXPORT int lowbit_linear_int8(const lowbit_weight *weight, const uint8_t *levels, const float *steps, const void *x,
                                      const void *bias, void *out, int64_t m, int dtype, int threads);
 
+/* out (m, inputs) = gradient (m, rows) times the weight, both of one dtype, contiguous. Sums are float32. */
+LOWBIT_EXPORT int lowbit_input_gradient(const lowbit_weight *weight, const void *gradient, void *out, int64_t m, int dtype,
+                                        int threads);
+
 /* out (count, inputs), contiguous: rows first .. first + count - 1 of the weight, or rows index[0 .. count - 1]. */
 LOWBIT_EXPORT int lowbit_dequantize(const lowbit_weight *weight, const int64_t *index, int64_t first, int64_t count, void *out,
                                     int dtype, int threads);
+
+/* A low-rank adapter: factors a (rank, inputs) and b (rows, rank), and what their product is multiplied by. */
+typedef struct {
+    const float *a, *b;
+    int64_t rows, inputs, rank;
+    float scaling;
+} lowbit_adapter;
+
+/* hidden (m, rank rounded up to a multiple of 8) = x (m, inputs) times a transposed, and out (m, rows) = result + scaling * hidden times b
+ * transposed; x, result and out of one dtype, contiguous. `out` may be `result`. */
+LOWBIT_EXPORT int lowbit_low_rank(const lowbit_adapter *adapter, const void *x, const void *result, float *hidden, void *out, int64_t m,
+                                  int dtype, int threads);
+
+/* Gradients of that from gradient (m, rows), of the dtype of x: x_gradient (m, inputs), of that dtype, a_gradient and b_gradient, each
+ * NULL if it is not wanted. x_gradient is added to `added` (m, inputs), which may be NULL, or x_gradient itself. */
+LOWBIT_EXPORT int lowbit_low_rank_gradients(const lowbit_adapter *adapter, const void *gradient, const void *x, const float *hidden,
+                                            const void *added, void *x_gradient, float *a_gradient, float *b_gradient, int64_t m,
+                                            int dtype, int threads);
 
 /* codes (rows, inputs), one byte each, to lanes and back. */
 LOWBIT_EXPORT int lowbit_pack(const uint8_t *codes, uint16_t *lanes, int64_t rows, int64_t inputs, int bits, int threads);

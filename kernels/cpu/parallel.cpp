@@ -25,15 +25,16 @@ typedef void (*GompParallel)(void (*)(void *), void *, unsigned, unsigned);
 std::atomic<GompParallel> openmp{nullptr};
 
 struct Job {
-    void (*body)(void *, int);
+    void (*body)(void *, int, int);
     void *context;
     int parts;
-    std::atomic<int> next{0};
+    std::atomic<int> next{0}, workers{0};
 };
 
 void work(void *pointer) {
     Job *job = (Job *)pointer;
-    for (int part; (part = job->next.fetch_add(1, std::memory_order_relaxed)) < job->parts;) job->body(job->context, part);
+    const int worker = job->workers.fetch_add(1, std::memory_order_relaxed);
+    for (int part; (part = job->next.fetch_add(1, std::memory_order_relaxed)) < job->parts;) job->body(job->context, part, worker);
 }
 
 // Workers that sleep until there is a job. It is never destroyed: threads may outlive static objects at exit.
@@ -111,8 +112,8 @@ Pool *the_pool() {
 
 }  // namespace
 
-void run_parts(void (*body)(void *, int), void *context, int parts, int threads) {
-    Job job{body, context, parts, {0}};
+void run_parts(void (*body)(void *, int, int), void *context, int parts, int threads) {
+    Job job{body, context, parts, {0}, {0}};
     if (threads > parts) threads = parts;
     if (threads <= 1) return work(&job);
     if (GompParallel parallel = openmp.load()) return parallel(work, &job, (unsigned)threads, 0);
