@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import logging
 
@@ -32,6 +32,7 @@ from .config import LowBitConfig
 from .convert import check_destination, check_source, fetch, open_source, quantize_folder
 from .methods import BEST
 from .plan import Plan, _compress, _matching_rule, _pattern, make_plan, names
+from .skeleton import model_class
 from .storage.content import content_hash
 from .storage.shards import TEMPORARY
 
@@ -53,10 +54,8 @@ class QuantizedRepo:
     tokens: dict[str, int]
 
     def load(self, **kwargs: Any) -> PreTrainedModel:
-        """The packed model; ``kwargs`` go to ``AutoModelForCausalLM``."""
-        from transformers import AutoModelForCausalLM
-
-        return AutoModelForCausalLM.from_pretrained(self.folder, **kwargs)
+        """The packed model, of the class that its config names; ``kwargs`` go to its ``from_pretrained``."""
+        return model_class(AutoConfig.from_pretrained(self.folder)).from_pretrained(self.folder, **kwargs)
 
 
 def quantize(

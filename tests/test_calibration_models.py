@@ -110,7 +110,7 @@ def test_calibration_helps_models_of_every_kind(name, any_tiny, tmp_path):
     data, held_out, folder = Calibration(calls(name), 16), calls(name, 4, seed=9), any_tiny(name)
     repo = hf_lowbit.quantize(folder, CONFIG, output=tmp_path / "out", calibration=data)
     assert set(repo.tokens.values()) == TOKENS[name]
-    model = load(name, repo.folder)
+    model = repo.load()
     listed = [
         n for n, m in model.named_modules() if hasattr(m, "packed_shape") and any(p.isdigit() for p in n.split("."))
     ]
@@ -202,6 +202,15 @@ def test_an_encoder_decoder_reads_and_writes_the_same_text(any_tiny, tmp_path):
     assert set(repo.tokens.values()) == {6 * 16}
     record = load("t5", repo.folder).config.quantization_config.calibration
     assert (record["windows"], record["length"]) == (6, 16)
+
+
+@pytest.mark.parametrize("options", [{"bits": 2.6}, {"bits_stored": 3.0, "method": "gptq"}], ids=["budget", "rate"])
+def test_what_needs_one_row_says_so(options, any_tiny, tmp_path):
+    text = Calibration([list(range(4, 100))], 4, 16)
+    with pytest.raises(
+        ValueError, match=r"T5.* does something of its own before decoder.block.0: a search for bits, and"
+    ):
+        hf_lowbit.quantize(any_tiny("t5"), LowBitConfig(**options), output=tmp_path / "out", calibration=text)
 
 
 def test_inputs_may_lack_the_batch_and_be_lists(any_tiny):

@@ -25,7 +25,7 @@ from ..plan import _tied_weights
 from ..skeleton import model_class
 from .arguments import Arguments
 from .order import Order, find_lists, find_order
-from .samples import Samples
+from .samples import Samples, samples_of
 from .stream import Stream
 
 
@@ -56,7 +56,7 @@ class Blocks:
             decoder = {id(module) for module in self.model.get_decoder().modules()}
             self.order = Order([n for n in self.candidates if id(self.model.get_submodule(n)) in decoder])
         else:
-            self.order = find_order(self, Samples.of(samples).fullest())
+            self.order = find_order(self, samples_of(samples, self.model).fullest())
         self.use(source)
         if not any(self.layers):
             where = f"{self.names[0]} to {self.names[-1]}" if self.names else "that run"
@@ -107,7 +107,7 @@ class Blocks:
         Raises:
             ValueError: for a model that does something of its own between blocks.
         """
-        samples = Samples.of(tokens)
+        samples = samples_of(tokens, self.model)
         if not self.order.rows:
             self.order = find_order(self, samples.fullest())
             self.use(self.source)

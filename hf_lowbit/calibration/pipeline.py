@@ -35,7 +35,7 @@ from .blocks import Blocks
 from .hook import Hook
 from .processes import Processes
 from .run import Run
-from .samples import Samples
+from .samples import Samples, samples_of
 from .stream import Stream
 
 logger = logging.get_logger(__name__)
@@ -81,7 +81,7 @@ def calibrate(
     """
     if hook.activations != "none" and tokens is None:
         raise ValueError(f"{type(hook).__name__} needs calibration data: give calibration=, such as a list of texts")
-    samples = None if hook.activations == "none" or tokens is None else Samples.of(tokens)
+    samples = None if hook.activations == "none" or tokens is None else samples_of(tokens, source.model)
     if samples is not None:
         samples.check(source.model)
     if blocks is None:

@@ -100,6 +100,11 @@ def from_text(tokens: torch.Tensor, model: Any) -> Samples:
     return Samples(calls, length=tokens.shape[1])
 
 
+def samples_of(given: torch.Tensor | Samples, model: Any) -> Samples:
+    """Samples themselves, or those of windows of text (W, L) for ``model``, as :func:`from_text`."""
+    return given if isinstance(given, Samples) else from_text(given, model)
+
+
 def is_call(document: Any, model: Any) -> bool:
     """Whether ``document`` is a dict of inputs of ``model``, and not a record with text."""
     if not isinstance(document, Mapping):
