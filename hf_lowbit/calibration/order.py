@@ -173,15 +173,15 @@ def find_order(blocks, call: dict[str, torch.Tensor]) -> Order:
         member = blocks.model.get_submodule(name)
         kind = (type(member), *(tuple(p.shape) for p in member.parameters()))
         later = any(isinstance(v, Later) for v in [*args, *kwargs.values()])
-        found, y = known.get(kind) or (known.get(type(member)) if later else None), x.detach().clone()
+        found, y = known.get(kind) or (known.get(type(member)) if later else None), x.detach()
         if found is None or found.reshapes:
             found, y = _returned(name, blocks.read_block(name), x, args, kwargs)
             known[kind] = found
             known.setdefault(type(member), found)
         order.names.append(name)
         order.returned.append(found)
-        leaves.append(y.requires_grad_())
-        given[:] = [y.clone()]  # which may be changed in place
+        leaves.append(torch.zeros((), requires_grad=True))
+        given[:] = [y + leaves[-1]]  # new, so that it may be changed in place
         return found.with_hidden(i, given[0])
 
     try:
@@ -212,8 +212,8 @@ def _returned(name: str, block: nn.Module, x, args, kwargs) -> tuple[Returned, t
     if isinstance(output, tuple):
         rest = tuple(v if isinstance(v, (int, float, str, type(None))) else True for v in output[1:])
     if hidden.shape == x.shape:
-        return Returned(rest), x.detach().clone()
-    return Returned(rest, reshapes=True), hidden.detach().clone()
+        return Returned(rest), x.detach()
+    return Returned(rest, reshapes=True), hidden.detach()
 
 
 def untouched(x: torch.Tensor, given: list[torch.Tensor]) -> bool:
