@@ -40,6 +40,8 @@ Measured on Zen 5 with two threads, 4096 x 4096 at 4 bits: panels of AVX-512 are
 rows (``benchmarks/cpu_layers.py``); those of AVX2, forced by ``lowbit_force_isa``, 1.25 times at 64 and 0.9 times at
 256, and plain loops far slower at 8. Not measured on other processors.
 """
+FEW_GRADIENT_ROWS = {**FEW_ROWS, "avx2": sys.maxsize}
+"""The same of gradients. Panels of AVX2, forced, take 0.73 to 0.84 of torch's time at 64 and 256 rows."""
 FEW_BFLOAT16_ROWS = 32  # from which bfloat16 is multiplied as such, where the processor does that (also in the library)
 CALL_ROWS = 256  # of one call, so that float32 activations stay in the last cache while panel after panel meets them
 BUFFER_BYTES = 2**21  # what a core's second cache holds, more or less
@@ -231,14 +233,13 @@ def _multiplies_tiles() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-def _for_torch(weight: _Described, rows: int, product: torch.dtype) -> bool:
-    """Whether decoded rows of ``weight`` go to torch's product, in the dtype ``product``, with so many ``rows``."""
+def _for_torch(weight: _Described, rows: int, product: torch.dtype, few: dict[str, int]) -> bool:
+    """Whether torch multiplies decoded rows of ``weight``, in ``product``, and so many ``rows``; ``few``: FEW_ROWS."""
     isa, ternary = library().lowbit_isa().decode(), weight.record.bits == 0
     if product == torch.bfloat16:
         return rows >= FEW_BFLOAT16_ROWS and (ternary or isa != "avx512bf16" or _multiplies_tiles())
-    return (
-        rows >= FEW_ROWS.get(isa, 64) and not ternary
-    )  # decoded in its own order, panels cost far less than whole rows
+    # Ternary weights are decoded in an order of their own, in which panels cost far less than whole rows.
+    return rows >= few.get(isa, 64) and not ternary
 
 
 def linear(x, weight, companions, bias, format, in_features):
@@ -250,7 +251,7 @@ def linear(x, weight, companions, bias, format, in_features):
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
     product = _product_dtype(x.dtype)
-    if not _for_torch(described, rows, product):
+    if not _for_torch(described, rows, product, FEW_ROWS):
         pointer = None if bias is None else bias.data_ptr()
         dtype, run, size = DTYPES[x.dtype], library().lowbit_linear, x.element_size()
         most = CALL_ROWS if product == torch.float32 else max(1, rows)
@@ -284,7 +285,7 @@ def input_gradient(gradient, weight, companions, format, in_features):
     """``gradient @ W``; shapes as in :func:`hf_lowbit.ops.input_gradient`."""
     described, N = describe(weight, companions, format, in_features), weight.shape[0]
     rows, dtype = gradient.numel() // max(1, N), _product_dtype(gradient.dtype)
-    if not _for_torch(described, rows, dtype):
+    if not _for_torch(described, rows, dtype, FEW_GRADIENT_ROWS):
         gradient, out = gradient.contiguous(), gradient.new_empty((*gradient.shape[:-1], in_features))
         run = library().lowbit_input_gradient
         _check(run(described.pointer, gradient.data_ptr(), out.data_ptr(), rows, DTYPES[gradient.dtype], _threads()))

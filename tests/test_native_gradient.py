@@ -21,8 +21,9 @@ WIDE = (native.FEW_BFLOAT16_ROWS, 270)  # rows multiplied in bfloat16; 270: more
 
 
 @pytest.fixture
-def own(panels, monkeypatch):  # noqa: F811
+def own(isa, panels, monkeypatch):  # noqa: F811
     """Nothing goes to torch's product but bfloat16 where the library has none."""
+    monkeypatch.setattr(native, "FEW_GRADIENT_ROWS", {isa: sys.maxsize})
     monkeypatch.setattr(native, "_multiplies_tiles", lambda: False)
 
 
@@ -127,7 +128,7 @@ def test_unaligned_and_strided_gradients_give_the_same(isa, own):  # noqa: F811
 @pytest.mark.parametrize(("few", "torch_multiplies"), [(2, True), (sys.maxsize, False)])
 def test_gradients_go_to_panels_or_to_torch(isa, monkeypatch, few, torch_multiplies):  # noqa: F811
     calls, decoded = [], native._decoded
-    monkeypatch.setattr(native, "FEW_ROWS", {isa: few})
+    monkeypatch.setattr(native, "FEW_GRADIENT_ROWS", {isa: few})
     monkeypatch.setattr(native, "_decoded", lambda *arguments: calls.append(1) or decoded(*arguments))
     weight, companions, text = packed(INT4, 33, 70)
     native.input_gradient(torch.randn(4, 33), weight, companions, text, 70)
