@@ -3,8 +3,7 @@
 ``in`` (r, K) and ``out`` (N, r) are the tensors ``weight_factor_in`` and ``weight_factor_out``. They are what merging
 an adapter without loss leaves (:func:`hf_lowbit.adapters.merge`), and what ``compensation=`` makes with calibration.
 The correction belongs to the weight: dequantizing includes it, and so do bits per weight. Where it is written down, in
-``low_rank`` of a repo's config, it has a text,
-``rank=8,dtype=float32``.
+``low_rank`` of a repo's config, it has a text, ``rank=8,dtype=float32``.
 """
 
 import re
