@@ -2,6 +2,7 @@
 
     python benchmarks/streaming.py                        # a Llama of 1.2 billion random weights, a third of its size
     python benchmarks/streaming.py --small                # SmolLM2-135M
+    python benchmarks/streaming.py --bits 3               # at 3 bits instead of 4
     python benchmarks/streaming.py --bits-stored 3        # 8 bits in memory, of which coding leaves 3
     python benchmarks/streaming.py --disks 200,1000,none --only ours --tokens 4 --print
 
@@ -198,7 +199,7 @@ def disk_speed(layers) -> float:
 
 
 def packed(source: str, name: str, bits_stored: float | None) -> str:
-    """``source`` in 4 bits, or in codes of 8 bits that coding makes ``bits_stored``, made once."""
+    """``source`` in the fixed bits that ``name`` ends with, or in codes of 8 bits that coding makes ``bits_stored``, made once."""
     if bits_stored is None or (FOLDER / name).exists():
         return packed_folder(source, name)
     from hf_lowbit import LowBitConfig
@@ -234,7 +235,8 @@ def main():
     parser.add_argument("--disks", default="200,1000,none", help="speeds in MB/s, or none for the disk as it is")
     parser.add_argument("--fraction", type=float, help="budget as a part of the packed model: 1/3; 1/2 with --small")
     parser.add_argument("--constant", type=int, default=96, help="MB that computing may take besides, hard limit")
-    parser.add_argument("--bits-stored", type=float, help="bits of rate-aware codes, instead of 4 fixed ones")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--bits-stored", type=float, help="bits of rate-aware codes, instead of fixed ones")
     parser.add_argument("--only", default="", help="regular expression over contestants")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
@@ -247,7 +249,7 @@ def main():
         return
     FOLDER.mkdir(parents=True, exist_ok=True)
     source = model_folder(None) if args.small else large_folder()
-    name = f"{'' if args.small else 'large-'}{'int4' if args.bits_stored is None else f'ecsq{args.bits_stored:g}'}"
+    name = f"{'' if args.small else 'large-'}{f'int{args.bits}' if args.bits_stored is None else f'ecsq{args.bits_stored:g}'}"
     folders = {"float": source, "packed": packed(source, name, args.bits_stored)}
     folders["coded"] = coded_folder(folders["packed"])
     if args.prepare:
@@ -270,8 +272,10 @@ def main():
             rows.append(row)
             print(row, flush=True)
     if not args.print:
-        name = f"streaming{'_small' if args.small else ''}{'' if args.bits_stored is None else '_rate_aware'}"
-        what = "" if args.bits_stored is None else f"--bits-stored {args.bits_stored:g} "
+        kind = "_rate_aware" if args.bits_stored is not None else "" if args.bits == 4 else f"_int{args.bits}"
+        name = f"streaming{'_small' if args.small else ''}{kind}"
+        what = "" if args.bits == 4 else f"--bits {args.bits} "
+        what = what if args.bits_stored is None else f"--bits-stored {args.bits_stored:g} "
         options = f"{'--small ' if args.small else ''}{what}--disks {args.disks} --tokens {args.tokens}"
         command = f"python benchmarks/streaming.py {options} --threads {args.threads}"
         note = (
