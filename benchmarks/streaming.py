@@ -199,7 +199,7 @@ def disk_speed(layers) -> float:
 
 
 def packed(source: str, name: str, bits_stored: float | None) -> str:
-    """``source`` in the fixed bits that ``name`` ends with, or in codes of 8 bits that coding makes ``bits_stored``, made once."""
+    """``source`` in the bits that ``name`` ends with, or in codes of 8 that coding makes ``bits_stored``, made once."""
     if bits_stored is None or (FOLDER / name).exists():
         return packed_folder(source, name)
     from hf_lowbit import LowBitConfig
@@ -249,7 +249,8 @@ def main():
         return
     FOLDER.mkdir(parents=True, exist_ok=True)
     source = model_folder(None) if args.small else large_folder()
-    name = f"{'' if args.small else 'large-'}{f'int{args.bits}' if args.bits_stored is None else f'ecsq{args.bits_stored:g}'}"
+    name = f"int{args.bits}" if args.bits_stored is None else f"ecsq{args.bits_stored:g}"
+    name = name if args.small else f"large-{name}"
     folders = {"float": source, "packed": packed(source, name, args.bits_stored)}
     folders["coded"] = coded_folder(folders["packed"])
     if args.prepare:
