@@ -163,9 +163,7 @@ class LowBitHfQuantizer(HfQuantizer):
         if not self.pre_quantized and self.quantization_config.needs_calibration:
             from .quantization import solve_checkpoint
 
-            self.solved, self.tuned = solve_checkpoint(
-                model, checkpoint_files, device_map, self.quantization_config
-            )
+            self.solved, self.tuned = solve_checkpoint(model, checkpoint_files, device_map, self.quantization_config)
             self.plan = make_plan(model, self.quantization_config)
         replace_modules(model, self.plan, self.quantization_config.backend, self.quantization_config.activations)
         self.coded = check_checkpoint(model, self.plan, checkpoint_files)

@@ -170,7 +170,7 @@ def test_lora_gets_the_same_gradients_and_the_order_is_learned(packed, checkpoin
         gradients.append(step(peft))
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) == 2 * 7 * LAYERS
     for name, gradient in gradients[0].items():
-        # Where there are CPU kernels, a layer in memory and its adapter are one product: the same sums, in another order.
+        # With CPU kernels a layer in memory and its adapter are one product: the same sums, in another order.
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
     step(peft)
     model.hf_quantizer.streaming.reset()
