@@ -26,7 +26,14 @@ namespace lowbit {
     void pack_pairs(const uint8_t *, uint16_t *, int64_t);                                                                   \
     bool decode_symbols(const uint8_t *, size_t, const Slot *, uint8_t *, size_t);                                           \
     }
-#define COPY(isa) {#isa, nullptr, nullptr, nullptr, nullptr, isa::pack, isa::unpack, isa::pack_pairs, isa::decode_symbols}
+#define COPY(isa) copy(isa::pack, isa::unpack, isa::pack_pairs, isa::decode_symbols)
+// A table of kernels with what the decoder calls.
+static Kernels copy(decltype(Kernels::pack) pack, decltype(Kernels::unpack) unpack, decltype(Kernels::pack_pairs) pack_pairs,
+                    decltype(Kernels::decode_symbols) decode_symbols) {
+    Kernels made{};
+    made.pack = pack, made.unpack = unpack, made.pack_pairs = pack_pairs, made.decode_symbols = decode_symbols;
+    return made;
+}
 DECLARE(portable)
 #if defined(LOWBIT_X86)
 DECLARE(avx2)
