@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import CACHE, model_folder, write_results
+from common import CACHE, earlier_rows, model_folder, write_results
 from held_out import HeldOut, calibration_documents, evaluation_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -61,24 +61,22 @@ def main():
     args = parser.parse_args()
     source = model_folder(args.model)
     texts = {name: HeldOut(source, text, args.evaluate) for name, text in evaluation_texts().items()}
-    command = (
-        f"python benchmarks/rate_aware.py --bits {args.bits} --windows {args.windows} --length {args.length} "
-        f"--evaluate {args.evaluate}"
-    )
+    command = f"python benchmarks/rate_aware.py --length {args.length} --evaluate {args.evaluate}"
     note = (
-        f"Linear layers of {args.model or 'SmolLM2-135M-Instruct, off its grid'}; {args.windows} calibration windows "
-        f"of {args.length} tokens, news and docs mixed; {args.evaluate} windows of 512 tokens of each text for "
-        "evaluation, of other documents. Where other work ran on the machine, CPU seconds say more than seconds."
+        f"Linear layers of {args.model or 'SmolLM2-135M-Instruct, off its grid'}; calibration windows of {args.length} "
+        f"tokens, news and docs mixed, as many as --windows says; {args.evaluate} windows of 512 tokens of each text "
+        "for evaluation, of other documents. Where other work ran on the machine, CPU seconds say more than seconds."
     )
-    rows = []
+    rows = earlier_rows("rate_aware", command)
     for bits in map(float, args.bits.split(",")):
         folder, took = quantize(source, bits, args)
         totals = inspect_repo(folder)["totals"]
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, quantization_config=LowBitConfig(dequantize=True)
         )
+        name = f"{bits:g} bits, --windows {args.windows}"
         row = {
-            "asked": bits,
+            "method": name,
             "bits stored": 8 * totals["stored_bytes"] / totals["packed_weights"],
             "bits in memory": totals["bits_per_packed_weight"],
         }
@@ -90,10 +88,10 @@ def main():
                 f"top-1 {text}": 100 * r.top1,
                 f"ppl {text}": r.perplexity,
             }
-        rows.append(row | took)
-        print(rows[-1], flush=True)
+        rows[name] = row | took
+        print(rows[name], flush=True)
         if not args.print:
-            write_results("rate_aware", command, rows, note)
+            write_results("rate_aware", command, [rows[name] for name in sorted(rows)], note)
 
 
 if __name__ == "__main__":
