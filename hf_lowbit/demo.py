@@ -195,9 +195,10 @@ def _measure(folder: Path, reference: Path | None, windows, logits, work: Path) 
 
     tensors = {"windows": windows.contiguous()} | ({} if logits is None else {"logits": logits.contiguous()})
     save_file(tensors, work / "tensors.safetensors")
-    (work / "reference.json").write_text(json.dumps(None if reference is None else str(reference)))
-    command = [sys.executable, "-m", "hf_lowbit.demo", "--measure", str(folder), str(work)]
-    code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    (work / "reference.json").write_text(json.dumps(None if reference is None else str(reference.absolute())))
+    command = [sys.executable, "-m", "hf_lowbit.demo", "--measure", str(folder.absolute()), str(work)]
+    # Not in the folder of this process, where a checkout of the sources would be found before the installed package.
+    code = subprocess.run(command, stdout=subprocess.DEVNULL, cwd=work).returncode
     if code:
         raise RuntimeError(f"measuring {folder} failed in its own process (exit code {code}); its message is above")
     return json.loads((work / "row.json").read_text())
