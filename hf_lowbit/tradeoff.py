@@ -145,13 +145,12 @@ def _measure(source: Path, setting: dict, config, calibration, reference, tokens
         found = inspect_repo(folder)
         quality = evaluate(_load(folder), tokens, reference, progress=False).to_dict()
     totals = found["totals"]
-    weights = totals["packed_weights"] or sum(p.numel() for p in reference.parameters())
     return {
         "name": _name(setting),
         "setting": setting,
         "method": config.method,
-        "bits_in_memory": 8 * totals["packed_bytes"] / weights,
-        "bits_stored": 8 * totals["stored_bytes"] / weights,
+        "bits_in_memory": totals["bits_per_packed_weight"],
+        "bits_stored": 8 * totals["stored_bytes"] / totals["packed_weights"],
         "memory_bytes": totals["packed_bytes"] + totals["kept_bytes"],
         "file_bytes": totals["file_bytes"],
         "seconds": seconds,

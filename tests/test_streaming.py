@@ -159,7 +159,9 @@ def step(model):
 
 @pytest.mark.parametrize("storage", ["raw", "entropy"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_lora_gets_the_same_gradients_and_the_order_is_learned(packed, checkpointing, storage):
+def test_lora_gets_the_same_gradients_and_the_order_is_learned(packed, checkpointing, storage, monkeypatch):
+    # A layer in memory and its adapter are else one product of the CPU kernels: the same sums, in another order.
+    monkeypatch.setattr("hf_lowbit.adapters.lora.packed_with_low_rank", lambda *arguments: None)
     gradients = []
     for model in (load(packed / "raw"), streamed(packed / storage, 2)):
         torch.manual_seed(1)
@@ -170,8 +172,7 @@ def test_lora_gets_the_same_gradients_and_the_order_is_learned(packed, checkpoin
         gradients.append(step(peft))
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) == 2 * 7 * LAYERS
     for name, gradient in gradients[0].items():
-        # With CPU kernels a layer in memory and its adapter are one product: the same sums, in another order.
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+        assert torch.equal(gradient, gradients[1][name]), name
     step(peft)
     model.hf_quantizer.streaming.reset()
     step(peft)
