@@ -29,7 +29,9 @@ def replace_modules(model: torch.nn.Module, plan: Plan, backend: str, activation
             packed.register_factors(planned.low_rank, packed.weight.device)
         model.set_submodule(name, packed)
     for name, source in plan.tied.items():
-        for suffix in plan.packed[name].format.suffixes():
+        both = (model.get_submodule(name), model.get_submodule(source))
+        like = ["_like"] if all(isinstance(module, LowBitEmbedding) for module in both) else []
+        for suffix in (*plan.packed[name].format.suffixes(), *like):
             model.all_tied_weights_keys[f"{name}.weight{suffix}"] = f"{source}.weight{suffix}"
 
 
