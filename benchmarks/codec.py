@@ -5,8 +5,9 @@
 Weights are the gate projections of a few layers, one below the other, packed as the row says; "kept in bfloat16" is
 what stays in float. Sizes are in bits a weight (packed tensor alone): Shannon's order-0 entropy of the codes, what a
 Huffman code of the same symbols would take (without tables or blocks), what is stored, and zstd at level 1. Speeds are
-GB of packed output a second of one core: thread time, the best of some repetitions, all candidates in turn in one
-process so that they see the same machine. zipnn is for floats and is left out where it is not installed.
+GB of packed output a second of one core: processor time, the best of some repetitions, all candidates in turn in one
+process so that they see the same machine. zipnn is for floats (`pip install --no-deps zipnn`; left out where it is
+not installed).
 """
 
 import argparse
@@ -22,6 +23,7 @@ from safetensors import safe_open
 from hf_lowbit import LowBitConfig, native_backend
 from hf_lowbit.storage import entropy
 
+CODERS = (b"avx512", b"avx2", b"neon", b"portable")  # extensions of avx512 share its coder
 KINDS = {
     "int4, groups of 32": {"bits": 4, "method": "rtn"},
     "int4 symmetric, groups of 128": {"bits": 4, "method": "rtn", "symmetric": True, "group_size": 128},
@@ -58,13 +60,13 @@ def huffman_bits(counts: np.ndarray) -> float:
 
 
 def best(candidates: dict, repetitions: int) -> dict[str, float]:
-    """The least seconds of thread time of each, all in turn."""
+    """The least seconds of processor time of each, threads of its own included, all in turn."""
     seconds = dict.fromkeys(candidates, float("inf"))
     for _ in range(repetitions):
         for name, run in candidates.items():
-            start = time.clock_gettime(time.CLOCK_THREAD_CPUTIME_ID)
+            start = time.clock_gettime(time.CLOCK_PROCESS_CPUTIME_ID)
             run()
-            seconds[name] = min(seconds[name], time.clock_gettime(time.CLOCK_THREAD_CPUTIME_ID) - start)
+            seconds[name] = min(seconds[name], time.clock_gettime(time.CLOCK_PROCESS_CPUTIME_ID) - start)
     return seconds
 
 
@@ -86,6 +88,8 @@ def zipnn_decoder(tensor: torch.Tensor):
         return None
     coder = zipnn.ZipNN(bytearray_dtype="bfloat16", input_format="byte", threads=1)
     coded = coder.compress(bytearray(tensor.view(torch.uint8).numpy().tobytes()))
+    if bytes(coder.decompress(coded)) != tensor.view(torch.uint8).numpy().tobytes():
+        raise AssertionError("zipnn gives other bytes back")
     return len(coded), lambda: coder.decompress(coded)
 
 
@@ -101,7 +105,7 @@ def row(kind: str, tensor: torch.Tensor, count: int, bits, codes: torch.Tensor |
     packed = zstandard.ZstdCompressor(level=1).compress(raw.tobytes())
     out, copy = torch.empty_like(tensor), tensor.clone()
     unpack, other = zstandard.ZstdDecompressor(), zipnn_decoder(tensor) if tensor.dtype == torch.bfloat16 else None
-    isas = native_backend.library().lowbit_isas().split(b",")[1:]  # the first shares its coder with the second
+    isas = [isa for isa in native_backend.library().lowbit_isas().split(b",") if isa in CODERS]
     candidates = {isa.decode(): forced(isa, coded, out) for isa in isas}
     candidates["zstd"] = lambda: unpack.decompress(packed, max_output_size=tensor.nbytes)
     if other is not None:

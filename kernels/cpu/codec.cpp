@@ -2,7 +2,8 @@
 //
 // Symbol i is lane i % 32's. A lane reads a word when its state falls below 2^16, and the lanes take words in their order: so the words
 // of a round lie side by side, and a vector of lanes is served by one load that is expanded to the lanes in need. What limits the
-// speed is the chain of one lane (slot, table, product, refill), so all lanes are in flight at once.
+// speed is the chain of one lane (slot, table, product, refill), some 65 cycles: so all lanes are in flight at once, and two blocks
+// are decoded in turns wherever there are two, which takes hardly longer than one. Four at once gain no more.
 
 #include <cstddef>
 #include <cstring>
@@ -19,30 +20,41 @@ namespace {
 
 constexpr size_t ROUND_BYTES = 2 * LANES;  // the most that a round reads
 
-// One step of lanes first .. last - 1, each byte checked.
-inline bool step(uint32_t *states, int lanes, const Slot *table, const uint8_t *&at, const uint8_t *end, uint8_t *symbols) {
+// A block on its way.
+struct Stream {
+    alignas(64) uint32_t states[LANES];
+    const uint8_t *at, *end;
+    uint8_t *symbols;
+    size_t rounds;  // whole ones that are left
+};
+
+// One step of lanes 0 .. lanes - 1, each byte checked.
+inline bool step(Stream &s, int lanes, const Slot *table) {
     for (int l = 0; l < lanes; l++) {
-        uint32_t x = states[l];
+        uint32_t x = s.states[l];
         const Slot slot = table[x & (SLOTS - 1)];
-        symbols[l] = (uint8_t)slot;
+        *s.symbols++ = (uint8_t)slot;
         x = (((slot >> 8) & (SLOTS - 1)) + 1) * (x >> FREQUENCY_BITS) + (slot >> 20);
         if (x < LEAST_STATE) {
-            if (end - at < 2) return false;
+            if (s.end - s.at < 2) return false;
             uint16_t word;
-            memcpy(&word, at, 2);
-            at += 2;
+            memcpy(&word, s.at, 2);
+            s.at += 2;
             x = x << 16 | word;
         }
-        states[l] = x;
+        s.states[l] = x;
     }
     return true;
 }
 
-// As many whole rounds as can be made without looking at what is left: at least ROUND_BYTES are there before each.
+// The states of a stream while whole rounds are made; a round may read ROUND_BYTES and does not look at what is left.
 #if defined(LOWBIT_AVX512)
 
 inline void lanes16(__m512i &x, const Slot *table, const uint8_t *&at, uint8_t *symbols) {
-    const __m512i slot = _mm512_i32gather_epi32(_mm512_and_si512(x, _mm512_set1_epi32(SLOTS - 1)), (const int *)table, 4);
+    __mmask16 all = 0xffff;
+    asm("" : "+Yk"(all));  // GCC leaves the target as it is where it sees that all are loaded, and so makes every load wait for the last
+    const __m512i place = _mm512_and_si512(x, _mm512_set1_epi32(SLOTS - 1));
+    const __m512i slot = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), all, place, (const int *)table, 4);
     _mm_storeu_si128((__m128i *)symbols, _mm512_cvtepi32_epi8(slot));
     const __m512i frequency =
         _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(slot, 8), _mm512_set1_epi32(SLOTS - 1)), _mm512_set1_epi32(1));
@@ -53,17 +65,18 @@ inline void lanes16(__m512i &x, const Slot *table, const uint8_t *&at, uint8_t *
     at += 2 * __builtin_popcount(need);
 }
 
-inline size_t rounds(uint32_t *states, const Slot *table, const uint8_t *&at, const uint8_t *end, uint8_t *symbols, size_t most) {
-    __m512i a = _mm512_loadu_si512(states), b = _mm512_loadu_si512(states + 16);
-    size_t done = 0;
-    for (; done < most && end - at >= (ptrdiff_t)ROUND_BYTES; done++, symbols += LANES) {
+struct Lanes {
+    __m512i a, b;
+    explicit Lanes(const uint32_t *states) : a(_mm512_loadu_si512(states)), b(_mm512_loadu_si512(states + 16)) {}
+    void store(uint32_t *states) const {
+        _mm512_storeu_si512(states, a);
+        _mm512_storeu_si512(states + 16, b);
+    }
+    void round(const Slot *table, const uint8_t *&at, uint8_t *symbols) {
         lanes16(a, table, at, symbols);
         lanes16(b, table, at, symbols + 16);
     }
-    _mm512_storeu_si512(states, a);
-    _mm512_storeu_si512(states + 16, b);
-    return done;
-}
+};
 
 #elif defined(LOWBIT_AVX2)
 
@@ -81,7 +94,10 @@ struct Expand {
 constexpr Expand EXPAND;
 
 inline void lanes8(__m256i &x, const Slot *table, const uint8_t *&at, uint8_t *symbols) {
-    const __m256i slot = _mm256_i32gather_epi32((const int *)table, _mm256_and_si256(x, _mm256_set1_epi32(SLOTS - 1)), 4);
+    __m256i all = _mm256_set1_epi32(-1);
+    asm("" : "+x"(all));  // GCC leaves the target as it is where it sees that all are loaded, and so makes every load wait for the last
+    const __m256i place = _mm256_and_si256(x, _mm256_set1_epi32(SLOTS - 1));
+    const __m256i slot = _mm256_mask_i32gather_epi32(_mm256_setzero_si256(), (const int *)table, place, all, 4);
     const __m256i low = _mm256_shuffle_epi8(slot, _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 4, 8, 12,
                                                                    -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
     const uint64_t eight = (uint32_t)_mm256_cvtsi256_si32(low) | (uint64_t)(uint32_t)_mm256_extract_epi32(low, 4) << 32;
@@ -98,21 +114,29 @@ inline void lanes8(__m256i &x, const Slot *table, const uint8_t *&at, uint8_t *s
     at += 2 * __builtin_popcount((unsigned)mask);
 }
 
-inline size_t rounds(uint32_t *states, const Slot *table, const uint8_t *&at, const uint8_t *end, uint8_t *symbols, size_t most) {
-    __m256i x[4];
-    for (int i = 0; i < 4; i++) x[i] = _mm256_loadu_si256((const __m256i *)(states + 8 * i));
-    size_t done = 0;
-    for (; done < most && end - at >= (ptrdiff_t)ROUND_BYTES; done++, symbols += LANES)
-        for (int i = 0; i < 4; i++) lanes8(x[i], table, at, symbols + 8 * i);
-    for (int i = 0; i < 4; i++) _mm256_storeu_si256((__m256i *)(states + 8 * i), x[i]);
-    return done;
-}
+struct Lanes {
+    __m256i a, b, c, d;
+    explicit Lanes(const uint32_t *states) : a(load(states)), b(load(states + 8)), c(load(states + 16)), d(load(states + 24)) {}
+    static __m256i load(const uint32_t *states) { return _mm256_loadu_si256((const __m256i *)states); }
+    void store(uint32_t *states) const {
+        const __m256i all[] = {a, b, c, d};
+        memcpy(states, all, STATES_BYTES);
+    }
+    void round(const Slot *table, const uint8_t *&at, uint8_t *symbols) {
+        lanes8(a, table, at, symbols);
+        lanes8(b, table, at, symbols + 8);
+        lanes8(c, table, at, symbols + 16);
+        lanes8(d, table, at, symbols + 24);
+    }
+};
 
 #else
 
-inline size_t rounds(uint32_t *states, const Slot *table, const uint8_t *&at, const uint8_t *end, uint8_t *symbols, size_t most) {
-    size_t done = 0;
-    for (; done < most && end - at >= (ptrdiff_t)ROUND_BYTES; done++, symbols += LANES)
+struct Lanes {
+    uint32_t states[LANES];
+    explicit Lanes(const uint32_t *from) { memcpy(states, from, STATES_BYTES); }
+    void store(uint32_t *to) const { memcpy(to, states, STATES_BYTES); }
+    void round(const Slot *table, const uint8_t *&at, uint8_t *symbols) {
         for (int l = 0; l < LANES; l++) {
             const uint32_t x = states[l];
             const Slot slot = table[x & (SLOTS - 1)];
@@ -120,31 +144,59 @@ inline size_t rounds(uint32_t *states, const Slot *table, const uint8_t *&at, co
             const uint32_t next = (((slot >> 8) & (SLOTS - 1)) + 1) * (x >> FREQUENCY_BITS) + (slot >> 20);
             uint16_t word;
             memcpy(&word, at, 2);
-            const bool need = next < LEAST_STATE;  // no branch: which lane needs a word cannot be foreseen
-            states[l] = need ? next << 16 | word : next;
-            at += need ? 2 : 0;
+            const uint32_t need = (next >> 16 ? 0u : ~0u);  // no branch: which lane needs a word cannot be foreseen
+            states[l] = next << (need & 16) | (word & need);
+            at += need & 2;
         }
-    return done;
-}
+    }
+};
 
 #endif
 
+// Whole rounds of N streams, as many as can be made of all without looking at what is left of their words.
+template <int N> void rounds(Stream *const *streams, const Slot *table) {
+    static_assert(N == 1 || N == 2, "which are written out below");
+    Stream &s = *streams[0], &t = *streams[N - 1];
+    Lanes first(s.states), second(t.states);
+    const uint8_t *at = s.at, *other = t.at;
+    size_t done = 0, most = s.rounds < t.rounds ? s.rounds : t.rounds;
+    for (; done < most && s.end - at >= (ptrdiff_t)ROUND_BYTES && (N == 1 || t.end - other >= (ptrdiff_t)ROUND_BYTES); done++) {
+        first.round(table, at, s.symbols + done * LANES);
+        if (N == 2) second.round(table, other, t.symbols + done * LANES);
+    }
+    for (int n = 0; n < N; n++) {
+        Stream &to = *streams[n];
+        (n ? second : first).store(to.states);
+        to.at = n ? other : at;
+        to.symbols += done * LANES;
+        to.rounds -= done;
+    }
+}
+
 }  // namespace
 
-bool decode_symbols(const uint8_t *coded, size_t size, const Slot *table, uint8_t *symbols, size_t count) {
-    if (size < STATES_BYTES) return false;
-    alignas(64) uint32_t states[LANES];
-    memcpy(states, coded, STATES_BYTES);
-    const uint8_t *at = coded + STATES_BYTES, *const end = coded + size;
-    size_t whole = count / LANES;
-    const size_t fast = rounds(states, table, at, end, symbols, whole);
-    symbols += fast * LANES;
-    for (whole -= fast; whole; whole--, symbols += LANES)
-        if (!step(states, LANES, table, at, end, symbols)) return false;
-    if (!step(states, (int)(count % LANES), table, at, end, symbols)) return false;
-    uint32_t other = 0;
-    for (int l = 0; l < LANES; l++) other |= states[l] ^ LEAST_STATE;
-    return at == end && !other;
+int decode_symbols(const CodedSymbols *coded, int blocks, const Slot *table) {
+    Stream streams[2], *const two[] = {&streams[0], &streams[1]};
+    for (int n = 0; n < blocks; n++) {
+        if (coded[n].size < STATES_BYTES) return n;
+        memcpy(streams[n].states, coded[n].coded, STATES_BYTES);
+        streams[n].at = coded[n].coded + STATES_BYTES;
+        streams[n].end = coded[n].coded + coded[n].size;
+        streams[n].symbols = coded[n].symbols;
+        streams[n].rounds = coded[n].count / LANES;
+    }
+    if (blocks == 2) rounds<2>(two, table);
+    for (int n = 0; n < blocks; n++) {
+        Stream &s = streams[n];
+        rounds<1>(two + n, table);
+        for (; s.rounds; s.rounds--)
+            if (!step(s, LANES, table)) return n;
+        if (!step(s, (int)(coded[n].count % LANES), table)) return n;
+        uint32_t other = 0;
+        for (int l = 0; l < LANES; l++) other |= s.states[l] ^ LEAST_STATE;
+        if (s.at != s.end || other) return n;
+    }
+    return blocks;
 }
 
 }  // namespace LOWBIT_ISA

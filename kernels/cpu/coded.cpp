@@ -241,25 +241,38 @@ struct Container {
 
     int64_t rows_of(int64_t b) const { return b + 1 < blocks ? step : rows - b * step; }
 
-    // Checks and decodes block b to its rows.
-    int decode(int64_t b, uint8_t *out) const {
-        const uint8_t *from = payload + starts[(size_t)b];
-        const int64_t size = starts[(size_t)b + 1] - starts[(size_t)b], count = rows_of(b), n = count * symbols_of(kind, bytes);
-        if (crc32(from, (size_t)size) != at<uint32_t>(index + 8 * b + 4)) return LOWBIT_BAD_CODED;
-        out += b * step * bytes;
-        if (at<uint32_t>(index + 8 * b) & RAW) {
-            if (size != count * bytes) return LOWBIT_BAD_CODED;
-            memcpy(out, from, (size_t)size);
-            return LOWBIT_OK;
+    // Checks and decodes blocks first .. last - 1, two at most, to their rows: LOWBIT_OK, an error, or the number of a damaged one plus 1.
+    int64_t decode(int64_t first, int64_t last, uint8_t *out) const {
+        CodedSymbols parts[2];
+        int64_t number[2], symbols = 0;
+        int found = 0;
+        for (int64_t b = first; b < last; b++) {
+            const uint8_t *from = payload + starts[(size_t)b];
+            const int64_t size = starts[(size_t)b + 1] - starts[(size_t)b], count = rows_of(b), n = count * symbols_of(kind, bytes);
+            if (crc32(from, (size_t)size) != at<uint32_t>(index + 8 * b + 4)) return b + 1;
+            uint8_t *const to = out + b * step * bytes;
+            if (at<uint32_t>(index + 8 * b) & RAW) {
+                if (size != count * bytes) return b + 1;
+                memcpy(to, from, (size_t)size);
+                continue;
+            }
+            const int64_t low = words(kind) ? n : 0;
+            if (size < low) return b + 1;
+            number[found] = b;
+            parts[found++] = {from, (size_t)(size - low), to, (size_t)n};
+            symbols += n;
         }
-        const int64_t low = words(kind) ? n : 0;
-        if (size < low) return LOWBIT_BAD_CODED;
-        if (kind == BYTES)
-            return kernels()->decode_symbols(from, (size_t)size, table, out, (size_t)n) ? LOWBIT_OK : LOWBIT_BAD_CODED;
-        const std::unique_ptr<uint8_t[]> symbols(new (std::nothrow) uint8_t[(size_t)n]);
-        if (!symbols) return LOWBIT_NO_MEMORY;
-        if (!kernels()->decode_symbols(from, (size_t)(size - low), table, symbols.get(), (size_t)n)) return LOWBIT_BAD_CODED;
-        to_rows(kind, symbols.get(), from + size - low, out, count, bytes);
+        if (!found) return LOWBIT_OK;
+        std::unique_ptr<uint8_t[]> memory;
+        if (kind != BYTES) {
+            memory.reset(new (std::nothrow) uint8_t[(size_t)symbols]);
+            if (!memory) return LOWBIT_NO_MEMORY;
+            for (int i = 0; i < found; i++) parts[i].symbols = memory.get() + (i ? parts[0].count : 0);
+        }
+        const int sound = kernels()->decode_symbols(parts, found, table);
+        if (sound < found) return number[sound] + 1;
+        for (int i = 0; i < found && kind != BYTES; i++)
+            to_rows(kind, parts[i].symbols, parts[i].coded + parts[i].size, out + number[i] * step * bytes, rows_of(number[i]), bytes);
         return LOWBIT_OK;
     }
 };
@@ -341,11 +354,12 @@ int64_t lowbit_decode(const uint8_t *coded, int64_t size, uint8_t *out, int64_t 
     if (const int refused = container->read(coded, size, out_size)) return refused;
     if (!aligned(out, container->kind)) return LOWBIT_BAD_ARGUMENT;
     std::atomic<int64_t> result{LOWBIT_OK};
-    auto body = [&](int b) {
+    auto body = [&](int pair) {
         if (result.load(std::memory_order_relaxed)) return;
-        if (const int refused = container->decode(b, out)) result = refused == LOWBIT_BAD_CODED ? b + 1 : refused;
+        const int64_t first = 2 * (int64_t)pair, last = first + 2 < container->blocks ? first + 2 : container->blocks;
+        if (const int64_t refused = container->decode(first, last, out)) result = refused;
     };
-    each(container->blocks, threads, body);
+    each((container->blocks + 1) / 2, threads, body);
     return result;
 }
 

@@ -14,6 +14,13 @@ constexpr uint32_t LEAST_STATE = 1u << 16;
 constexpr size_t STATES_BYTES = 4 * LANES;
 // Of a slot: the symbol in bits 0 to 7, its frequency less one in 8 to 19, and the slot's number among its symbol's in 20 to 31.
 typedef uint32_t Slot;
+// A block: states and words (size bytes), and what they are decoded to, symbols (count).
+struct CodedSymbols {
+    const uint8_t *coded;
+    size_t size;
+    uint8_t *symbols;
+    size_t count;
+};
 
 // Rows of the weight whose scales are held at once, and floats of a row that are decoded at once, for several rows of x.
 constexpr int PANEL_ROWS = 16, PANEL_INPUTS = 1024;
@@ -95,9 +102,10 @@ struct Kernels {
     void (*unpack)(const uint16_t *lanes, uint8_t *codes, int64_t inputs, int bits, int64_t first, int64_t last);
     // A row of 3-bit codes in blocks of 64, given as 32 bytes each: code i of a block in bits 0 to 2 of byte i, code 32 + i in 3 to 5.
     void (*pack_pairs)(const uint8_t *pairs, uint16_t *lanes, int64_t blocks);
-    // What states and words (size bytes) decode to, symbols (count). False if the words end too early or too late or a state does
-    // not end where it began; nothing outside is read or written. Here nothing was checked but the table, which has SLOTS slots.
-    bool (*decode_symbols)(const uint8_t *coded, size_t size, const Slot *table, uint8_t *symbols, size_t count);
+    // What the states and words of one or two blocks (blocks) decode to; how many of these, from the first on, are sound. One is not if
+    // its words end too early or too late or a state does not end where it began; nothing outside is read or written. Here nothing was
+    // checked but the table, which has SLOTS slots.
+    int (*decode_symbols)(const CodedSymbols *coded, int blocks, const Slot *table);
 };
 
 // The table of each copy: kernels_ and the name of its instruction set.
@@ -128,7 +136,7 @@ void low_rank_wide(const float *left, const PaddedFactor &factor, float scale, c
 void low_rank_deep(const float *left, int64_t ranks, int64_t m, const void *x, int64_t width, int dtype, int64_t from, int64_t to,
                    float scale, float *out, int64_t rank, int64_t across, int64_t along);
 void pack_pairs(const uint8_t *pairs, uint16_t *lanes, int64_t blocks);
-bool decode_symbols(const uint8_t *coded, size_t size, const Slot *table, uint8_t *symbols, size_t count);
+int decode_symbols(const CodedSymbols *coded, int blocks, const Slot *table);
 void pack(const uint8_t *codes, uint16_t *lanes, int64_t inputs, int bits, int64_t first, int64_t last);
 void unpack(const uint16_t *lanes, uint8_t *codes, int64_t inputs, int bits, int64_t first, int64_t last);
 }  // namespace LOWBIT_ISA

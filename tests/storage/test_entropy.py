@@ -1,5 +1,6 @@
 """Coded tensors: the same bits back, the same bytes from every coder, sizes near the entropy, and every fault named."""
 
+import itertools
 import struct
 import threading
 import zlib
@@ -251,18 +252,40 @@ def test_a_table_that_is_none(coder, monkeypatch):
         entropy.decode(resealed(coded, widen), out)
 
 
-def test_a_block_whose_words_do_not_end_with_its_symbols(coder, monkeypatch):
-    """Checksums set right: only the states and the number of words tell."""
+@pytest.mark.parametrize("block", [0, 1, -1])
+def test_a_block_whose_words_do_not_end_with_its_symbols(block, coder, monkeypatch):
+    """Checksums set right: only the states and the number of words tell. Blocks are decoded two at a time."""
     coded = coded_case(monkeypatch)
     record = entropy.read_head(coded)
+    assert len(record.raw) == 3 and not record.raw.any()
+    block %= len(record.raw)
 
     def change(data):
-        first, last = record.head, record.head + int(record.starts[1])
+        first, last = (record.head + int(record.starts[block + i]) for i in (0, 1))
         data[first + 200] ^= 255
-        struct.pack_into("<I", data, INDEX + 4, zlib.crc32(data[first:last]))
+        struct.pack_into("<I", data, INDEX + 8 * block + 4, zlib.crc32(data[first:last]))
 
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="damaged" if coder == "plain" else f"block {block} is damaged"):
         entropy.decode(resealed(coded, change), torch.empty(record.nbytes, dtype=torch.uint8))
+
+
+def test_coded_and_raw_blocks_of_any_length_stand_beside_each_other(coder, monkeypatch):
+    """Blocks are decoded two at a time, of which one may be raw, shorter, or have other words."""
+    monkeypatch.setattr(entropy, "block_rows", lambda *_: 5)
+    generator, raw = torch.Generator().manual_seed(5), set()
+    for pattern in itertools.product([0.3, 40.0, None], repeat=3):
+        deviations = [d for d in pattern for _ in range(5)] + [0.5] * 3  # the last block has three rows
+        rows = [
+            torch.randint(0, 256, (200,), generator=generator) - 128
+            if d is None
+            else (torch.randn(200, generator=generator) * d).round().clamp(-128, 127)
+            for d in deviations
+        ]
+        tensor = torch.stack(rows).to(torch.int8)
+        coded = entropy.encode(tensor)
+        raw.add(tuple(entropy.read_head(coded).raw.tolist()))
+        assert torch.equal(entropy.decode_tensor(coded, threads=2), tensor)
+    assert len(raw) == 8 and {len(flags) for flags in raw} == {4}
 
 
 def test_a_raw_block_of_another_length(coder, monkeypatch):

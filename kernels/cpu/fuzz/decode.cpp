@@ -24,7 +24,7 @@ namespace lowbit {
     void pack(const uint8_t *, uint16_t *, int64_t, int, int64_t, int64_t);                                                  \
     void unpack(const uint16_t *, uint8_t *, int64_t, int, int64_t, int64_t);                                                \
     void pack_pairs(const uint8_t *, uint16_t *, int64_t);                                                                   \
-    bool decode_symbols(const uint8_t *, size_t, const Slot *, uint8_t *, size_t);                                           \
+    int decode_symbols(const CodedSymbols *, int, const Slot *);                                                             \
     }
 #define COPY(isa) copy(isa::pack, isa::unpack, isa::pack_pairs, isa::decode_symbols)
 // A table of kernels with what the decoder calls.
