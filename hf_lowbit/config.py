@@ -8,10 +8,10 @@ import math
 import re
 from typing import Any
 
-from accelerate.utils import convert_file_size_to_int
 from transformers.utils.quantization_config import MetalConfig
 
 from .backends import check_backend
+from .budgets import read_budgets
 from .compensation import resolve_compensation
 from .formats import FORMATS, Format, OutlierFormat, RotatedFormat, parse_format
 from .formats.nested import SMALLEST
@@ -152,8 +152,8 @@ class LowBitConfig(MetalConfig):
         load_bits: Loading option for a nested repo (``format="nested"``): the width to load, 2 to what it holds, which
             is the default. Planes of more bits are not read, and the model is an ordinary one of that width.
         max_memory_bytes: Loading option for a packed repo: the most that its weights may take in memory, in bytes or as
-            "300MB", or ``{"cpu": "300MB"}``. Decoder layers that do not fit are read from disk when their turn comes:
-            see ``docs/streaming.md``.
+            "300MB", or by device, ``{"cpu": "300MB", 0: "2GB"}``, to compute on accelerators. Decoder layers that do
+            not fit are read from disk when their turn comes: see ``docs/streaming.md``.
 
     Loading options are honoured for a packed repo; everything else then comes from the repo, and a contradiction is
     an error.
@@ -190,7 +190,7 @@ class LowBitConfig(MetalConfig):
         backend: str | None = None,
         activations: str | None = None,
         storage: str | None = None,
-        max_memory_bytes: int | str | dict[str, int | str] | None = None,
+        max_memory_bytes: int | str | dict[int | str, int | str] | None = None,
         load_bits: int | None = None,
         **kwargs: Any,
     ):
@@ -263,7 +263,7 @@ class LowBitConfig(MetalConfig):
             raise ValueError("activations='int8' needs packed weights: drop it, or dequantize=True")
         if self.dequantize and self.max_memory_bytes is not None:
             raise ValueError("max_memory_bytes= keeps weights packed on disk: drop it, or dequantize=True")
-        self.memory_budget()
+        read_budgets(self.max_memory_bytes)
         if self.embeddings != "float":
             if self.embeddings not in range(1, 9) or isinstance(self.embeddings, bool):
                 raise ValueError(f"embeddings={self.embeddings!r} is not possible: use 1 to 8 bits, or 'float'")
@@ -289,33 +289,6 @@ class LowBitConfig(MetalConfig):
             parse_format(text)
         for text in (self.low_rank or {}).values():
             parse_low_rank(text)
-
-    def memory_budget(self) -> int | None:
-        """``max_memory_bytes`` of the CPU as a number, or None without any.
-
-        Raises:
-            ValueError: for what is no size, or for another device than the CPU.
-        """
-        wanted = self.max_memory_bytes
-        if isinstance(wanted, dict):
-            other = next((device for device in wanted if str(device) != "cpu"), None)
-            if other is not None or not wanted:
-                raise ValueError(
-                    f"max_memory_bytes={wanted!r}: layers are streamed for the CPU only, so the one key is 'cpu'; for "
-                    "other devices use transformers' own device_map= and max_memory="
-                )
-            wanted = wanted["cpu"]
-        if wanted is None:
-            return None
-        try:
-            nbytes = -1 if isinstance(wanted, bool) else convert_file_size_to_int(wanted)
-        except (ValueError, AttributeError):
-            nbytes = -1
-        if nbytes <= 0:
-            raise ValueError(
-                f"max_memory_bytes={self.max_memory_bytes!r} is no size: use bytes, or a text like '300MB'"
-            )
-        return nbytes
 
     @property
     def needs_calibration(self) -> bool:

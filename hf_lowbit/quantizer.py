@@ -25,6 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from .backends import select
+from .budgets import check_present, read_budgets
 from .config import QUANT_METHOD, LowBitConfig
 from .distributed import keep_codes_from_ddp
 from .formats import OutlierFormat
@@ -119,9 +120,10 @@ class LowBitHfQuantizer(HfQuantizer):
             )
         if elsewhere := [str(place) for place in places if str(place) not in ("None", "cpu")]:
             raise ValueError(
-                f"max_memory_bytes= streams layers for the CPU, and device_map sends them to {elsewhere[0]!r}: use "
-                "device_map='cpu', or drop max_memory_bytes"
+                f"max_memory_bytes= says itself where layers are, and device_map sends them to {elsewhere[0]!r}: drop "
+                "device_map, and name accelerators as in max_memory_bytes={'cpu': '300MB', 0: '2GB'}"
             )
+        check_present(list(read_budgets(self.quantization_config.max_memory_bytes)))
 
     # -- before loading ------------------------------------------------------------------------------------------------
 
@@ -135,6 +137,8 @@ class LowBitHfQuantizer(HfQuantizer):
         config = self.quantization_config
         op = "linear" if config.activations == "float" else "linear_int8"
         places = set(device_map.values()) if isinstance(device_map, dict) else {device_map or "cpu"}
+        budgets = set(read_budgets(config.max_memory_bytes))
+        places = (budgets - {"cpu"}) or places
         devices = {
             torch.device(p if isinstance(p, (str, torch.device)) else f"cuda:{p}").type
             for p in places
@@ -170,10 +174,10 @@ class LowBitHfQuantizer(HfQuantizer):
         self.refuse_offloading(device_map)
         if self.pre_quantized:
             leave_unread(model, self.plan)
-        if (budget := self.quantization_config.memory_budget()) is not None:
+        if budgets := read_budgets(self.quantization_config.max_memory_bytes):
             from .streaming import Streaming
 
-            self.streaming = Streaming(model, checkpoint_files, budget)
+            self.streaming = Streaming(model, checkpoint_files, budgets)
         return model
 
     def _spend_budget(self, model, checkpoint_files) -> None:

@@ -2,20 +2,26 @@
 
 What is outside of numbered layers (embedding, head), norms, biases and whatever is not packed stays in memory. Of the
 layers' packed weights, as many layers as fit stay there too, spread evenly over the model, so that the disk is busy
-while they are computed. The others are read when their turn comes, by :mod:`.storage.stream`: two buffers of one layer
-each count as part of the budget, and so do those that coded tensors are decoded from. Where a coded layer still fits
-as it is stored, it stays in memory like that. Activations and the cache of keys and values do not count.
+while they are computed (:mod:`.placement` decides). The others are read when their turn comes, by
+:mod:`.storage.stream`: two buffers of one layer each count as part of the budget, and so do those that coded tensors
+are decoded from. Where a coded layer still fits as it is stored, it stays in memory like that. Activations and the
+cache of keys and values do not count.
 
 Parameters of a streamed layer are views of the mapped file, which take no memory: the packed tensors, or the coded ones
 as they are stored, which ``save_pretrained`` writes as they are. Whatever computes asks the stream for the layer.
 Autograd saves nothing of it: the backward asks the stream again, which learns that order too.
 
-Left out: devices other than the CPU, merging adapters into streamed layers and training their scales (all refused),
-and weights of layers that are not packed, such as fused experts, which stay in memory.
+With budgets for accelerators the model computes there. A layer that is not in the accelerator's memory arrives in the
+host's buffers as above and is copied from there to one buffer of the accelerator, in the order of what it computes, so
+that nothing has to be waited for twice: the disk is what limits such a model, not the copy.
+
+Left out: merging adapters into streamed layers and training their scales (both refused), and weights of layers that are
+not packed, such as fused experts, which stay in memory.
 """
 
 import dataclasses
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,16 +32,17 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from . import budgets
 from .linear import LowBitLinear
 from .ops import input_gradient
+from .placement import SLOTS, Placement, mb, place
 from .plan import names
 from .storage.content import places_in
 from .storage.headers import Entry, read_headers
-from .storage.layers import Layer, Stored, by_layer, lay_out_layer, spread
-from .storage.stream import Counts, LayerStream, allocate, decoders, read_layer, staging_bytes
+from .storage.layers import Layer, Stored, by_layer, lay_out_layer, layer_of
+from .storage.stream import Counts, LayerStream, allocate, decoders, read_layer
 
 logger = logging.get_logger("transformers.hf_lowbit")
-SLOTS = 2
 
 
 @dataclasses.dataclass
@@ -43,10 +50,12 @@ class StreamingReport(Counts):
     """What streaming has done since loading or :meth:`Streaming.reset`, and what it holds.
 
     Attributes:
-        budget_bytes: What was allowed.
+        budget_bytes: What was allowed, on all devices together.
         held_bytes: What is held: parameters in memory, layers in memory, buffers.
-        layers_kept: Layers in memory.
-        layers_coded: Layers in memory as they are stored, which are decoded in each pass.
+        held: The same by device.
+        layers_kept: Layers in the memory of the device that computes them.
+        layers_coded: Layers in the host's memory as they are stored, which are decoded, or copied to the device that
+            computes them, in each pass.
         layers_streamed: Layers read from disk in each pass.
         pass_bytes: Bytes of one pass over the streamed layers.
         coded_ratio: Of layers with coded tensors, their bytes as stored over those in a buffer.
@@ -54,6 +63,7 @@ class StreamingReport(Counts):
 
     budget_bytes: int = 0
     held_bytes: int = 0
+    held: dict[str, int] = dataclasses.field(default_factory=dict)
     layers_kept: int = 0
     layers_coded: int = 0
     layers_streamed: int = 0
@@ -73,16 +83,14 @@ class StreamingReport(Counts):
         return min(1.0, 1 / ((1 - self.coded_ratio) + disk / decoding))
 
     def __str__(self) -> str:
+        devices = f" ({', '.join(f'{name} {mb(held)}' for name, held in self.held.items())})"
         return (
             f"{self.layers_kept} layers in memory, {self.layers_coded} there as stored, {self.layers_streamed} read in "
-            f"each pass ({_mb(self.pass_bytes)}); held {_mb(self.held_bytes)} of {_mb(self.budget_bytes)}; read "
-            f"{_mb(self.bytes_read)} in {self.reading_s:.2f} s ({_mb(self.wasted_bytes)} for nothing), decoded "
-            f"{_mb(self.bytes_decoded)} in {self.decoding_s:.2f} s, waited {self.waiting_s:.2f} s in {self.waits} waits"
+            f"each pass ({mb(self.pass_bytes)}); held {mb(self.held_bytes)} of {mb(self.budget_bytes)}"
+            f"{devices if len(self.held) > 1 else ''}; read "
+            f"{mb(self.bytes_read)} in {self.reading_s:.2f} s ({mb(self.wasted_bytes)} for nothing), decoded "
+            f"{mb(self.bytes_decoded)} in {self.decoding_s:.2f} s, waited {self.waiting_s:.2f} s in {self.waits} waits"
         )
-
-
-def _mb(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.1f} MB"
 
 
 class Streaming:
@@ -91,12 +99,11 @@ class Streaming:
     Args:
         model: With packed modules in place, possibly on ``meta``.
         files: The checkpoint's files.
-        budget: Bytes.
+        limits: Bytes by device, as :func:`.budgets.read_budgets` gives them.
 
     Attributes:
         layers: Every layer with packed linears, in order.
-        kept: Numbers of those that stay in memory.
-        coded: Numbers of those that stay in memory as they are stored.
+        placed: Where they are.
         fields: Names of all their tensors.
 
     Raises:
@@ -104,8 +111,8 @@ class Streaming:
             with the least that would do.
     """
 
-    def __init__(self, model: nn.Module, files: Iterable[str] | None, budget: int):
-        self.budget = budget
+    def __init__(self, model: nn.Module, files: Iterable[str] | None, limits: dict[str, int]):
+        self.limits = limits
         files = list(files or ())
         for file in files:
             if not str(file).endswith(".safetensors"):
@@ -117,66 +124,66 @@ class Streaming:
         ]
         self.fields = {name for layer in self.layers for name in layer.fields}
         self._stream: LayerStream | None = None
-        self.fit(model)
-
-    def fit(self, model: nn.Module) -> None:
-        """Decides which layers stay in memory."""
-        self.other_bytes = _nbytes(model, self.fields)
-        sizes, least = [layer.nbytes for layer in self.layers], self.other_bytes
-        for count in range(len(sizes), -1, -1):
-            self.kept, self.coded = spread(count, len(sizes)), set[int]()
-            streamed = [i for i in range(len(sizes)) if i not in self.kept]
-            buffers = min(SLOTS, len(streamed)) * max((sizes[i] for i in streamed), default=0)
-            buffers += staging_bytes([self.layers[i] for i in streamed])
-            self.held_bytes = least = self.other_bytes + sum(sizes[i] for i in self.kept) + buffers
-            if least > self.budget:
-                continue
-            for i in streamed:
-                stored = self.layers[i].read_bytes
-                if self.layers[i].coded and self.held_bytes + stored <= self.budget:
-                    self.coded.add(i)
-                    self.held_bytes += stored
-            return
-        raise ValueError(
-            f"max_memory_bytes={self.budget} ({_mb(self.budget)}) is too small: what is outside of this model's "
-            f"{len(sizes)} layers needs {_mb(self.other_bytes)}, and buffers for {min(SLOTS, len(sizes))} of them "
-            f"{_mb(least - self.other_bytes)}; the least that would do is {least}"
-        )
+        self.placed = place(self.layers, _other_bytes(model, self.fields), limits)
 
     @torch.no_grad()
     def start(self, model: nn.Module) -> None:
         """Puts what stays into memory, and the stream behind the other layers of the loaded ``model``."""
-        self.fit(model)  # again: a tie that the checkpoint does not have makes a model larger
-        for name, parameter in model.named_parameters():
-            if name not in self.fields:
-                parameter.data = parameter.data.clone()  # out of the mapped file
-        for index in sorted(self.kept):
+        # Again: a tie that the checkpoint does not have makes a model larger.
+        self.placed = placed = place(self.layers, _other_bytes(model, self.fields), self.limits)
+        devices = {layer.name: budgets.torch_device(d) for layer, d in zip(self.layers, placed.devices, strict=True)}
+        first = budgets.torch_device(placed.first)
+        owners = _owners(model)
+        for name, parameter in list(model.named_parameters()):
+            if name not in self.fields:  # out of the mapped file
+                data = parameter.data.to(devices.get(layer_of(name) or "", first), copy=True)
+                _put(owners, parameter, data)
+        if placed.first != budgets.HOST:
+            _move_buffers(model, devices, first)
+        for index in sorted(placed.kept):
             layer = self.layers[index]
             buffer = allocate(layer.nbytes)
             read_layer(layer, buffer)
+            if placed.first != budgets.HOST:
+                buffer = buffer.to(devices[layer.name], copy=True)
             for name, field in layer.fields.items():
-                model.get_parameter(name).data = field.view(buffer)
-        streamed = [i for i in range(len(self.layers)) if i not in self.kept]
+                _put(owners, model.get_parameter(name), field.view(buffer))
+        if len(set(placed.devices)) > 1:
+            _align_inputs(model, devices, first)
+        streamed = [i for i in range(len(self.layers)) if i not in placed.kept]
         if not streamed:
             return
         _map(model, [self.layers[i] for i in streamed])
-        coded = [number for number, i in enumerate(streamed) if i in self.coded]
-        self._stream = LayerStream([self.layers[i] for i in streamed], SLOTS, coded)
+        stored = [number for number, i in enumerate(streamed) if i in placed.stored]
+        self._stream = LayerStream([self.layers[i] for i in streamed], SLOTS, stored)
+        targets = self._targets(placed, streamed)
         for number, index in enumerate(streamed):
-            layer = self.layers[index]
+            layer, target = self.layers[index], targets.get(placed.devices[index])
             for name in self._modules[layer.name]:
                 module = model.get_submodule(name)
                 assert isinstance(module, LowBitLinear)
                 fields = [layer.fields[f"{name}.{tensor}"] for tensor in module.packed_names]
-                views = [[field.view(buffer) for field in fields] for buffer in self._stream.buffers]
-                module.streamed = StreamedWeight(self._stream, number, views)
-        model._apply = functools.partial(_apply_streamed, weakref.ref(model))  # type: ignore[method-assign]
+                buffers = self._stream.buffers if target is None else [target.buffer]
+                views = [[field.view(buffer) for field in fields] for buffer in buffers]
+                module.streamed = StreamedWeight(self._stream, number, views, target)
+        homes = list(dict.fromkeys([first, *devices.values()]))
+        apply = functools.partial(_apply_streamed, weakref.ref(model), homes)
+        model._apply = apply  # type: ignore[method-assign]
         logger.info("streaming: %s", self.report())
+
+    def _targets(self, placed: Placement, streamed: list[int]) -> dict[str, "DeviceBuffer"]:
+        """The buffer of each accelerator that has layers of ``streamed``."""
+        sizes: dict[str, int] = {}
+        for i in streamed:
+            name = placed.devices[i]
+            if placed.first != budgets.HOST:
+                sizes[name] = max(sizes.get(name, 0), self.layers[i].nbytes)
+        return {name: DeviceBuffer(nbytes, budgets.torch_device(name)) for name, nbytes in sizes.items()}
 
     @property
     def as_stored(self) -> set[str]:
         """Names of parameters that are coded, as their file has them."""
-        return {name for i, layer in enumerate(self.layers) if i not in self.kept for name in layer.coded}
+        return {name for i, layer in enumerate(self.layers) if i not in self.placed.kept for name in layer.coded}
 
     @property
     def streams(self) -> bool:
@@ -191,14 +198,16 @@ class Streaming:
     def report(self) -> StreamingReport:
         """Counts and sizes so far."""
         counts = Counts() if self._stream is None else self._stream.counts
-        streamed = [layer for i, layer in enumerate(self.layers) if i not in self.kept and i not in self.coded]
+        placed = self.placed
+        streamed = [layer for i, layer in enumerate(self.layers) if i not in placed.kept and i not in placed.stored]
         coded = [layer for layer in self.layers if layer.coded]
         return StreamingReport(
             **dataclasses.asdict(counts),
-            budget_bytes=self.budget,
-            held_bytes=self.held_bytes,
-            layers_kept=len(self.kept),
-            layers_coded=len(self.coded),
+            budget_bytes=sum(self.limits.values()),
+            held_bytes=sum(placed.held.values()),
+            held=dict(placed.held),
+            layers_kept=len(placed.kept),
+            layers_coded=len(placed.stored),
             layers_streamed=len(streamed),
             pass_bytes=sum(layer.read_bytes for layer in streamed),
             coded_ratio=sum(layer.read_bytes for layer in coded) / sum(layer.nbytes for layer in coded)
@@ -233,16 +242,57 @@ def _stored(model: nn.Module, modules: list[str], entries: dict[str, Entry]) -> 
     return found
 
 
-def _nbytes(model: nn.Module, without: set[str]) -> int:
-    """Bytes of all parameters and buffers, tied ones once, but those in ``without``."""
+def _other_bytes(model: nn.Module, without: set[str]) -> dict[str | None, int]:
+    """Bytes of all parameters and buffers by layer, tied ones once, but those in ``without``."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    tensors = {
-        id(tensor): tensor.nbytes
-        for tensors in (model.named_parameters(), model.named_buffers())
-        for name, tensor in tensors
-        if name not in without and not (name in tied and tensor.device.type == "meta")
-    }
-    return sum(tensors.values())
+    found: dict[str | None, int] = {}
+    seen = set()
+    for tensors in (model.named_parameters(), model.named_buffers()):
+        for name, tensor in tensors:
+            if name in without or id(tensor) in seen or (name in tied and tensor.device.type == "meta"):
+                continue
+            seen.add(id(tensor))
+            found[layer_of(name)] = found.get(layer_of(name), 0) + tensor.nbytes
+    return found
+
+
+_Owners = dict[nn.Parameter, list[tuple[nn.Module, str]]]
+
+
+def _owners(model: nn.Module) -> _Owners:
+    """The modules that have each parameter, and its names there; tied ones have several."""
+    found: _Owners = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(parameter, []).append((module, name))
+    return found
+
+
+def _put(owners: _Owners, parameter: nn.Parameter, data: Tensor) -> None:
+    """Puts ``data``, on any device, in the place of ``parameter`` wherever it is."""
+    made = nn.Parameter(data, requires_grad=parameter.requires_grad)
+    for module, name in owners[parameter]:
+        module._parameters[name] = made
+
+
+def _move_buffers(model: nn.Module, devices: dict[str, torch.device], first: torch.device) -> None:
+    """Moves the model's buffers to the device of their layer, or to the first one."""
+    for name, buffer in list(model.named_buffers()):
+        owner, _, own = name.rpartition(".")
+        model.get_submodule(owner)._buffers[own] = buffer.to(devices.get(layer_of(name) or "", first))
+
+
+def _align_inputs(model: nn.Module, devices: dict[str, torch.device], first: torch.device) -> None:
+    """Makes layers, and modules outside of them, move what they are given to their device, as a ``device_map`` does."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    skipped = getattr(model, "_skip_keys_device_placement", None)
+    for name, module in model.named_modules():
+        inside = layer_of(f"{name}.")
+        if name in devices or (inside is None and any(True for _ in module.parameters(recurse=False))):
+            hook = AlignDevicesHook(execution_device=devices.get(name, first), skip_keys=skipped)
+            add_hook_to_module(module, hook)
 
 
 def _map(model: nn.Module, layers: list[Layer]) -> None:
@@ -257,15 +307,46 @@ def _map(model: nn.Module, layers: list[Layer]) -> None:
                     model.get_parameter(name).data = handle.get_tensor(alias)
 
 
-def _apply_streamed(model_ref, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    device = fn(torch.empty(0)).device
-    if device.type != "cpu":
-        raise ValueError(
-            f"this model streams its layers from disk for the CPU and cannot be moved to {device}: load it without "
-            "max_memory_bytes for that"
-        )
+def _apply_streamed(model_ref, homes: list[torch.device], fn: Callable[[Tensor], Tensor], recurse: bool = True):
+    for home in homes:
+        device = fn(torch.empty(0, device=home)).device
+        if device != home:
+            places = "the CPU" if homes == [torch.device("cpu")] else ", ".join(map(str, homes))
+            raise ValueError(
+                f"this model streams its layers from disk for {places} and cannot be moved to {device}: load it "
+                "without max_memory_bytes for that, or with other budgets"
+            )
     model = model_ref()
-    return type(model)._apply(model, fn, recurse)
+    on_host = torch.device("cpu") in homes  # else what is there are views of files, and stays
+    return type(model)._apply(model, fn if on_host else lambda t: t if t.device.type == "cpu" else fn(t), recurse)
+
+
+class DeviceBuffer:
+    """The memory of an accelerator that its streamed layers are copied to, one at a time.
+
+    A copy takes its place in the order of what the device computes: it begins when the layer before has been
+    computed, and has ended when the host goes on, which may then fill its own buffer with another layer.
+
+    Args:
+        nbytes: Of the largest layer.
+        device: Where.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device):
+        self.buffer, self.device = torch.empty(nbytes, dtype=torch.uint8, device=device), device
+        self.lock, self.layer = threading.RLock(), -1
+
+    @contextmanager
+    def use(self, stream: LayerStream, layer: int) -> Iterator[int]:
+        """The number of the buffer, 0, that holds ``layer`` of ``stream`` while the context lasts."""
+        with self.lock:
+            if self.layer != layer:
+                self.layer = -1
+                with stream.use(layer) as slot:
+                    nbytes = min(self.buffer.numel(), stream.buffers[slot].numel())
+                    self.buffer[:nbytes].copy_(stream.buffers[slot][:nbytes])
+                self.layer = layer
+            yield 0
 
 
 class StreamedWeight:
@@ -274,23 +355,29 @@ class StreamedWeight:
     Args:
         stream: Of its layer.
         layer: The layer's number there.
-        views: For each buffer of the stream, the packed tensors in it, in the order of the format.
+        views: For each buffer of the stream (or the one of the accelerator), the packed tensors in it, in the order
+            of the format.
+        target: The buffer of the accelerator that computes the layer, if one does.
     """
 
-    def __init__(self, stream: LayerStream, layer: int, views: list[list[Tensor]]):
-        self.stream, self.layer, self.views = stream, layer, views
+    def __init__(self, stream: LayerStream, layer: int, views: list[list[Tensor]], target: DeviceBuffer | None = None):
+        self.stream, self.layer, self.views, self.target = stream, layer, views, target
+        self.device = torch.device("cpu") if target is None else target.device
 
     @contextmanager
     def use(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """The weight and its companions, for as long as the context lasts."""
-        with self.stream.use(self.layer) as slot:
+        with self.stream.use(self.layer) if self.target is None else self.target.use(self.stream, self.layer) as slot:
             weight, *companions = self.views[slot]
             yield weight, companions
 
     def linear(self, module: LowBitLinear, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
         """``run``, an op of :mod:`.ops`, with the packed weight of ``module``; differentiable."""
-        if x.device.type != "cpu":
-            raise ValueError(f"this model's layers are streamed for the CPU, and its input is on {x.device}")
+        if x.device != self.device:
+            raise ValueError(
+                f"this layer is streamed for {self.device}, and its input is on {x.device}: move the model's inputs to "
+                "model.device"
+            )
         bias = module.bias
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return _StreamedLinear.apply(x, bias, module, run)

@@ -136,7 +136,7 @@ def test_a_part_of_a_model_finds_its_tensors(packed):
 
 
 def test_layers_in_memory_lie_apart(packed):
-    kept = sorted(streamed(packed / "raw", 3).hf_quantizer.streaming.kept)
+    kept = sorted(streamed(packed / "raw", 3).hf_quantizer.streaming.placed.kept)
     assert len(kept) == 3 and min(b - a for a, b in itertools.pairwise(kept)) >= 2
 
 
@@ -255,7 +255,6 @@ def test_scales_of_streamed_layers_are_not_trained(packed):
         ({"max_memory_bytes": "many"}, "max_memory_bytes='many' is no size: use bytes, or a text like '300MB'"),
         ({"max_memory_bytes": -5}, "is no size"),
         ({"max_memory_bytes": True}, "is no size"),
-        ({"max_memory_bytes": {"cuda:0": "1GB"}}, "streamed for the CPU only, so the one key is 'cpu'"),
         ({"max_memory_bytes": "1MB", "dequantize": True}, "keeps weights packed on disk: drop it"),
     ],
 )
@@ -267,7 +266,7 @@ def test_impossible_options_are_refused(options, message):
 def test_float_models_and_other_devices_are_refused(packed):
     with pytest.raises(ValueError, match="quantize to a folder first"):
         load(packed / "float", max_memory_bytes="1MB")
-    with pytest.raises(ValueError, match="device_map sends them to 'disk'"):
+    with pytest.raises(ValueError, match="says itself where layers are, and device_map sends them to 'disk': drop"):
         transformers.AutoModelForCausalLM.from_pretrained(
             packed / "raw",
             quantization_config=LowBitConfig(max_memory_bytes="1MB"),

@@ -113,6 +113,11 @@ class FloatView:
                     setattr(self._view, name, base.__dict__.pop(name))
             super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name, device=None):
+        # Not where the parameters of a streamed layer are, which are views of its file.
+        streamed = getattr(super().get_base_layer(), "streamed", None)
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device or (streamed and streamed.device))
+
     def check_start(self, base: PackedMixin, r: int, start: bool | str, plain: bool) -> None:
         """Refuses, or warns of, a rank or a start that cannot work."""
         name, limit = self.target_name or "a packed layer", min(base.packed_shape)

@@ -1,0 +1,150 @@
+"""Which layers of a model stay where under budgets of memory (:mod:`.budgets`).
+
+A plain size, or one for ``"cpu"`` alone, is for a model that computes on the CPU. With an accelerator among the devices
+the model computes there, on several in the order in which they are named, each with a run of consecutive layers about
+in proportion to its budget. Each keeps as many whole layers as fit, spread evenly over its run, and one buffer for the
+others, which come out of the host's memory. There the CPU's budget holds as many of them as fit, as they are stored,
+and the buffers for reading the rest from disk. Without a budget for the CPU only these buffers are there. What belongs
+to no layer is on the first accelerator.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from .budgets import HOST
+from .storage.layers import Layer, spread
+from .storage.stream import staging_bytes
+
+SLOTS = 2
+"""Buffers of the host that layers are read into."""
+
+
+@dataclasses.dataclass
+class Placement:
+    """Where layers are.
+
+    Attributes:
+        devices: What each layer computes on.
+        kept: Numbers of layers in the memory of that device.
+        stored: Numbers of those in the host's memory as they are stored; the others are read in each pass.
+        held: Bytes held, by device.
+        limits: Bytes allowed, by device.
+    """
+
+    devices: list[str]
+    kept: set[int] = dataclasses.field(default_factory=set)
+    stored: set[int] = dataclasses.field(default_factory=set)
+    held: dict[str, int] = dataclasses.field(default_factory=dict)
+    limits: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def first(self) -> str:
+        """The device of what belongs to no layer."""
+        return next((name for name in self.limits if name != HOST), HOST)
+
+
+def place(layers: Sequence[Layer], others: Mapping[str | None, int], budgets: Mapping[str, int]) -> Placement:
+    """Decides what stays where.
+
+    Args:
+        layers: All of them, in order.
+        others: Bytes of what is not streamed, by the layer's name, None for what is in no layer.
+        budgets: As :func:`read_budgets` gives them.
+
+    Raises:
+        ValueError: for a budget that is too small, naming its device and the least that would do.
+    """
+    accelerators = [name for name in budgets if name != HOST]
+    if not accelerators:
+        return _on_host(layers, sum(others.values()), budgets[HOST])
+    sizes = [layer.nbytes + others.get(layer.name, 0) for layer in layers]
+    outside = sum(others.values()) - sum(others.get(layer.name, 0) for layer in layers)
+    room = [budgets[name] - (0 if number else outside) for number, name in enumerate(accelerators)]
+    found = Placement([], limits=dict(budgets))
+    begin = 0
+    for number, (name, end) in enumerate(zip(accelerators, _ends(sizes, room), strict=True)):
+        run = range(begin, end)
+        begin = end
+        own = (0 if number else outside) + sum(others.get(layers[i].name, 0) for i in run)
+        for count in range(len(run), -1, -1):
+            kept = {run[i] for i in spread(count, len(run))}
+            buffer = max((layers[i].nbytes for i in run if i not in kept), default=0)
+            held = own + sum(layers[i].nbytes for i in kept) + buffer
+            if held <= budgets[name]:
+                break
+        else:
+            raise ValueError(
+                f"max_memory_bytes= allows {mb(budgets[name])} of {name}, which is too small: what is always there "
+                f"needs {mb(own)}, and the buffer for one layer {mb(buffer)}; the least that would do is {held}"
+            )
+        found.devices += [name] * len(run)
+        found.kept |= kept
+        found.held[name] = held
+    _store_on_host(layers, found, budgets.get(HOST))
+    return found
+
+
+def _ends(sizes: list[int], room: list[int]) -> list[int]:
+    """Where the run of each device ends: filled one by one if that takes all layers, else in proportion."""
+    ends, begin = [], 0
+    for space in room:
+        end = begin
+        while end < len(sizes) and sum(sizes[begin : end + 1]) <= space:
+            end += 1
+        ends.append(end)
+        begin = end
+    if begin == len(sizes):
+        return ends
+    shares = [max(space, 0) for space in room]
+    total = sum(shares) or 1
+    return [round(len(sizes) * sum(shares[: i + 1]) / total) for i in range(len(room) - 1)] + [len(sizes)]
+
+
+def _buffers(layers: Sequence[Layer], streamed: Sequence[int]) -> int:
+    """Bytes of the host's buffers that the layers ``streamed`` are read and decoded in."""
+    largest = max((layers[i].nbytes for i in streamed), default=0)
+    return min(SLOTS, len(streamed)) * largest + staging_bytes([layers[i] for i in streamed])
+
+
+def _store_on_host(layers: Sequence[Layer], found: Placement, budget: int | None) -> None:
+    """Fills the host's budget with layers as they are stored."""
+    streamed = [i for i in range(len(layers)) if i not in found.kept]
+    found.held[HOST] = least = _buffers(layers, streamed)
+    if budget is None:
+        return
+    if least > budget:
+        raise ValueError(
+            f"max_memory_bytes= allows {mb(budget)} of the CPU's memory, which is too small: the buffers that layers "
+            f"are read into need {mb(least)}; the least that would do is {least}"
+        )
+    for i in streamed:
+        if found.held[HOST] + layers[i].read_bytes <= budget:
+            found.stored.add(i)
+            found.held[HOST] += layers[i].read_bytes
+
+
+def _on_host(layers: Sequence[Layer], others: int, budget: int) -> Placement:
+    """All of it in the CPU's memory, where a layer in memory needs no buffer."""
+    found = Placement([HOST] * len(layers), limits={HOST: budget})
+    sizes, least = [layer.nbytes for layer in layers], others
+    for count in range(len(sizes), -1, -1):
+        found.kept = spread(count, len(sizes))
+        streamed = [i for i in range(len(sizes)) if i not in found.kept]
+        found.held[HOST] = least = others + sum(sizes[i] for i in found.kept) + _buffers(layers, streamed)
+        if least > budget:
+            continue
+        for i in streamed:
+            if layers[i].coded and found.held[HOST] + layers[i].read_bytes <= budget:
+                found.stored.add(i)
+                found.held[HOST] += layers[i].read_bytes
+        return found
+    raise ValueError(
+        f"max_memory_bytes={budget} ({mb(budget)}) is too small: what is outside of this model's "
+        f"{len(sizes)} layers needs {mb(others)}, and buffers for {min(SLOTS, len(sizes))} of them "
+        f"{mb(least - others)}; the least that would do is {least}"
+    )
+
+
+def mb(nbytes: int) -> str:
+    """For messages."""
+    return f"{nbytes / 1e6:.1f} MB"
