@@ -1,25 +1,23 @@
-"""Budgets of bits against the same width everywhere: KL and top-1 of the whole model, by bits per weight.
+"""Budgets of bits against one width everywhere, at the same whole bits per weight: KL and top-1 of the whole model.
 
     python benchmarks/allocation.py
-    python benchmarks/allocation.py --only 'budget 2.6' --print
+    python benchmarks/allocation.py --only ' 3' --print
 
-Widths are searched on calibration text, documents apart from those of the evaluation.
-All rows are rounded to nearest, linear layers only; each width is quantized once, and a plan takes each
-layer at its width. Seconds to search are those of this call: what was measured before is not measured again.
-"log-interpolated" is what the uniform rows below and above a budget would have there, if the logarithm of KL were a
-straight line between them.
+Each budget is what the uniform width above it takes, to the byte. Nothing is below 2 bits, so that a budget of what 2
+bits take in groups of 32 leaves no choice in these groups: it is searched in groups of 64, where 2 bits take less.
+All rows are rounded to nearest, linear layers only. Widths are searched on calibration text, of documents apart from
+those of the evaluation. Seconds to search are those of this call: what was measured before is not measured again.
 """
 
 import argparse
-import functools
-import itertools
-import math
 import re
+import tempfile
 import time
+from pathlib import Path
 
 import torch
-from adapters import HeldOut, calibration_documents, evaluation_texts
-from common import model_folder, write_results
+from common import earlier_rows, model_folder, quick, write_results
+from held_out import HeldOut, calibration_documents, evaluation_texts
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -29,15 +27,14 @@ from hf_lowbit.calibration import Calibration
 from hf_lowbit.evaluate import evaluate
 
 logging.disable_progress_bar()
-BUDGETS = (2.6, 3.35, 4.31)
-UNIFORM = (2, 3, 4)
+GROUPS = {4: 32, 3: 32, 2: 64}  # of the budget beside each uniform width in groups of 32
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or repo; default SmolLM2-135M-Instruct off its grid")
     parser.add_argument("--windows", type=int, default=6, help="windows of 512 tokens of each text to evaluate on")
-    parser.add_argument("--calibrate", type=int, default=4, help="windows to calibrate on")
+    parser.add_argument("--calibrate", type=int, default=32, help="windows to calibrate on; the search takes 4 of them")
     parser.add_argument("--length", type=int, default=512, help="tokens in one of them")
     parser.add_argument("--only", default="", help="regular expression over row names")
     parser.add_argument("--print", action="store_true", help="do not write results/")
@@ -45,60 +42,50 @@ def main():
     folder = model_folder(args.model)
     references = {name: HeldOut(folder, text, args.windows) for name, text in evaluation_texts().items()}
     data = Calibration(calibration_documents(), windows=args.calibrate, length=args.length)
-    rows = {}
+    command = (
+        f"python benchmarks/allocation.py --windows {args.windows} --calibrate {args.calibrate} --length {args.length}"
+    )
+    rows = earlier_rows("allocation", command)
 
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    def load(bits, group):
+        config = LowBitConfig(bits=bits, group_size=group, scale_dtype="log8", embeddings="float")
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
 
-    @functools.cache
-    def quantized(bits: int) -> tuple[dict[str, torch.Tensor], float]:
-        """Dequantized weights of all layers at one width, and their bits per weight."""
-        config = LowBitConfig(bits=bits, embeddings="float")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
-        names, size = list(model.hf_quantizer.plan.packed), model.hf_quantizer.coverage["bits_per_packed_weight"]
-        model = model.dequantize()
-        return {name: model.get_submodule(name).weight.data for name in names}, size
-
-    def measure(name, widths, size, seconds=None):
-        if not re.search(args.only, name):
-            return
-        for layer, bits in widths.items():
-            plain.get_submodule(layer).weight.data = quantized(bits)[0][layer]
-        row = {"bits of": name, "bits per weight": size}
+    def measure(name, model, seconds=None):
+        row = {"method": name, "bits per weight": model.hf_quantizer.coverage["bits_per_packed_weight"]}
+        model = quick(model.dequantize())
         for text, reference in references.items():
-            r = evaluate(plain, reference.windows, reference, progress=False)
+            r = evaluate(model, reference.windows, reference, progress=False)
             row |= {f"KL {text}": r.kl, f"± {text}": r.kl_se, f"top-1 % {text}": 100 * r.top1}
-        row["seconds to search"] = seconds
-        rows[name] = row
-        print(row, flush=True)
+        rows[name] = row | {"seconds to search": seconds}
+        print(rows[name], flush=True)
+        if not args.print:
+            write_results(
+                "allocation",
+                command,
+                sorted(rows.values(), key=lambda row: (-round(row["bits per weight"], 2), "budget" in row["method"])),
+                f"Linear layers of {args.model or 'SmolLM2-135M-Instruct, off its grid'}, rounded to nearest, 8-bit "
+                f"scales; {args.windows} windows of 512 tokens of each text.",
+            )
 
-    for budget in BUDGETS:
-        start = time.perf_counter()
-        found = allocate(folder, LowBitConfig(bits=budget, embeddings="float"), calibration=data)
-        seconds = time.perf_counter() - start
-        measure(f"budget {budget}", found.layers, found.bits_per_weight, seconds)
-    for bits in UNIFORM:
-        weights, size = quantized(bits)
-        measure(f"uniform {bits}", dict.fromkeys(weights, bits), size)
-    if not args.only:
-        for budget in BUDGETS:
-            uniform = [rows[f"uniform {bits}"] for bits in UNIFORM]
-            below, above = next(p for p in itertools.pairwise(uniform) if budget < p[1]["bits per weight"])
-            low, high = below["bits per weight"], above["bits per weight"]
-            share = (budget - low) / (high - low)
-            row = {"bits of": f"log-interpolated {budget}", "bits per weight": budget}
-            for text in references:
-                logs = math.log(below[f"KL {text}"]), math.log(above[f"KL {text}"])
-                row[f"KL {text}"] = math.exp(logs[0] + share * (logs[1] - logs[0]))
-            rows[row["bits of"]] = row
-    if not args.print:
-        write_results(
-            "allocation",
-            f"python benchmarks/allocation.py --windows {args.windows} --calibrate {args.calibrate} "
-            f"--length {args.length}",
-            sorted(rows.values(), key=lambda row: row["bits per weight"]),
-            f"Linear layers of {args.model or 'SmolLM2-135M-Instruct, off its grid'}, rtn in groups of 32; "
-            f"{args.windows} windows of 512 tokens of each text.",
-        )
+    for bits, group in GROUPS.items():
+        uniform, budget = f"uniform {bits} g32", f"budget of {bits} g32, in g{group}"
+        if not (re.search(args.only, uniform) or re.search(args.only, budget)):
+            continue
+        model = load(bits, 32)
+        size = model.hf_quantizer.coverage["bits_per_packed_weight"]
+        if re.search(args.only, uniform):
+            measure(uniform, model)
+        del model
+        if re.search(args.only, budget):
+            start = time.perf_counter()
+            config = LowBitConfig(bits=size, group_size=group, scale_dtype="log8", embeddings="float")
+            found = allocate(folder, config, calibration=data)
+            seconds = time.perf_counter() - start
+            with tempfile.TemporaryDirectory() as temporary:
+                plan = Path(temporary, "plan.json")
+                found.save(plan)
+                measure(budget, load(str(plan), group), seconds)
 
 
 if __name__ == "__main__":

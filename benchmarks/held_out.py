@@ -4,7 +4,7 @@ import re
 from pydoc_data.topics import topics
 
 import torch
-from common import Reference, news_text
+from common import Reference, news_text, quick
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lowbit.evaluate import log_probabilities, make_windows
@@ -43,5 +43,5 @@ class HeldOut(Reference):
 
     def __init__(self, folder: str, text: str, limit: int, length: int = 512):
         self.windows = make_windows(AutoTokenizer.from_pretrained(folder), text, length, limit)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = quick(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
         self.log_probabilities = [log_probabilities(model, window) for window in self.windows]
