@@ -6,9 +6,10 @@
 How it counts. A kernel's main loop is the greatest set of pieces of its code that all reach each other; instructions
 per weight are its instructions, predicated ones, address arithmetic, scales and synchronisation included, times the
 threads of the program, divided by the weights that one turn takes. A loop in it (gradients of widths with a 1-bit
-plane have one) counts as often as it turns. What is before and after the loop (pointers, the last reduction, the
-store) is not in it: it does not grow with K. Shapes are whole multiples of a step. Kernels that write weights out, and
-the Hadamard transform, have no loop: there every instruction counts, and a weight of the transform is a value.
+plane have one, and products in float32) counts as often as it turns. What is before and after the loop (pointers, the
+last reduction, the store) is not in it: it does not grow with K. Shapes are whole multiples of a step. Kernels that
+write weights out, and the Hadamard transform, have no loop: there every instruction counts, and a weight of the
+transform is a value.
 
 Registers, shared memory and spills (STL, LDL; on AMD scratch) come from the compiled file. ``load_bits`` is the width
 of the narrowest load from global memory in the loop that line information traces to the source that loads packed
@@ -44,7 +45,8 @@ AMD = {"gfx942": 64, "gfx1100": 32}
 ROWS = {"gemv": 1, "gemm16": 16}
 # Kernels that have the portable form alone, with rows of x or of the result.
 PORTABLE_ROWS = {"gemm64": 64, "input_gradient": 64, "dequantize": 4096, "embedding": 1}
-PORTABLE_ROWS |= {"grouped": 1, "grouped16": 16, "grouped_gradient": 64}
+PORTABLE_ROWS |= {"gemv4": 4, "grouped": 1, "grouped4": 4, "grouped16": 16, "grouped_gradient": 64}
+DTYPES = ("fp16", "bf16", "fp32")
 UNLOOPED = ("dequantize", "embedding", "hadamard")
 HADAMARD = (64, 1024, 4096)  # lengths of a run
 # Multiprocessors, clock in GHz, bandwidth in GB/s (data sheets), warps and KiB of shared memory of one.
@@ -99,8 +101,8 @@ def cases() -> list[Case]:
     for target in (*NVIDIA, *AMD):
         for kernel in (*ROWS, *PORTABLE_ROWS):
             for format in formats():
-                for dtype in ("fp16", "bf16"):
-                    if kernel in PORTABLE_ROWS:
+                for dtype in DTYPES:
+                    if kernel in PORTABLE_ROWS or dtype == "fp32":
                         found.append(Case(target, kernel, format, dtype, "portable"))
                         continue
                     fast = ("magic",) if dtype == "bf16" else ("subnormal", "lop3")
@@ -136,10 +138,11 @@ def _device(target: str):
 
 def _portable(case: Case, layout, M: int) -> Launch:
     """As :func:`_launch`, for the portable kernels."""
+    import torch
     from lowbit_kernels import _tiles, fast, grouped, matmul, rows, tiles
 
-    warp, own = AMD.get(case.target, 32), {}
-    most = fast.REGISTERS if case.target in NVIDIA else None
+    warp, own, full = AMD.get(case.target, 32), {}, case.dtype == "fp32"
+    most, place = fast.REGISTERS if case.target in NVIDIA else None, (warp, case.target in NVIDIA, full)
     if case.kernel.startswith("grouped"):
         own = {"RANGE": 2 if layout.scale == "log8" else 0, "TABLE": 0, "BLOCK_E": 256}
     if case.kernel in UNLOOPED:
@@ -148,19 +151,19 @@ def _portable(case: Case, layout, M: int) -> Launch:
         return Launch(rows.rows_kernel, own, size.warps, size.rows * size.inputs)
     if "gradient" in case.kernel:
         rule = tiles.grouped_gradient_tiles if case.kernel.startswith("grouped") else tiles.gradient_tiles
-        vendor = (case.target in NVIDIA,) if case.kernel.startswith("grouped") else ()
-        size = rule(M, 4096, 4096, layout, warp, *vendor)
+        size = rule(M, 4096, 4096, layout, *(place if case.kernel.startswith("grouped") else (warp, full)))
         own |= {"BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCK_K": size.inputs}
         kernel = (
             grouped.grouped_input_gradient_kernel if case.kernel.startswith("grouped") else rows.input_gradient_kernel
         )
-        turns = 4 if layout.planes[-1] == 1 and size.outputs >= 64 else 1
+        turns = 4 if not layout.ternary and (full or layout.planes[-1] == 1) and size.outputs >= 64 else 1
         return Launch(kernel, own, size.warps, size.outputs * size.inputs, turns, most)
-    device, grouping = _device(case.target), case.kernel.startswith("grouped")
+    grouping = case.kernel.startswith("grouped")
     if grouping:
-        size = tiles.grouped_tiles(M, 4096, 4096, layout, warp, case.target in NVIDIA)
+        size = tiles.grouped_tiles(M, 4096, 4096, layout, *place)
     else:
-        size = _tiles(device, layout, M, 4096, 4096)
+        dtype = torch.float32 if full else torch.float16
+        size = _tiles(_device(case.target), layout, M, 4096, 4096, dtype)
     gemv, most = size.rows <= tiles.GEMV_ROWS, most if tiles.wants_registers(size.rows, layout) else None
     own |= {"BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCK_L": size.inputs}
     if grouping:
@@ -168,7 +171,8 @@ def _portable(case: Case, layout, M: int) -> Launch:
     else:
         kernel = matmul.gemv_kernel if gemv else matmul.gemm_kernel
         own["SPLIT"] = 4
-    return Launch(kernel, own, size.warps, size.outputs * size.inputs * layout.fields, 1, most, size.stages)
+    turns = layout.fields if (matmul._many_registers(size.rows, layout) if gemv else full) else 1
+    return Launch(kernel, own, size.warps, size.outputs * size.inputs * layout.fields, turns, most, size.stages)
 
 
 def _launch(case: Case, layout) -> Launch:
@@ -270,7 +274,7 @@ def _tool(tool: str, code: bytes, *options: str) -> str:
 
 @dataclass(frozen=True)
 class Loops:
-    """Instructions of a compiled kernel: all of them, those of its main loop, and those of the longest loop in that."""
+    """Instructions of a compiled kernel: all of them, those of its main loop, and those of the loops in that."""
 
     whole: list[Instruction]
     main: list[Instruction]
@@ -310,7 +314,8 @@ def find_loops(text: str, label: str, line: str, instruction: str, branch: str, 
 
     main = longest(graph)
     inside = main - {to for start, after in graph.items() if start not in main for to in after}
-    return Loops(whole, instructions(main), instructions(longest({start: graph[start] & inside for start in inside})))
+    loops = _cycles({start: graph[start] & inside for start in inside})
+    return Loops(whole, instructions(main), instructions(set().union(*loops)))
 
 
 def _cycles(graph: dict[int, set[int]]) -> list[set[int]]:
@@ -384,12 +389,12 @@ def _amd(text: str, looped: bool) -> tuple[Loops, int, int, int, int]:
 
 
 def per_weight(loops: Loops, looped: bool, threads: int, weights: int, turns: int) -> float:
-    """Instructions for each of ``weights``, which one turn of the main loop and ``turns`` of the one in it take.
+    """Instructions for each of ``weights``, which one turn of the main loop and ``turns`` of those in it take.
 
     Raises:
-        ValueError: if there should be a loop, or one in it, and is none.
+        ValueError: if there should be a loop, or one in it of more turns than a compiler writes out, and is none.
     """
-    if looped and not (loops.main and (turns == 1 or loops.inner)):
+    if looped and not (loops.main and (turns <= 2 or loops.inner)):
         raise ValueError("the kernel has no loop, or none in it, that should have: nothing to count")
     counted = len(loops.main) + (turns - 1) * len(loops.inner) if looped else len(loops.whole)
     return counted * threads / weights

@@ -8,6 +8,7 @@
 #include "int8.h"
 #include "kernels.h"
 #include "lowbit_cpu.h"
+#include "one_row.h"
 #include "parallel.h"
 
 using namespace lowbit;
@@ -15,7 +16,8 @@ using namespace lowbit;
 namespace {
 
 constexpr int64_t PART_WEIGHTS = 32768;  // of a part: some ten microseconds, far above what handing one out costs
-constexpr int PARTS_PER_THREAD = 4;
+constexpr int PARTS_PER_THREAD = 4, ONE_ROW_PARTS = 16;  // of one row of x: no part is long, so that no thread waits long for the last
+constexpr int INT8_DIGITS = 1, FLOAT_DIGITS = 3;
 
 // An instruction set: the copies that serve it.
 struct Isa {
@@ -23,21 +25,24 @@ struct Isa {
     const Kernels *kernels;
     const Int8Kernels *int8;
     const Bfloat16Kernels *bfloat16;  // or null
-    bool here() const { return kernels->here() && int8->here() && (!bfloat16 || bfloat16->here()); }
+    const OneRowKernels *one_row;     // or null
+    bool here() const { return kernels->here() && int8->here() && (!bfloat16 || bfloat16->here()) && (!one_row || one_row->here()); }
 };
 
-// All that were compiled, the best first; the portable one runs everywhere.
+// All that were compiled, the best first; the portable one runs everywhere. (Cooper Lake has products of bfloat16 but cannot permute
+// bytes, and takes avx512vnni.)
 const Isa ALL[] = {
 #if defined(LOWBIT_X86)
-    {"avx512bf16", &kernels_avx512(), &int8_avx512vnni(), &bfloat16_avx512()},
-    {"avx512vnni", &kernels_avx512(), &int8_avx512vnni(), nullptr},
-    {"avx512", &kernels_avx512(), &int8_avx512(), nullptr},
-    {"avx2", &kernels_avx2(), &int8_avx2(), nullptr},
+    {"avx512bf16", &kernels_avx512(), &int8_avx512vnni(), &bfloat16_avx512(), &one_row_avx512vbmi()},
+    {"avx512vbmi", &kernels_avx512(), &int8_avx512vnni(), nullptr, &one_row_avx512vbmi()},
+    {"avx512vnni", &kernels_avx512(), &int8_avx512vnni(), nullptr, nullptr},
+    {"avx512", &kernels_avx512(), &int8_avx512(), nullptr, nullptr},
+    {"avx2", &kernels_avx2(), &int8_avx2(), nullptr, nullptr},
 #elif defined(LOWBIT_ARM64)
-    {"neondot", &kernels_neon(), &int8_neondot(), nullptr},
-    {"neon", &kernels_neon(), &int8_neon(), nullptr},
+    {"neondot", &kernels_neon(), &int8_neondot(), nullptr, nullptr},
+    {"neon", &kernels_neon(), &int8_neon(), nullptr, nullptr},
 #endif
-    {"portable", &kernels_portable(), &int8_portable(), nullptr}};
+    {"portable", &kernels_portable(), &int8_portable(), nullptr, nullptr}};
 
 const Isa *best() {
     for (const Isa &isa : ALL)
@@ -79,9 +84,9 @@ bool known(int dtype) { return dtype >= LOWBIT_F32 && dtype <= LOWBIT_BF16; }
 struct Split {
     int64_t count, size;
     int parts;
-    Split(int64_t count, int64_t width, int threads) : count(count) {
+    Split(int64_t count, int64_t width, int threads, int parts_per_thread = PARTS_PER_THREAD) : count(count) {
         int64_t least = PART_WEIGHTS / (width > 0 ? width : 1) + 1;
-        size = threads <= 1 ? count : (count + threads * PARTS_PER_THREAD - 1) / (threads * PARTS_PER_THREAD);
+        size = threads <= 1 ? count : (count + threads * parts_per_thread - 1) / (threads * parts_per_thread);
         if (size < least) size = least;
         parts = size ? (int)((count + size - 1) / size) : 0;
     }
@@ -121,6 +126,27 @@ const Bfloat16Kernels *bfloat16_for(const lowbit_weight *w, int64_t m, int dtype
     return dtype == LOWBIT_BF16 && m >= BFLOAT16_FEW && w->bits ? isa()->bfloat16 : nullptr;
 }
 
+// One row of x in integers, if there are kernels that do that with such a weight and such an x; else out is not touched.
+// LOWBIT_BAD_ARGUMENT: they do not.
+int one_row(const lowbit_weight *w, const uint8_t *levels, const float *steps, const void *x, const void *bias, void *out, int64_t m, int dtype,
+            int digits, int threads) {
+    const OneRowKernels *k = isa()->one_row;
+    if (!k || m != 1 || !k->serves(w, digits)) return LOWBIT_BAD_ARGUMENT;
+    const Split split((w->rows + ONE_ROW_TILE - 1) / ONE_ROW_TILE, w->inputs * ONE_ROW_TILE, threads, ONE_ROW_PARTS);
+    const int64_t own = k->scratch_floats(w);
+    const Memory<uint8_t> prepared = memory<uint8_t>(k->prepared_bytes(w, digits));
+    const Floats scratch = floats(split.workers(threads) * own);
+    if (!prepared || !scratch) return LOWBIT_NO_MEMORY;
+    if (!k->prepare(w, levels, steps, x, dtype, digits, prepared.get())) return LOWBIT_BAD_ARGUMENT;
+    auto body = [&](int part, int worker) {
+        const int64_t last = split.last(part) * ONE_ROW_TILE;
+        k->linear(w, digits, prepared.get(), bias, out, dtype, split.first(part) * ONE_ROW_TILE, last < w->rows ? last : w->rows,
+                  scratch.get() + worker * own);
+    };
+    run(split, threads, body);
+    return LOWBIT_OK;
+}
+
 }  // namespace
 
 const Kernels *lowbit::kernels() { return isa()->kernels; }
@@ -133,6 +159,8 @@ int lowbit_linear(const lowbit_weight *w, const void *x, const void *bias, void 
     if (!sound(w)) return LOWBIT_BAD_WEIGHT;
     if (!within(m, 0) || !known(dtype) || !within(threads, 1, MOST_THREADS) || (m && w->rows && (!x || !out))) return LOWBIT_BAD_ARGUMENT;
     if (m == 0 || w->rows == 0) return LOWBIT_OK;
+    const int done = one_row(w, nullptr, nullptr, x, bias, out, m, dtype, FLOAT_DIGITS, threads);
+    if (done != LOWBIT_BAD_ARGUMENT) return done;
     const Kernels *k = kernels();
     if (const Bfloat16Kernels *narrow = bfloat16_for(w, m, dtype)) {
         const Parts parts(w, m, (w->rows + 63) / 64, BFLOAT16_COLUMNS / 64, BFLOAT16_TILE, threads);
@@ -164,6 +192,8 @@ int lowbit_linear_int8(const lowbit_weight *w, const uint8_t *levels, const floa
     if (!within(m, 0) || !known(dtype) || !within(threads, 1, MOST_THREADS) || (m && w->rows && (!x || !out))) return LOWBIT_BAD_ARGUMENT;
     if (w->table && (!levels || !steps)) return LOWBIT_BAD_ARGUMENT;
     if (m == 0 || w->rows == 0) return LOWBIT_OK;
+    const int done = one_row(w, levels, steps, x, bias, out, m, dtype, INT8_DIGITS, threads);
+    if (done != LOWBIT_BAD_ARGUMENT) return done;
     const Int8Kernels *k = isa()->int8;
     const int64_t stride = (w->inputs + 63) / 64 * 64, units = (stride + int8_unit(w) - 1) / int8_unit(w);
     const int64_t rows = INT8_STRIP * INT8_STRIPS, own = int8_scratch(w, m) / 64 * 64 + 64;

@@ -12,18 +12,13 @@
 
 #include <cstring>
 
+#include "macros.h"
+
 namespace lowbit {
 namespace {
 
 constexpr int TILE = BFLOAT16_TILE, VECTORS = 4, PAIRS = BFLOAT16_PAIRS, COLUMNS = BFLOAT16_COLUMNS;
 constexpr int AT_ONCE = 16;  // rows of the weight
-
-#define INLINE static inline __attribute__((always_inline))
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
 
 // sums (M, stride), 64 of them, += left (M, PAIRS) times panel (pairs, 64).
 template <int M> void add_products(const uint32_t *panel, int64_t pairs, const uint32_t *left, float *sums, int64_t stride) {

@@ -17,7 +17,7 @@
 #endif
 
 /* Of this interface; a caller compares it with what lowbit_version returns. */
-#define LOWBIT_VERSION 3
+#define LOWBIT_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -111,6 +111,39 @@ LOWBIT_EXPORT int lowbit_force_isa(const char *name);
 /* Given the entry point of the OpenMP that the process already has (GOMP_parallel of libgomp, or what speaks its interface), work
  * runs on its threads, so that nothing spins beside them; without one the library has a pool of its own. */
 LOWBIT_EXPORT void lowbit_use_openmp(void *gomp_parallel);
+
+/* Graphs that torch.compile turned into C++ (see graph.cpp). Functions of torch's stable C interface, aoti_torch_*, each of which returns 0,
+ * and its numbers for the CPU and for the dtypes of lowbit_dtype. `describe` is asked for a weight that is not known, by its codes, and
+ * calls lowbit_graph_add. */
+typedef struct {
+    int32_t (*get_data_ptr)(void *tensor, void **data);
+    int32_t (*get_dim)(void *tensor, int64_t *dimensions);
+    int32_t (*get_sizes)(void *tensor, int64_t **sizes);
+    int32_t (*get_strides)(void *tensor, int64_t **strides);
+    int32_t (*get_dtype)(void *tensor, int32_t *dtype);
+    int32_t (*empty_strided)(int64_t dimensions, const int64_t *sizes, const int64_t *strides, int32_t dtype, int32_t device, int32_t index,
+                             void **tensor);
+    int32_t (*copy)(void *to, void *from, int32_t non_blocking);
+    int32_t (*delete_tensor)(void *tensor);
+    int32_t (*get_num_threads)(uint32_t *threads);
+    int32_t (*describe)(const void *codes);
+    int32_t device, dtypes[3];
+} lowbit_torch;
+
+LOWBIT_EXPORT void lowbit_use_torch(const lowbit_torch *functions);
+
+/* A weight that graphs will ask for: what it points to stays until lowbit_graph_forget. levels and steps as for lowbit_linear_int8, format
+ * the text that the graphs have, companions (count) where the other stored tensors lie, and of each how many bytes the description has a
+ * copy of, 0 where it reads the tensor itself. */
+LOWBIT_EXPORT int lowbit_graph_add(const lowbit_weight *weight, const uint8_t *levels, const float *steps, const char *format,
+                                   const void *const *companions, const int64_t *copied, int64_t count);
+LOWBIT_EXPORT void lowbit_graph_forget(const void *codes);
+
+/* The ops lowbit::linear and lowbit::linear_int8 over handles of tensors: a new one in *out, and 0, or 1. */
+LOWBIT_EXPORT int32_t lowbit_graph_linear(void *x, void *weight, void *const *companions, int64_t count, void **bias, const char *format,
+                                          int64_t in_features, const char *backend, void **out);
+LOWBIT_EXPORT int32_t lowbit_graph_linear_int8(void *x, void *weight, void *const *companions, int64_t count, void **bias,
+                                               const char *format, int64_t in_features, const char *backend, void **out);
 
 #ifdef __cplusplus
 }

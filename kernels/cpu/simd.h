@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "macros.h"
 #include "number.h"
 
 #if defined(LOWBIT_AVX512) || defined(LOWBIT_AVX2)
@@ -25,14 +26,6 @@
 
 namespace lowbit {
 namespace LOWBIT_ISA {
-
-#define INLINE static inline __attribute__((always_inline))
-// Before a loop whose variables are to be held in registers.
-#if defined(__clang__)
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
 
 // For stream16: which bytes of a stream, a pair in each word, hold a number of BITS bits, and how far up (0x80: none).
 template <int BITS> struct Stream {

@@ -80,13 +80,17 @@ def linear(
         if name == "unpacked":
             return _unpacked(x, weight, companions, bias, format, K)
         if name == "portable":
-            return _portable(x, weight, companions, bias, layout, K, tiles or _tiles(device, layout, M, N, K), device)
+            return _portable(
+                x, weight, companions, bias, layout, K, tiles or _tiles(device, layout, M, N, K, x.dtype), device
+            )
         sizes, split = _fast_tiles(device, name, layout, M, N, K)
         return fast_linear(x, weight, companions, bias, format, K, name, sizes, split)
 
 
-def _tiles(device: Device, layout: Layout, M: int, N: int, K: int) -> Tiles:
-    """Sizes for the portable form: those of a file, or those of the rule."""
+def _tiles(device: Device, layout: Layout, M: int, N: int, K: int, dtype: torch.dtype = torch.float16) -> Tiles:
+    """Sizes for the portable form: those of a file, which are for half precision, or those of the rule."""
+    if dtype == torch.float32:
+        return linear_tiles(M, N, K, layout, device.warp, full=True)
     entry = tuning.find(device.architecture, "portable", layout, M, N, K, device.multiprocessors)
     if entry is None:
         return linear_tiles(M, N, K, layout, device.warp)
@@ -171,7 +175,7 @@ def input_gradient(
     if out.numel() == 0:
         return out.view(*gradient.shape[:-1], K)
     device = forms.describe(gradient.device)
-    tiles = tiles or gradient_tiles(M, N, K, layout, device.warp)
+    tiles = tiles or gradient_tiles(M, N, K, layout, device.warp, gradient.dtype == torch.float32)
     with on_device(gradient.device):
         input_gradient_kernel[(triton.cdiv(M, tiles.rows), triton.cdiv(K, tiles.inputs))](
             *(rows, *packed, out, M, N, K),

@@ -208,7 +208,8 @@ def grouped_linear(
         return out
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     device = forms.describe(x.device)
-    tiles = tiles or grouped_tiles(triton.cdiv(R, E), N, K, layout, device.warp, device.vendor == "nvidia")
+    place = (device.warp, device.vendor == "nvidia", x.dtype == torch.float32)
+    tiles = tiles or grouped_tiles(triton.cdiv(R, E), N, K, layout, *place)
     with on_device(x.device):
         grouped_linear_kernel[(row_tiles_needed(R, E, tiles.rows), triton.cdiv(N, tiles.outputs))](
             *(x.contiguous(), ends.contiguous(), *packed, bias, out, E, R, N, K),
@@ -244,7 +245,8 @@ def grouped_input_gradient(
     if out.numel() == 0:
         return out
     device = forms.describe(gradient.device)
-    tiles = tiles or grouped_gradient_tiles(triton.cdiv(R, E), N, K, layout, device.warp, device.vendor == "nvidia")
+    place = (device.warp, device.vendor == "nvidia", gradient.dtype == torch.float32)
+    tiles = tiles or grouped_gradient_tiles(triton.cdiv(R, E), N, K, layout, *place)
     with on_device(gradient.device):
         grouped_input_gradient_kernel[(row_tiles_needed(R, E, tiles.rows), triton.cdiv(K, tiles.inputs))](
             *(gradient.contiguous(), ends.contiguous(), *packed, out, E, R, N, K),

@@ -8,6 +8,10 @@ sum into a buffer of its own and a second kernel adds them in order: no atomics,
 
 Matrix-vector multiplies in float32, the weight unrounded; tiles round the weight to the dtype of ``x``, as a float
 layer's weight would be.
+
+Fields are taken one after another in straight code, except where that needs more registers than there are: products of
+float32, that most targets compute without tensor cores, and more than one row of x with sums of planes that end in one
+bit. There the fields are a loop, as long as something says that the compiler does not know, or it would be none.
 """
 
 import triton
@@ -39,6 +43,101 @@ def _store(out, bias, split, m, n, value, M, N, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def _grid(
+    scales,
+    scale_range,
+    zeros,
+    row,
+    start,
+    part,
+    field,
+    k,
+    inside,
+    here,
+    K,
+    LAYOUT: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Scales and zero points of a field: one for a block, or where groups end within a field for each input ``k``."""
+    if LAYOUT.group_spans_fields:
+        scale, zero = load_grid(
+            *(scales, scale_range, zeros, row, start, part, field, inside, K, LAYOUT, BLOCK_L, PARTS)
+        )
+    else:
+        scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+        zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
+    return scale, zero
+
+
+@triton.jit
+def _add_field(total, value, x_row, k, mask):
+    """``total`` plus weights, float32, times their inputs: of three dimensions without a sum over the last one yet."""
+    inputs = tl.load(x_row + k, mask=mask, other=0)
+    if len(total.shape) == 3:
+        total += value[None, :, :] * inputs.to(tl.float32)[:, None, :]
+    else:
+        total = tl.dot(inputs, tl.trans(value.to(inputs.dtype)), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _sum(
+    total,
+    x_row,
+    seen,
+    weight,
+    scales,
+    scale_range,
+    zeros,
+    levels,
+    row,
+    inside,
+    K,
+    first,
+    lanes,
+    EVEN: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    LOOPED: tl.constexpr,
+):
+    FIELDS: tl.constexpr = LAYOUT.fields
+    PARTS: tl.constexpr = LAYOUT.sum_parts
+    for start in range(first, lanes, STEP):
+        last = load_last(weight, row, start, inside, K, EVEN, LAYOUT, BLOCK_L, PARTS)
+        for part in tl.static_range(PARTS):
+            lane = lane_tile(start, part, LAYOUT, BLOCK_L, PARTS)
+            here = (lane < lanes) & inside
+            one, two, three = load_lanes(
+                *(weight, row, start, part, inside, K, last[part], EVEN, LAYOUT, BLOCK_L, PARTS)
+            )
+            place = (scales, scale_range, zeros, row, start, part)
+            if LOOPED:
+                for field in tl.range(tl.where(K > 0, FIELDS, 0), num_stages=1):
+                    k = input_index(lane, field, K, LAYOUT)
+                    scale, zero = _grid(*place, field, k, inside, here, K, LAYOUT, BLOCK_L, PARTS)
+                    code = decode_field(one, two, three, field, LAYOUT)
+                    value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
+                    total = _add_field(total, value, x_row, k, seen & (lane < lanes) & (k < K))
+            else:
+                for field in tl.static_range(FIELDS):
+                    k = input_index(lane, field, K, LAYOUT)
+                    if starts_group(field, LAYOUT) or not LAYOUT.group_spans_fields:
+                        scale, zero = _grid(*place, field, k, inside, here, K, LAYOUT, BLOCK_L, PARTS)
+                    code = decode_field(one, two, three, field, LAYOUT)
+                    value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
+                    total = _add_field(total, value, x_row, k, seen & (lane < lanes) & (k < K))
+    return total
+
+
+@triton.constexpr_function
+def _many_registers(rows, layout):
+    """Whether straight code takes more registers than there are: with several rows, for a 1-bit plane after others."""
+    return rows > 1 and layout.bits in (3, 5, 7)
+
+
+@triton.jit
 def gemv_sum(
     x_row,
     seen,
@@ -61,31 +160,12 @@ def gemv_sum(
 
     ``x_row`` points at rows of x, (BLOCK_M, 1), of which those ``seen`` exist; ``row`` (BLOCK_N, 1) are rows of W.
     """
-    FIELDS: tl.constexpr = LAYOUT.fields
-    PARTS: tl.constexpr = LAYOUT.sum_parts
-    total = tl.zeros((x_row.shape[0], row.shape[0], BLOCK_L // PARTS), dtype=tl.float32)
-    for start in range(first, lanes, STEP):
-        last = load_last(weight, row, start, inside, K, EVEN, LAYOUT, BLOCK_L, PARTS)
-        for part in tl.static_range(PARTS):
-            lane = lane_tile(start, part, LAYOUT, BLOCK_L, PARTS)
-            here = (lane < lanes) & inside
-            one, two, three = load_lanes(
-                *(weight, row, start, part, inside, K, last[part], EVEN, LAYOUT, BLOCK_L, PARTS)
-            )
-            for field in tl.static_range(FIELDS):
-                k = input_index(lane, field, K, LAYOUT)
-                if LAYOUT.group_spans_fields:
-                    if starts_group(field, LAYOUT):
-                        scale, zero = load_grid(
-                            *(scales, scale_range, zeros, row, start, part, field, inside, K, LAYOUT, BLOCK_L, PARTS)
-                        )
-                else:
-                    scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
-                    zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
-                code = decode_field(one, two, three, field, LAYOUT)
-                value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
-                inputs = tl.load(x_row + k, mask=seen & (lane < lanes) & (k < K), other=0).to(tl.float32)
-                total += value[None, :, :] * inputs[:, None, :]
+    LOOPED: tl.constexpr = _many_registers(x_row.shape[0], LAYOUT)
+    total = _sum(
+        tl.zeros((x_row.shape[0], row.shape[0], BLOCK_L // LAYOUT.sum_parts), dtype=tl.float32),
+        *(x_row, seen, weight, scales, scale_range, zeros, levels, row, inside, K, first, lanes),
+        *(EVEN, LAYOUT, STEP, BLOCK_L, LOOPED),
+    )
     return tl.sum(total, axis=2)
 
 
@@ -109,32 +189,11 @@ def gemm_sum(
     BLOCK_L: tl.constexpr,
 ):
     """As :func:`gemv_sum`, by ``tl.dot``."""
-    FIELDS: tl.constexpr = LAYOUT.fields
-    PARTS: tl.constexpr = LAYOUT.sum_parts
-    total = tl.zeros((x_row.shape[0], row.shape[0]), dtype=tl.float32)
-    for start in range(first, lanes, STEP):
-        last = load_last(weight, row, start, inside, K, EVEN, LAYOUT, BLOCK_L, PARTS)
-        for part in tl.static_range(PARTS):
-            lane = lane_tile(start, part, LAYOUT, BLOCK_L, PARTS)
-            here = (lane < lanes) & inside
-            one, two, three = load_lanes(
-                *(weight, row, start, part, inside, K, last[part], EVEN, LAYOUT, BLOCK_L, PARTS)
-            )
-            for field in tl.static_range(FIELDS):
-                k = input_index(lane, field, K, LAYOUT)
-                if LAYOUT.group_spans_fields:
-                    if starts_group(field, LAYOUT):
-                        scale, zero = load_grid(
-                            *(scales, scale_range, zeros, row, start, part, field, inside, K, LAYOUT, BLOCK_L, PARTS)
-                        )
-                else:
-                    scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
-                    zero = load_zero(zeros, row, group_of(k, LAYOUT), here & (k < K), K, LAYOUT)
-                code = decode_field(one, two, three, field, LAYOUT)
-                value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
-                inputs = tl.load(x_row + k, mask=seen & (lane < lanes) & (k < K), other=0)
-                total = tl.dot(inputs, tl.trans(value.to(inputs.dtype)), total, input_precision="ieee")
-    return total
+    return _sum(
+        tl.zeros((x_row.shape[0], row.shape[0]), dtype=tl.float32),
+        *(x_row, seen, weight, scales, scale_range, zeros, levels, row, inside, K, first, lanes),
+        *(EVEN, LAYOUT, STEP, BLOCK_L, x_row.dtype.element_ty == tl.float32),
+    )
 
 
 @triton.jit(do_not_specialize=["M"])

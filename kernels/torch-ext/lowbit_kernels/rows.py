@@ -86,12 +86,12 @@ def input_gradient_sum(
     """Sums (BLOCK_M, BLOCK_K) of rows of a gradient (.., N) times N rows of W from ``row``, at BLOCK_K inputs.
 
     ``gradient_row`` points at rows, (BLOCK_M, 1), of which those ``seen`` exist; ``first`` is the first input. A thread
-    that loads 16 bytes of a 1-bit plane has 128 weights, more than it has registers for: they are decoded by quarters,
-    in a loop that turns them around.
+    that loads 16 bytes of a 1-bit plane has 128 weights, more than it has registers for, and so have fewer in float32:
+    they are decoded by quarters, in a loop that turns them around.
     """
     total = tl.zeros((gradient_row.shape[0], BLOCK_K), dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
-        if LAYOUT.ternary or LAYOUT.planes[-1] > 1 or BLOCK_N < 64:
+        if LAYOUT.ternary or BLOCK_N < 64 or (LAYOUT.planes[-1] > 1 and gradient_row.dtype.element_ty != tl.float32):
             n = start + tl.arange(0, BLOCK_N)
             outputs = tl.load(gradient_row + n[None, :], mask=seen & (n[None, :] < N), other=0)
             value = load_values(

@@ -54,31 +54,37 @@ def _power(n: int, low: int, high: int) -> int:
     return min(high, max(low, 1 << max(0, n - 1).bit_length()))
 
 
-def linear_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32) -> Tiles:
-    """For ``x`` (M, K) and a weight (N, K), on a device with ``warp`` threads in a warp."""
+def linear_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32, full: bool = False) -> Tiles:
+    """For ``x`` (M, K), float32 if ``full``, and a weight (N, K), on a device with ``warp`` threads in a warp."""
     gemv, small = M <= GEMV_ROWS, 0 < layout.group <= SMALL_GROUP
     most = {3: 32, 5: 16 if small else 32, 7: 16}.get(layout.bits, 64)  # a 1-bit plane after another takes registers
+    most = 16 if full else most
     rows, outputs, lanes, threads = (_power(M, 1, 4), 16, 32, 64) if gemv else (_power(M, 16, most), 64, 16, 128)
     if not layout.ternary:
         lanes = max(layout.lanes, lanes * layout.planes[0] // layout.planes[-1])
+        if full and not gemv:  # without tensor cores a thread holds what it multiplies: half as many inputs at a time
+            fewer = max(layout.lanes, 16) * layout.sum_parts
+            outputs, lanes = outputs * lanes // fewer, fewer
     programs, steps = -(-M // rows) * -(-N // outputs), -(-layout.row_lanes(K) // lanes)
     split = _shares(programs, steps, 2 * _MULTIPROCESSORS)
     return Tiles(rows, outputs, lanes, split, threads // warp)
 
 
-def grouped_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32, nvidia: bool = True) -> Tiles:
+def grouped_tiles(
+    M: int, N: int, K: int, layout: Layout, warp: int = 32, nvidia: bool = True, full: bool = False
+) -> Tiles:
     """:func:`linear_tiles` for about M rows an expert: kernels that hold more addresses, and spill from some widths on.
 
     The exceptions were found by counting in compiled code; nothing here was timed.
     """
-    tiles = replace(linear_tiles(M, N, K, layout, warp), split=1)
+    tiles = replace(linear_tiles(M, N, K, layout, warp, full), split=1)
     if not 0 < layout.group <= SMALL_GROUP:
         return tiles
     rdna, gemv = not nvidia and warp == 32, M <= GEMV_ROWS
     exceptions = {
-        (7, nvidia and not gemv): {"outputs": 128, "warps": 8, "stages": 2},
+        (7, nvidia and not gemv and not full): {"outputs": 128, "warps": 8, "stages": 2},
         (3, rdna and gemv): {"outputs": 32, "warps": 4},
-        (7, rdna and gemv): vars(replace(linear_tiles(GEMV_ROWS + 1, N, K, layout, warp), split=1)),
+        (7, rdna and gemv): vars(replace(linear_tiles(GEMV_ROWS + 1, N, K, layout, warp, full), split=1)),
     }
     return replace(tiles, **exceptions.get((layout.bits, True), {}))
 
@@ -109,17 +115,23 @@ def at_most(split: int, steps: int) -> int:
     return min(split, 1 << (max(1, steps).bit_length() - 1))
 
 
-def gradient_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32) -> Tiles:
-    """For a gradient (M, N) and a weight (N, K)."""
+def gradient_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32, full: bool = False) -> Tiles:
+    """For a gradient (M, N), float32 if ``full``, and a weight (N, K)."""
     least = 2 if layout.ternary else layout.planes[-1]
+    if full:  # as in linear_tiles; a quarter of the outputs is decoded at a time, where the weight is in planes
+        rows = 8 if least == 1 and warp == 32 else 16
+        outputs, inputs = (16, 128) if layout.ternary else (64, 256 if least == 1 else 128)
+        return Tiles(rows, outputs, inputs, 1, 128 // warp)
     rows, outputs, inputs = {8: (64, 32, 64), 4: (32, 64, 64), 2: (32, 64, 128), 1: (64, 128, 128)}[least]
     return Tiles(_power(M, 16, rows), outputs, inputs, 1, 128 // warp)
 
 
-def grouped_gradient_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32, nvidia: bool = True) -> Tiles:
+def grouped_gradient_tiles(
+    M: int, N: int, K: int, layout: Layout, warp: int = 32, nvidia: bool = True, full: bool = False
+) -> Tiles:
     """:func:`gradient_tiles` for about M rows an expert, see :func:`grouped_tiles`."""
-    tiles = gradient_tiles(M, N, K, layout, warp)
-    return replace(tiles, rows=16) if layout.name in ("nf", "codebook") and not nvidia and warp == 32 else tiles
+    tiles, rdna = gradient_tiles(M, N, K, layout, warp, full), not nvidia and warp == 32
+    return replace(tiles, rows=16) if layout.name in ("nf", "codebook") and rdna and not full else tiles
 
 
 def row_tiles(R: int, K: int, layout: Layout, warp: int = 32) -> Tiles:
