@@ -2,6 +2,7 @@
 
     python benchmarks/calibrated.py
     python benchmarks/calibrated.py --only 'gptq.*3' --windows 32 --evaluate 6 --print
+    python benchmarks/calibrated.py --model gpt2-small --windows 24    # the model of second_model.py
 
 Calibration and evaluation are different documents, each news and docs mixed (held_out.py). Linear layers only;
 embeddings and the output head stay in float. Every row is one run of ``hf-lowbit quantize`` in a process of its own,
@@ -29,12 +30,17 @@ from transformers.utils import logging
 
 from hf_lowbit import LowBitConfig
 from hf_lowbit.evaluate import evaluate
+from hf_lowbit.inspection import inspect_repo
 
 logging.disable_progress_bar()
 INT64 = ("--group-size", "64", "--scale-dtype", "float16")
 LOG64 = ("--group-size", "64", "--scale-dtype", "log8")
 CALIBRATED = ("gptq", "awq", "signround", "eora")
+LOG32 = ("--group-size", "32", "--scale-dtype", "log8")
+# What `gptq int{bits} g32` takes, as a budget; where that is the least that groups of 32 can take, in groups of 64.
+BUDGETS = {4: ("4.375", LOG32), 3: ("3.3464", LOG32), 2: ("2.3178", LOG64)}
 ROWS = ("--group-size", "row", "--scale-dtype", "float16")
+STORED = {4: 3.96, 3: 3.08, 2: 2.03}
 FEEDBACK = ("--method-option", "feedback=true")
 TABLE32 = ("--format", "codebook", "--group-size", "32")
 # (Not the peak that the system reports of a child: that begins with its parent's.)
@@ -62,6 +68,7 @@ def settings() -> dict[str, tuple[str, ...]]:
             f"lloyd{bits} g32": (*width, *TABLE32),
             f"gptq int{bits} g64": (*width, "--method", "gptq", *INT64),
             f"gptq int{bits} g32": (*width, "--method", "gptq"),
+            f"gptq, budget of int{bits} g32": ("--bits", BUDGETS[bits][0], "--method", "gptq", *BUDGETS[bits][1]),
             f"gptq table{bits} g32": (*width, "--method", "gptq", *TABLE32),
             f"gptq int{bits} g64, 8-bit scales": (*width, "--method", "gptq", *LOG64),
             f"gptq int{bits} g64, 8-bit scales, hadamard": (
@@ -85,6 +92,9 @@ def settings() -> dict[str, tuple[str, ...]]:
             f"magr gptq int{bits} g64": (*width, "--method", "gptq", "--preprocess", "magr", *INT64),
             f"gptq int{bits} row": (*width, "--method", "gptq", *ROWS),
             f"magr gptq int{bits} row": (*width, "--method", "gptq", "--preprocess", "magr", *ROWS),
+            f"gptq, {STORED[bits]} bits stored": (
+                *("--method", "gptq", "--bits-stored", str(STORED[bits]), "--storage", "entropy"),
+            ),
         }
     return rows
 
@@ -117,8 +127,10 @@ def quantize(source: str, name: str, options: tuple[str, ...], args: argparse.Na
     output.unlink()
     peak = folder.with_name(folder.name + ".peak")
     billions = result["packed_weights"] / 1e9
+    totals = inspect_repo(folder)["totals"]
     took = {
         "bits per weight": result["bits_per_packed_weight"],
+        "bits stored": 8 * totals["stored_bytes"] / totals["packed_weights"],
         "seconds": time.perf_counter() - start,
         "CPU s per 10^9": (used.ru_utime + used.ru_stime) / billions,
         "peak MB": int(peak.read_text()) * 1024 / 1e6,
@@ -130,25 +142,30 @@ def quantize(source: str, name: str, options: tuple[str, ...], args: argparse.Na
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or repo; default SmolLM2-135M-Instruct off its grid")
+    parser.add_argument(
+        "--model", help="folder, repo, or name in the cache; default SmolLM2-135M-Instruct off its grid"
+    )
     parser.add_argument("--only", default="", help="regular expression over row names")
     parser.add_argument("--windows", type=int, default=64, help="calibration windows")
     parser.add_argument("--length", type=int, default=512, help="tokens in a calibration window")
     parser.add_argument("--evaluate", type=int, default=16, help="evaluation windows of each text")
     parser.add_argument("--print", action="store_true", help="do not write results/")
     args = parser.parse_args()
-    source = model_folder(args.model)
+    kept = CACHE / (args.model or "")
+    source = str(kept) if args.model and kept.is_dir() else model_folder(args.model)
+    result = f"calibrated_{Path(args.model).name}" if args.model else "calibrated"
+    about = Path(source, "described.txt")
+    about = about.read_text() if about.exists() else args.model or "SmolLM2-135M-Instruct, off its grid"
     texts = {name: HeldOut(source, text, args.evaluate) for name, text in evaluation_texts().items()}
-    command = (
-        f"python benchmarks/calibrated.py --windows {args.windows} --length {args.length} --evaluate {args.evaluate}"
-    )
+    command = "python benchmarks/calibrated.py" + (f" --model {args.model}" if args.model else "")
+    command += f" --windows {args.windows} --length {args.length} --evaluate {args.evaluate}"
     note = (
-        f"Linear layers of {args.model or 'SmolLM2-135M-Instruct, off its grid'}; {args.windows} calibration windows "
+        f"Linear layers of {about}; {args.windows} calibration windows "
         f"of {args.length} tokens, news and docs mixed; {args.evaluate} windows of 512 tokens of each text for "
         f"evaluation, of other documents. Quantizing: a process of its own, {torch.get_num_threads()} threads; seconds "
         "and peak memory with everything, the CPU seconds for 10^9 weights too."
     )
-    rows = earlier_rows("calibrated", command)
+    rows = earlier_rows(result, command)
     for name, options in settings().items():
         if args.only and not re.search(args.only, name):
             continue
@@ -156,7 +173,7 @@ def main():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, quantization_config=LowBitConfig(dequantize=True)
         )
-        row = {"method": name, "bits per weight": took["bits per weight"]}
+        row = {"method": name, "bits per weight": took["bits per weight"], "bits stored": took.get("bits stored")}
         for text, reference in texts.items():
             r = evaluate(model, reference.windows, reference, progress=False)
             row |= {
@@ -168,7 +185,7 @@ def main():
         rows[name] = row | took
         print(rows[name], flush=True)
         if not args.print:
-            write_results("calibrated", command, [rows[n] for n in settings() if n in rows], note)
+            write_results(result, command, [rows[n] for n in settings() if n in rows], note)
 
 
 if __name__ == "__main__":

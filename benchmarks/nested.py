@@ -8,10 +8,11 @@ in groups of 32 with zero points. Linear layers only.
 """
 
 import argparse
+import re
 
 import torch
-from adapters import HeldOut, evaluation_texts
-from common import model_folder, write_results
+from common import earlier_rows, model_folder, quick, write_results
+from held_out import HeldOut, evaluation_texts
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -32,19 +33,29 @@ def main():
     args = parser.parse_args()
     folder = model_folder(args.model)
     references = {name: HeldOut(folder, text, args.windows) for name, text in evaluation_texts().items()}
-    rows = []
+    command = f"python benchmarks/nested.py --windows {args.windows} --seed {args.seed}"
+    rows = earlier_rows("nested", command)
 
     def load(**options):
         config = LowBitConfig(embeddings="float", **options)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
 
     def measure(name, model, bits, stored=None):
-        row = {"model": name, "bits per weight": bits, "stored": stored}
+        row = {"method": name, "bits per weight": bits, "stored": stored}
+        quick(model)
         for text, reference in references.items():
             r = evaluate(model, reference.windows, reference, progress=False)
             row |= {f"KL {text}": r.kl, f"± {text}": r.kl_se, f"top-1 % {text}": 100 * r.top1}
-        rows.append(row)
+        rows[name] = row
         print(row, flush=True)
+        if not args.print:
+            write_results(
+                "nested",
+                command,
+                sorted(rows.values(), key=lambda row: int(re.search(r"\d", row["method"])[0])),
+                f"Linear layers of {args.model or 'SmolLM2-135M-Instruct, off its grid'}, {args.windows} windows of "
+                "512 tokens of each text; bits per weight in memory (for the nested repo also as stored), all counted.",
+            )
 
     nested = load(format="nested", method_options={"seed": args.seed})
     packed = {name: m for name, m in nested.named_modules() if isinstance(getattr(m, "format", None), NestedFormat)}
@@ -62,14 +73,6 @@ def main():
         direct = load(bits=bits)
         size = direct.hf_quantizer.coverage["bits_per_packed_weight"]
         measure(f"direct {bits} bits", direct.dequantize(), size)
-    if not args.print:
-        write_results(
-            "nested",
-            f"python benchmarks/nested.py --windows {args.windows} --widths {args.widths} --seed {args.seed}",
-            rows,
-            f"Linear layers of {args.model or 'SmolLM2-135M-Instruct, off its grid'}, {args.windows} windows of 512 "
-            "tokens of each text; bits per weight in memory (for the nested repo also as stored), everything counted.",
-        )
 
 
 if __name__ == "__main__":
