@@ -32,8 +32,8 @@ from .formats.scales import decode_scales
 from .int8 import int8_levels
 
 LIBRARY = "liblowbit_cpu.so"
-VERSION = 3
-FEW_ROWS = {"avx512bf16": sys.maxsize, "avx512vnni": sys.maxsize, "avx512": sys.maxsize, "portable": 3}
+VERSION = 4
+FEW_ROWS = {"portable": 3, **dict.fromkeys(("avx512bf16", "avx512vbmi", "avx512vnni", "avx512"), sys.maxsize)}
 """Rows of activations from which torch's float32 product is faster than panels, by instruction set; others: 64.
 
 Measured on Zen 5 with two threads, 4096 x 4096 at 4 bits: panels of AVX-512 are twice as fast as torch at 64 to 512
