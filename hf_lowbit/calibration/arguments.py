@@ -211,11 +211,11 @@ def _merged(first: Any, second: Any) -> Any:
     return second
 
 
-def _changed(nest: Any, change) -> Any:
+def changed(nest: Any, change) -> Any:
     """A nest of arguments with every leaf put through ``change``."""
     if isinstance(nest, dict):
-        return {k: _changed(v, change) for k, v in nest.items()}
-    return type(nest)(_changed(v, change) for v in nest) if type(nest) in (list, tuple) else change(nest)
+        return {k: changed(v, change) for k, v in nest.items()}
+    return type(nest)(changed(v, change) for v in nest) if type(nest) in (list, tuple) else change(nest)
 
 
 def _moved(nest: Any, device: torch.device, moved: dict[int, Any]) -> Any:
@@ -227,12 +227,12 @@ def _moved(nest: Any, device: torch.device, moved: dict[int, Any]) -> Any:
         return moved.setdefault(id(leaf), (leaf, leaf.to(device)))[1]
 
     if id(nest) not in moved:
-        moved[id(nest)] = (nest, _changed(nest, move))
+        moved[id(nest)] = (nest, changed(nest, move))
     return moved[id(nest)][1]
 
 
 def _looked_up(nest: Any, handed: Handed, sample: int) -> Any:
-    return _changed(nest, lambda leaf: handed[leaf][sample] if isinstance(leaf, Later) else leaf)
+    return changed(nest, lambda leaf: handed[leaf][sample] if isinstance(leaf, Later) else leaf)
 
 
 def _in_shape(hidden: torch.Tensor, shape: torch.Size) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """One block with its activations, as a method sees it: what its layers get, what it gives, and the solutions so far."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from ..plan import Packed
 from .arguments import Arguments
 from .processes import Processes
+from .replay import Replay
 from .statistics import Moments
 
 
@@ -62,11 +64,13 @@ class Block:
         tuned: New values of parameters that are not packed, by name in the block, float32.
         generator: For all random choices in this block.
         batch_size: Windows that run together.
+        replay: Outputs of solved parts, where they are kept in memory (``keep``), or None.
     """
 
     def __init__(
-        self, name, index, reference, layers, inputs, reference_inputs, arguments, generator, batch_size, others=None
-    ):
+        self, name, index, reference, layers, inputs, reference_inputs, arguments, generator, batch_size, others=None,
+        keep=False,
+    ):  # fmt: skip
         self.name, self.index, self.reference, self.layers = name, index, reference, layers
         self.inputs, self.reference_inputs, self.arguments = inputs, reference_inputs, arguments
         self.reference_arguments = arguments if others is None else others
@@ -77,18 +81,23 @@ class Block:
         shared = {id(p): p for p in reference.parameters()}
         self.module = copy.deepcopy(reference, shared)
         self.tuned: dict[str, torch.Tensor] = {}
+        self.replay = Replay(self.module, layers) if keep else None
 
     def set(self, name: str, solution: Solution) -> None:
         """Takes ``solution`` for the layer ``name`` and puts its value into the solved block."""
-        layer = self.layers[name]
+        layer, module = self.layers[name], self.module.get_submodule(name)
+        weight = self.as_parameter(name, layer.value(solution))[name + ".weight"].contiguous()
+        if self.replay is not None and layer.solution is not None and not torch.equal(weight, _parameter(module)):
+            self.replay.drop()
         layer.solution = solution
-        weight = self.as_parameter(name, layer.value(solution))[name + ".weight"]
-        self.module.get_submodule(name).weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        module.weight = nn.Parameter(weight, requires_grad=False)
 
     def tune(self, name: str, value: torch.Tensor) -> None:
         """Takes ``value`` for the parameter ``name`` of the block, which is not packed."""
         owner, _, leaf = name.rpartition(".")
         self.tuned[name] = value.detach()
+        if self.replay is not None:
+            self.replay.drop()
         setattr(self.module.get_submodule(owner), leaf, nn.Parameter(value.detach().clone(), requires_grad=False))
 
     def as_parameter(self, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -114,6 +123,8 @@ class Block:
         """
         assert self.inputs is not None
         self.inputs = self._through(self.module, self.inputs, self.inputs)
+        if self.replay is not None:
+            self.replay.drop()
         if not all(torch.isfinite(self.inputs[windows]).all() for windows in self.batches()):
             raise ValueError(
                 f"the activations after {self.name} are not finite: the model is damaged, or too few bits broke it"
@@ -127,7 +138,8 @@ class Block:
         """Outputs for ``inputs``, in ``result`` where that is given and has their shape."""
         arguments, batches = self._arguments(module), self.batches()
         for windows in self.processes.share(batches):
-            output = arguments.call(module, inputs[windows].to(self.device), windows)
+            with self._replayed(module, inputs, windows):
+                output = arguments.call(module, inputs[windows].to(self.device), windows)
             arguments.hand_on(self.index, windows, output)
             folded = arguments.folded(output[0], inputs.shape[1])
             if result is None or result.shape[1:] != folded.shape[1:]:
@@ -141,6 +153,12 @@ class Block:
 
     def _arguments(self, module: nn.Module) -> Arguments:
         return self.reference_arguments if module is self.reference else self.arguments
+
+    def _replayed(self, module, inputs, windows, wanted=None):
+        """A context in which ``module`` runs with what its solved parts are known to give for these ``inputs``."""
+        if self.replay is None or module is not self.module or inputs is not self.inputs:
+            return nullcontext()
+        return self.replay.during(windows, len(windows) * inputs[0].numel(), wanted)
 
     def _run(self, module, inputs, windows) -> torch.Tensor:
         """Outputs (b, L, H) of ``module`` for some windows of ``inputs``, which may lie on another device."""
@@ -215,7 +233,7 @@ class Block:
             raise _Caught(args[0])
 
         try:
-            with _hooks(module, {name: catch}):
+            with self._replayed(module, inputs, windows, name), _hooks(module, {name: catch}):
                 self._run(module, inputs, windows)
         except _Caught as caught:
             return caught.x
@@ -245,7 +263,12 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _weight(module: nn.Module) -> torch.Tensor:
+def _parameter(module: nn.Module) -> torch.Tensor:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    weight = _parameter(module)
     return (weight if _is_linear(module) else weight.T).detach()

@@ -140,10 +140,10 @@ def _solve(blocks: Blocks, run: Run, hook: Hook, samples: Samples | None, batch_
         if i > todo[-1]:
             break
         if streams or i in todo:
-            _solve_block(blocks, i, i in todo, run, hook, streams, batch_size, seed, device)
+            _solve_block(blocks, i, i in todo, run, hook, streams, batch_size, seed, device, limit is None)
 
 
-def _solve_block(blocks, i, todo: bool, run, hook, streams: list[Stream], batch_size, seed, device) -> None:
+def _solve_block(blocks, i, todo: bool, run, hook, streams: list[Stream], batch_size, seed, device, keep) -> None:
     """Solves block ``i``, or reads its solution, and passes the activations on."""
     arguments = [stream.enter(i) for stream in streams]
     inputs = [stream.hidden for stream in streams]
@@ -155,7 +155,7 @@ def _solve_block(blocks, i, todo: bool, run, hook, streams: list[Stream], batch_
     generator = torch.Generator(device="cpu").manual_seed(seed * 1_000_003 + i)
     hidden, reference = (inputs[k] if k < len(inputs) else None for k in (0, 1))
     own, others = arguments[0] if arguments else Arguments(), arguments[-1] if arguments else None
-    block = Block(blocks.names[i], i, module, layers, hidden, reference, own, generator, batch_size, others)
+    block = Block(blocks.names[i], i, module, layers, hidden, reference, own, generator, batch_size, others, keep)
     if todo:
         hook.solve(block)
         unsolved = [layer.name for layer in layers.values() if layer.solution is None]

@@ -14,6 +14,8 @@ import torch
 from ..formats import Format
 from .processes import Processes
 
+STRIP = 256  # rows of a symmetric matrix that are computed together, from the diagonal on
+
 
 class Moments:
     """Mean second moments of the inputs of one or several layers.
@@ -56,6 +58,8 @@ class Moments:
     def _mean(self, index: int) -> torch.Tensor | None:
         if not self._means:
             means = [(total / max(self.tokens, 1)).float() for total in self._sums]
+            for _, part in _strips(len(means[0])):
+                means[0][part.stop :, part] = means[0][part, part.stop :].T
             self._means, self._sums = [*means, None][:2], []  # type: ignore[list-item]
         return self._means[index]
 
@@ -66,7 +70,8 @@ class Moments:
         """
         assert not self._means
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        self._sums[0] += x.T @ x
+        for begin, part in _strips(x.shape[1]):
+            self._sums[0][part, begin:] += x[:, part].T @ x[:, begin:]
         if len(self._sums) > 1:
             assert r is not None
             self._sums[1] += r.detach().reshape(-1, r.shape[-1]).float().T @ x
@@ -105,3 +110,7 @@ class Moments:
         """Mean over tokens of ``|x V^T - x W^T|^2`` for ``weight`` W and ``other`` V (N, K)."""
         E = other - weight
         return float(((E @ self.square) * E).sum(dtype=torch.float64))
+
+
+def _strips(size: int) -> list[tuple[int, slice]]:
+    return [(begin, slice(begin, begin + STRIP)) for begin in range(0, size, STRIP)]
