@@ -12,7 +12,6 @@ and the large model is written as GGUF with random blocks of the type named.
 """
 
 import argparse
-import functools
 import importlib.util
 import json
 import os
@@ -169,13 +168,9 @@ class Transformers:
         if compiled:
             from transformers import StaticCache
 
-            eager, graph = self.model.forward, torch.compile(self.model.forward, fullgraph=True, dynamic=False)
+            from hf_lowbit import compile_decoding
 
-            @functools.wraps(eager)
-            def forward(input_ids=None, **kwargs):
-                return (graph if input_ids.shape[1] == 1 else eager)(input_ids=input_ids, **kwargs)
-
-            self.model.forward = forward
+            compile_decoding(self.model)
             self.cache = StaticCache(config=self.model.config, max_cache_len=PROMPT + tokens)
 
     def prefill(self, ids: list[int]) -> None:

@@ -2,11 +2,10 @@
 
 python examples/compiled_decoding.py "Why is the sky blue?" [--model MODEL] [--cache FOLDER]
 
-The first run compiles (minutes on a CPU); later ones, in any process, read what it left in FOLDER.
+The first run compiles (a minute on a CPU); later ones, in any process, read what it left in FOLDER.
 """
 
 import argparse
-import functools
 import os
 import tempfile
 import time
@@ -20,26 +19,16 @@ parser.add_argument("--tokens", type=int, default=64)
 args = parser.parse_args()
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = args.cache  # before torch is imported; the default is under /tmp
 
-import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache  # noqa: E402
 
-from hf_lowbit import LowBitConfig  # noqa: E402
+from hf_lowbit import LowBitConfig, compile_decoding  # noqa: E402
 from hf_lowbit.smollm import save_smollm2  # noqa: E402
 
 source = args.model or str(save_smollm2(f"{tempfile.gettempdir()}/smollm2"))
 model = AutoModelForCausalLM.from_pretrained(source, quantization_config=LowBitConfig(bits=4))
 tokenizer = AutoTokenizer.from_pretrained(source)
 
-eager, compiled = model.forward, torch.compile(model.forward, fullgraph=True, dynamic=False)
-
-
-@functools.wraps(eager)
-def forward(input_ids=None, **kwargs):
-    """A prompt has any length and is read once: only single tokens are worth a graph."""
-    return (compiled if input_ids.shape[1] == 1 else eager)(input_ids=input_ids, **kwargs)
-
-
-model.forward = forward
+compile_decoding(model)  # single tokens; a prompt has any length and is read once
 cache = StaticCache(config=model.config, max_cache_len=args.length)  # of one length: another one compiles again
 chat = [{"role": "user", "content": args.prompt}]
 ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")

@@ -19,6 +19,7 @@ _PUBLIC = {
     "LowBitLinear": "linear",
     "LowBitEmbedding": "embedding",
     "quantize": "quantization",
+    "compile_decoding": "compiled",
 }
 __all__ = [*_PUBLIC, "__version__", "register"]
 
