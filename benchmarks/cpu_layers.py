@@ -6,7 +6,9 @@
 All contestants take turns in one process, and so does a read of 256 MB, by which packed bytes a second are judged;
 figures are medians over the rounds. A contestant has copies of its weight that are larger together than a cache, and
 each call takes the next one, as the layers of a model do. Every shape and number of rows is written when it is done; a
-run that was stopped goes on after the last one.
+run that was stopped goes on after the last one. With `--again` what an earlier run has is measured once more, in the
+places of the contestants that `--only` names: every line says when it was measured, and its ratios are to the fp32 and
+the bandwidth of that time, which stay in the table while anything refers to them.
 """
 
 import argparse
@@ -139,7 +141,7 @@ class Reader:
 
 
 @torch.inference_mode()
-def measure(shape: tuple[int, int], rows: int, found: dict[str, Contestant], rounds: int) -> list[dict]:
+def measure(shape: tuple[int, int], rows: int, found: dict[str, Contestant], rounds: int, began: str) -> list[dict]:
     reader, x = Reader(), torch.randn(rows, shape[1])
     inputs = {dtype: x.to(dtype) for dtype in (torch.float32, torch.bfloat16)}
     for contestant in found.values():
@@ -155,11 +157,22 @@ def measure(shape: tuple[int, int], rows: int, found: dict[str, Contestant], rou
         seconds = statistics.median(contestant.times)
         rate = contestant.nbytes / seconds
         results.append({
-            "shape": f"{shape[0]}x{shape[1]}", "rows": rows, "kernel": name, "ms": 1e3 * seconds,
+            "measured": began, "shape": f"{shape[0]}x{shape[1]}", "rows": rows, "kernel": name, "ms": 1e3 * seconds,
             "times fp32": base / seconds, "GB/s": rate / 1e9, "of read bandwidth": rate / reader.rate(),
             "read GB/s": reader.rate() / 1e9,
         })  # fmt: skip
     return results
+
+
+def merged(earlier: list[dict], measured: list[dict]) -> list[dict]:
+    """``measured`` in the place of the same lines of earlier runs, of which fp32 stays while others refer to it."""
+    key, base = (lambda r: (r["shape"], r["rows"])), (lambda r: (r["measured"], r["shape"], r["rows"]))
+    new = {(*key(row), row["kernel"]) for row in measured}
+    kept = [row for row in earlier if row["kernel"] == "fp32" or (*key(row), row["kernel"]) not in new]
+    referred = {base(row) for row in kept if row["kernel"] != "fp32"}
+    kept = [row for row in kept if row["kernel"] != "fp32" or base(row) in referred]
+    order = list(dict.fromkeys(key(row) for row in [*earlier, *measured]))
+    return sorted(kept + measured, key=lambda row: order.index(key(row)))
 
 
 def main():
@@ -169,26 +182,31 @@ def main():
     parser.add_argument("--only", default="", help="regular expression over contestants")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--again", action="store_true", help="measure what an earlier run has, too")
+    parser.add_argument("--again", action="store_true", help="measure what an earlier run has once more")
     parser.add_argument("--print", action="store_true", help="do not write results/")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    command = f"python benchmarks/cpu_layers.py --threads {args.threads} --rounds {args.rounds}"
+    command, began = (
+        f"python benchmarks/cpu_layers.py --threads {args.threads} --rounds {args.rounds}",
+        time.strftime("%Y-%m-%d %H:%M"),
+    )
     file = RESULTS / "cpu_layers.json"
-    earlier = json.loads(file.read_text()) if file.exists() and not (args.again or args.print) else {}
+    earlier = json.loads(file.read_text()) if file.exists() and not args.print else {}
     results = earlier.get("rows", []) if earlier.get("command") == command else []
+    results = [{"measured": earlier["environment"]["date"], **row} for row in results]
     for shape in [tuple(map(int, text.split("x"))) for text in args.shapes.split(",")]:
         wanted = [int(r) for r in args.rows.split(",")]
-        done = {row["rows"] for row in results if row["shape"] == f"{shape[0]}x{shape[1]}"}
+        done = {row["rows"] for row in results if row["shape"] == f"{shape[0]}x{shape[1]}" and not args.again}
         found = contestants(shape, args.only) if set(wanted) - done else {}
         for rows in [r for r in wanted if r not in done]:
-            measured = measure(shape, rows, found, args.rounds)
-            results += measured
+            measured = measure(shape, rows, found, args.rounds, began)
+            results = merged(results, measured)
             for row in measured:
                 print(" ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
             if not args.print:
                 note = (
-                    "Beside fp32 `nn.Linear` in the same rounds; GB/s count packed bytes with scales and zero points."
+                    "Beside fp32 `nn.Linear` in the same rounds; GB/s count packed bytes with scales and zero points. "
+                    "Lines that were measured at the same time are of one run, and their ratios to its own fp32."
                 )
                 write_results("cpu_layers", command, results, note)
 
