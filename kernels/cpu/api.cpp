@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <new>
 #include <string>
 
 #include "bfloat16.h"
@@ -16,7 +17,9 @@ using namespace lowbit;
 namespace {
 
 constexpr int64_t PART_WEIGHTS = 32768;  // of a part: some ten microseconds, far above what handing one out costs
-constexpr int PARTS_PER_THREAD = 4, ONE_ROW_PARTS = 16;  // of one row of x: no part is long, so that no thread waits long for the last
+constexpr int PARTS_PER_THREAD = 4;
+// Of one row of x in integers: weights for which a thread is worth waking, and that it takes at a time, some microseconds each.
+constexpr int64_t ONE_ROW_WEIGHTS = 1 << 19, ONE_ROW_TURN = 1 << 18;
 constexpr int INT8_DIGITS = 1, FLOAT_DIGITS = 3;
 
 // An instruction set: the copies that serve it.
@@ -84,9 +87,9 @@ bool known(int dtype) { return dtype >= LOWBIT_F32 && dtype <= LOWBIT_BF16; }
 struct Split {
     int64_t count, size;
     int parts;
-    Split(int64_t count, int64_t width, int threads, int parts_per_thread = PARTS_PER_THREAD) : count(count) {
+    Split(int64_t count, int64_t width, int threads) : count(count) {
         int64_t least = PART_WEIGHTS / (width > 0 ? width : 1) + 1;
-        size = threads <= 1 ? count : (count + threads * parts_per_thread - 1) / (threads * parts_per_thread);
+        size = threads <= 1 ? count : (count + threads * PARTS_PER_THREAD - 1) / (threads * PARTS_PER_THREAD);
         if (size < least) size = least;
         parts = size ? (int)((count + size - 1) / size) : 0;
     }
@@ -126,24 +129,36 @@ const Bfloat16Kernels *bfloat16_for(const lowbit_weight *w, int64_t m, int dtype
     return dtype == LOWBIT_BF16 && m >= BFLOAT16_FEW && w->bits ? isa()->bfloat16 : nullptr;
 }
 
-// One row of x in integers, if there are kernels that do that with such a weight and such an x; else out is not touched.
-// LOWBIT_BAD_ARGUMENT: they do not.
+// Where a thread is in its share of the rows.
+struct alignas(64) Turn {
+    std::atomic<int64_t> next{0};
+};
+
+// One row of x in integers, if there are kernels that do that with such a weight and such an x; else LOWBIT_BAD_ARGUMENT, and out is not
+// touched. Every thread has a share of its own, since a new place in memory is slow to begin with, and helps others when it is done.
 int one_row(const lowbit_weight *w, const uint8_t *levels, const float *steps, const void *x, const void *bias, void *out, int64_t m, int dtype,
             int digits, int threads) {
     const OneRowKernels *k = isa()->one_row;
     if (!k || m != 1 || !k->serves(w, digits)) return LOWBIT_BAD_ARGUMENT;
-    const Split split((w->rows + ONE_ROW_TILE - 1) / ONE_ROW_TILE, w->inputs * ONE_ROW_TILE, threads, ONE_ROW_PARTS);
-    const int64_t own = k->scratch_floats(w);
+    const int64_t tiles = (w->rows + ONE_ROW_TILE - 1) / ONE_ROW_TILE, useful = 1 + w->rows * w->inputs / ONE_ROW_WEIGHTS;
+    const int64_t shares = threads < useful ? threads : useful, own = k->scratch_floats(w);
+    const int64_t turn = shares == 1 ? tiles : 1 + ONE_ROW_TURN / (w->inputs * ONE_ROW_TILE);
     const Memory<uint8_t> prepared = memory<uint8_t>(k->prepared_bytes(w, digits));
-    const Floats scratch = floats(split.workers(threads) * own);
-    if (!prepared || !scratch) return LOWBIT_NO_MEMORY;
+    const Floats scratch = floats(shares * own);
+    const Memory<Turn> turns = memory<Turn>(shares);
+    if (!prepared || !scratch || !turns) return LOWBIT_NO_MEMORY;
     if (!k->prepare(w, levels, steps, x, dtype, digits, prepared.get())) return LOWBIT_BAD_ARGUMENT;
+    for (int64_t i = 0; i < shares; i++) new (turns.get() + i) Turn;
     auto body = [&](int part, int worker) {
-        const int64_t last = split.last(part) * ONE_ROW_TILE;
-        k->linear(w, digits, prepared.get(), bias, out, dtype, split.first(part) * ONE_ROW_TILE, last < w->rows ? last : w->rows,
-                  scratch.get() + worker * own);
+        for (int64_t i = 0; i < shares; i++) {
+            const int64_t share = (part + i) % shares, begin = tiles * share / shares, end = tiles * (share + 1) / shares;
+            for (int64_t at; (at = begin + turns.get()[share].next.fetch_add(turn, std::memory_order_relaxed)) < end;) {
+                const int64_t to = at + turn < end ? at + turn : end, last = to * ONE_ROW_TILE;
+                k->linear(w, digits, prepared.get(), bias, out, dtype, at * ONE_ROW_TILE, last < w->rows ? last : w->rows, scratch.get() + worker * own);
+            }
+        }
     };
-    run(split, threads, body);
+    lowbit::run((int)shares, (int)shares, body);
     return LOWBIT_OK;
 }
 

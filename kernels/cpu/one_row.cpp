@@ -321,6 +321,10 @@ INLINE void add_chunk(Rows<BITS> &rows, const Piece<BITS, DIGITS> &x, int64_t bl
     }
 }
 
+INLINE void fetch(const uint8_t *from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char *)from + i, _MM_HINT_T0);
+}
+
 template <int BITS, int DIGITS, bool FIXED, bool TABLE>
 static void product(const lowbit_weight *w, const uint8_t *prepared, const void *bias, void *out, int dtype, int64_t first, int64_t last,
                     float *scratch) {
@@ -330,6 +334,7 @@ static void product(const lowbit_weight *w, const uint8_t *prepared, const void 
     const int64_t groups = groups_of(w), blocks = (w->inputs + 63) / 64, width = 8 * BITS * blocks;
     const int64_t chunks = chunks_of(w, C::inputs), whole = blocks * 64 / C::inputs, own = padded(groups);
     const int shift = w->group ? __builtin_ctzll((uint64_t)w->group / UNIT) : 62;  // from a unit to its group
+    fetch((const uint8_t *)w->codes + first * width, AT_ONCE * width);
     memset(scratch, 0, sizeof(float) * 2 * AT_ONCE * (size_t)own);
     alignas(64) int32_t places[16];
     for (int i = 0; i < 16; i++) places[i] = C::unit_of(i) >> shift;

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from .fast_fields import all_turns, level_tables, moved_e2m1, seen_inputs, with_step
+from .fast_grid import in_pairs, unit
 from .layout import Layout, name_tensors, on_device, parse
 from .matmul import _store, add_kernel
 
@@ -131,6 +132,8 @@ def fast_kernel(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     for strip in tl.static_range(STRIPS):
         total = totals[strip]
+        if in_pairs(LAYOUT, COLUMNS):
+            total *= unit(FORM, LAYOUT, WINDOW)
         if COLUMNS > 1:
             total = tl.sum(total.reshape(STRIP, BLOCK_M, COLUMNS), axis=2)
         _store(out, bias, split, m[None, :], (n + strip * STRIP)[:, None], total, M, N, SPLIT)
@@ -164,7 +167,8 @@ def fast_tiles(M: int, layout: Layout) -> FastTiles:
     outputs = 128 if M > 4 and (columns == 1 or warps == 4) else 64
     strips = 2 if M > 4 and table else 1
     stages = 2 if len(layout.planes) > 1 else 3
-    return FastTiles(max(rows, 8 // columns), outputs, blocks, columns, 8, warps, stages, strips, spans)
+    window = 4 if M > 4 and 0 < layout.group <= 32 else 8  # one more shift, but no second sum for each group
+    return FastTiles(max(rows, 8 // columns), outputs, blocks, columns, window, warps, stages, strips, spans)
 
 
 def fast_linear(

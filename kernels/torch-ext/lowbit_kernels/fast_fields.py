@@ -9,7 +9,6 @@ import triton.language as tl
 
 from .decode import group_of, load_scale, load_zero
 from .fast_asm import (
-    code_position,
     constraints,
     e2m1_asm,
     first_turn,
@@ -20,6 +19,7 @@ from .fast_asm import (
     table_registers,
     value_asm,
 )
+from .fast_grid import in_pairs, pair_grid, unit
 
 
 @triton.constexpr_function
@@ -217,15 +217,6 @@ def _table_sums(
     return sums
 
 
-@triton.constexpr_function
-def _unit(form, layout, window):
-    """What sums of values have to be multiplied with."""
-    if layout.table != "none":
-        return 2.0**14 if moved_e2m1(form, layout) else 1.0
-    position = code_position(form, layout.bits, 0, window)
-    return 2.0 ** {"subnormal": 24 - position, "lop3": 0, "magic": -position}[form]
-
-
 @triton.jit
 def _plane_sums(
     sums,
@@ -301,10 +292,13 @@ def with_step(
     N: tl.constexpr = total.shape[0]
     R: tl.constexpr = total.shape[1]
     PARTS: tl.constexpr = 64 // LAYOUT.group if LAYOUT.group != 0 and LAYOUT.group < 64 else 1
-    UNIT: tl.constexpr = _unit(FORM, LAYOUT, WINDOW)
+    UNIT: tl.constexpr = unit(FORM, LAYOUT, WINDOW)
+    PAIRS: tl.constexpr = in_pairs(LAYOUT, COLUMNS)
     OFFSET: tl.constexpr = 0.0 if FORM != "magic" else 256.0 if LAYOUT.bits == 8 else 128.0
     first = step * (BLOCKS * 64)
     operands = _operands(start, step, blocks, turns, LAYOUT, BLOCKS, EVEN)
+    if PAIRS:
+        grid = pair_grid(scales, zeros, row, step, K, LAYOUT, FORM, WINDOW, COLUMNS, EVEN)
     for part in tl.static_range(PARTS):
         sums = tl.zeros((N, R), tl.float32)
         column = tl.arange(0, COLUMNS)[None, :]
@@ -313,21 +307,27 @@ def with_step(
         else:
             group = group_of(first + column * (BLOCKS // COLUMNS * 64) + part * (64 // PARTS), LAYOUT)
         stored = tl.full((1, 1), 1, tl.int1) if EVEN else group < group_of(K - 1, LAYOUT) + 1
-        scale = load_scale(scales, scale_range, row, group, stored, K, LAYOUT)
+        if PAIRS:
+            scale = grid[part]
+        else:
+            scale = load_scale(scales, scale_range, row, group, stored, K, LAYOUT) * UNIT
         if LAYOUT.table != "none":
             sums = _table_sums(
                 *(sums, operands, x_row, seen, first, K, tables, LAYOUT, FORM, part, PARTS, BLOCKS, COLUMNS, EVEN),
             )
-            total += sums * _spread(scale * UNIT, BLOCK_M)
+            total += sums * _spread(scale, BLOCK_M)
         else:
             inputs_sum = tl.zeros((ROWS_OF_ONES, R), tl.float32)
             sums, inputs_sum = _plane_sums(
                 *(sums, inputs_sum, operands, x_row, seen, first, K),
                 *(LAYOUT, FORM, part, PARTS, BLOCKS, COLUMNS, WINDOW, EVEN),
             )
-            zero = load_zero(zeros, row, group, stored, K, LAYOUT)
-            shift = _spread(zero * (1.0 / UNIT) + OFFSET, BLOCK_M)
+            if PAIRS:
+                shift = grid[2 + part]
+            else:
+                shift = load_zero(zeros, row, group, stored, K, LAYOUT) * (1.0 / UNIT) + OFFSET
+            shift = _spread(shift, BLOCK_M)
             inputs_sum = inputs_sum.reshape(1, ROWS_OF_ONES, R)
             inputs_sum = inputs_sum.broadcast_to(N // ROWS_OF_ONES, ROWS_OF_ONES, R).reshape(N, R)
-            total += (sums - shift * inputs_sum) * _spread(scale * UNIT, BLOCK_M)
+            total += (sums - shift * inputs_sum) * _spread(scale, BLOCK_M)
     return total
