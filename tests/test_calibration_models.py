@@ -1,15 +1,18 @@
 """Encoder-decoders, vision towers and models of both are calibrated through all of their blocks."""
 
 import functools
+import json
 from pathlib import Path
 
 import conftest
 import pytest
 import torch
 from conftest import load
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import hf_lowbit
-from hf_lowbit import LowBitConfig
+from hf_lowbit import LowBitConfig, cli
 from hf_lowbit.calibration import Block, Calibration, Planned, calibrate
 from hf_lowbit.calibration.blocks import Blocks
 from hf_lowbit.calibration.samples import Samples
@@ -213,6 +216,32 @@ def test_what_needs_one_row_says_so(options, any_tiny, tmp_path):
         hf_lowbit.quantize(any_tiny("t5"), LowBitConfig(**options), output=tmp_path / "out", calibration=text)
 
 
+@pytest.mark.parametrize("name", ["vit", "whisper"])
+def test_a_search_for_bits_wants_a_model_of_text(name, any_tiny, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"takes (pixel_values|input_features), not text, and a search .* whole number"
+    ):
+        hf_lowbit.quantize(any_tiny(name), LowBitConfig(bits=2.6), output=tmp_path / "out", calibration=calls(name, 2))
+
+
+def test_a_stored_rate_wants_a_model_of_text(any_tiny, tmp_path):
+    config = LowBitConfig(method="gptq", bits_stored=3.0)
+    with pytest.raises(ValueError, match=r"ViT.* is calibrated on dicts of inputs, and bits_stored= .* method 'ecsq'"):
+        hf_lowbit.quantize(any_tiny("vit"), config, output=tmp_path / "out", calibration=calls("vit", 2))
+
+
+def test_the_command_line_takes_a_file_of_inputs(any_tiny, tmp_path):
+    """The same bits as the same calls in Python."""
+    given, file = calls("vit", 2), tmp_path / "images.jsonl"
+    file.write_text("".join(json.dumps({k: v.tolist() for k, v in call.items()}) + "\n" for call in given))
+    arguments = ["quantize", any_tiny("vit"), str(tmp_path / "line"), "--calibration", str(file), "--bits", "3"]
+    result = CliRunner().invoke(cli.app, [*arguments, "--method", "gptq", "--embeddings", "float"])
+    assert result.exit_code == 0, result.output
+    hf_lowbit.quantize(any_tiny("vit"), CONFIG, output=tmp_path / "python", calibration=given)
+    line, python = (load_file(tmp_path / name / "model.safetensors") for name in ("line", "python"))
+    assert line.keys() == python.keys() and all(torch.equal(line[k], python[k]) for k in line)
+
+
 def test_inputs_may_lack_the_batch_and_be_lists(any_tiny):
     model, call = load("whisper", any_tiny("whisper")), calls("whisper", 1)[0]
     bare = {"input_features": call["input_features"][0].tolist(), "labels": [7, 8, -100], "path": "a.wav"}
@@ -223,8 +252,11 @@ def test_inputs_may_lack_the_batch_and_be_lists(any_tiny):
 
 BAD = {
     "vit": {
-        "text": (["a text"], "the calibration text needs a tokenizer"),
-        "ids": ([list(range(600))], "ViTForImageClassification takes pixel_values, not text: give calibration="),
+        "text": (["a text"], r"takes pixel_values, not text: in Python, .* on the command line, a \.jsonl file"),
+        "ids": (
+            [list(range(600))],
+            "ViTForImageClassification takes pixel_values, not text: in Python, give calibration=",
+        ),
         "no image": ([{"input_features": torch.zeros(1, 2, 2)}], "input 0 has input_features, but ViT.* needs pixel_v"),
         "one dict": ({"pixel_values": torch.zeros(1, 3, 32, 32)}, "from a dict: give a list of such dicts"),
         "nothing": ([], "the calibration text is empty"),

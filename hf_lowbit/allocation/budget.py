@@ -85,6 +85,11 @@ def allocate(
     costs = {unit[0]: {b: _bytes(opened, candidates, unit, b) for b in _widths(candidates, unit)} for unit in units}
     allowed = int(budget * weights / 8)
     _check_budget(budget, costs, weights, allowed)
+    if opened.model.main_input_name != "input_ids":
+        raise ValueError(
+            f"{type(opened.model).__name__} takes {opened.model.main_input_name}, not text, and a search for bits runs "
+            "on text: use a whole number of bits, or the file of a plan as bits="
+        )
     data = Calibration.of(data)
     tokens = data.tokens(tokenizer if tokenizer is not None else _tokenizer(source))
     tokens = tokens[torch.linspace(0, len(tokens) - 1, min(WINDOWS, len(tokens))).round().long()]

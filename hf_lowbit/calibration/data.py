@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from .samples import Samples, from_calls, from_text, is_call
+from .samples import Samples, check_text, from_calls, from_text, is_call
 
 logger = logging.get_logger(__name__)
 
@@ -98,6 +98,8 @@ class Calibration:
         first = list(itertools.islice(documents, 1))
         documents = itertools.chain(first, documents)
         if not first or not is_call(first[0], model):
+            if first:
+                check_text(model)  # before any of it is tokenized
             return from_text(self._windows(documents, tokenizer), model)
         if self.windows < 1:
             raise ValueError(f"calibration with windows={self.windows}: use at least 1")

@@ -6,8 +6,8 @@ calibration windows are passed through the solved block, so that the next one se
 Where a hook asks for it, the float model's own activations are passed on beside them.
 
 Memory holds one block in float32 (and the solved copy of its layers), the activations of the calibration windows
-between two blocks (W x L x H floats, twice with the float model's; in a file above a budget) and the second moments of
-one input at a time.
+between two blocks (W x L x H floats, twice with the float model's; in a file above a budget), as much again for what
+solved parts of the block give (:mod:`.replay`, where no budget is set) and the second moments of one input at a time.
 
 A run works in a folder: ``manifest.json`` with all that the result depends on, and a file per block, which gets its
 name once it is complete. A run that was stopped, by ``kill -9`` too, goes on after the last finished block: finished

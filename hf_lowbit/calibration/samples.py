@@ -83,17 +83,23 @@ class Samples:
                     )
 
 
+def check_text(model: Any) -> None:
+    """Raises ``ValueError`` if ``model`` takes something else than text."""
+    if model.main_input_name != "input_ids":
+        raise ValueError(
+            f"{type(model).__name__} takes {model.main_input_name}, not text: in Python, give calibration=, an "
+            "iterable of dicts as its processor returns them, to hf_lowbit.quantize or LowBitConfig; on the command line, a "
+            ".jsonl file with such a dict of nested lists on every line"
+        )
+
+
 def from_text(tokens: torch.Tensor, model: Any) -> Samples:
     """The calls of ``model`` for windows of text, int64 (W, L).
 
     Raises:
         ValueError: for a model that takes something else than text.
     """
-    if model.main_input_name != "input_ids":
-        raise ValueError(
-            f"{type(model).__name__} takes {model.main_input_name}, not text: give calibration=, an iterable of dicts "
-            "as its processor returns them"
-        )
+    check_text(model)
     if not model.config.is_encoder_decoder:
         return Samples.of(tokens)
     calls = [{"input_ids": w[None], "decoder_input_ids": shifted(w[None], model.config)} for w in tokens]
