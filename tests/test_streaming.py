@@ -295,6 +295,14 @@ def test_a_file_truncated_while_in_use_is_named_and_the_next_use_tries_again(pac
     assert torch.equal(model(**inputs("llama")).logits, expected)
 
 
+def test_a_missing_shard_is_named_before_anything_is_streamed(packed, tmp_path):
+    folder = Path(shutil.copytree(packed / "sharded", tmp_path / "sharded"))
+    missing = sorted(folder.glob("*.safetensors"))[2]
+    missing.unlink()
+    with pytest.raises((OSError, ValueError), match=missing.name):
+        load(folder, max_memory_bytes="1GB")
+
+
 def test_a_disk_error_reaches_the_caller_with_its_place(packed, monkeypatch):
     model, real = streamed(packed / "raw", 0), Files.read
 

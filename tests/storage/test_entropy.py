@@ -269,6 +269,24 @@ def test_a_block_whose_words_do_not_end_with_its_symbols(block, coder, monkeypat
         entropy.decode(resealed(coded, change), torch.empty(record.nbytes, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("case", ["4 bits", "3 bits", "bfloat16"])
+@pytest.mark.parametrize("length", [0, 1, 127, 128, 300, -2, -1])
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_truncated_block_whose_index_and_checksum_agree(case, length, block, coder, monkeypatch):
+    monkeypatch.setattr(entropy, "BLOCK_SYMBOLS", 3000)
+    coded = entropy.encode(*next((tensor, symbols) for name, tensor, symbols in CASES if name == case))
+    record = entropy.read_head(coded)
+    first, last = (record.head + int(record.starts[block + i]) for i in (0, 1))
+    data = bytearray(coded.numpy().tobytes()[: record.head + int(record.starts[-1])])
+    kept = data[first:last][:length]
+    data[first:last] = kept
+    struct.pack_into("<II", data, 40 + 8 * len(record.shape) + 8 * block, len(kept), zlib.crc32(kept))
+    broken = resealed(torch.frombuffer(data + bytes(-len(data) % 8), dtype=torch.uint8), lambda data: None)
+    assert len(entropy.read_head(broken).raw) == len(record.raw)  # all but the block itself is sound
+    with pytest.raises(ValueError, match="damaged" if coder == "plain" else f"block {block} is damaged"):
+        entropy.decode(broken, torch.empty(record.nbytes, dtype=torch.uint8))
+
+
 def test_coded_and_raw_blocks_of_any_length_stand_beside_each_other(coder, monkeypatch):
     """Blocks are decoded two at a time, of which one may be raw, shorter, or have other words."""
     monkeypatch.setattr(entropy, "block_rows", lambda *_: 5)

@@ -111,6 +111,17 @@ def test_compress_and_decompress_lose_nothing(storage, raw, tmp_path):
     assert torch.equal(logits(load(NAME, tmp_path / "other"), NAME), logits(load(NAME, raw), NAME))
 
 
+@pytest.mark.parametrize("storage", ["entropy", "zstd"])
+def test_a_repo_that_cannot_be_compressed_grows_by_no_more_than_a_thousandth(storage, tiny, tmp_path):
+    """Codes of one bit are signs, one as likely as the other."""
+    options = {"bits": 1, "method": "rtn", "symmetric": True, "embeddings": "float"}
+    quantize_folder(tiny(NAME), tmp_path / "raw", LowBitConfig(**options), progress=False)
+    result = compress_folder(tmp_path / "raw", tmp_path / "coded", storage, progress=False)
+    assert result["bytes_after"] <= 1.001 * result["bytes_before"]
+    coded = {name for name, tensor in tensors(tmp_path / "coded").items() if entropy.is_coded(tensor)}
+    assert not [name for name in coded if name.endswith("q_proj.weight")]  # others are padded
+
+
 def test_quantize_folder_with_storage_equals_compress(tiny, tmp_path):
     config = {"bits": 4, "method": "rtn"}
     quantize_folder(tiny(NAME), tmp_path / "raw", LowBitConfig(**config), max_shard_size="30KB", progress=False)
