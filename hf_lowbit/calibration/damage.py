@@ -84,7 +84,8 @@ def measure_damage(
     if not isinstance(tokens, torch.Tensor):
         raise ValueError(
             f"{type(blocks.model).__name__} is calibrated on dicts of inputs, and bits_stored= with method 'gptq' "
-            "divides the bits by what errors do to the next token's probabilities: give text, or use bits= or method 'ecsq'"
+            "divides the bits by what errors do to the next token's probabilities: give text, or use bits= or method "
+            "'ecsq'"
         )
     arguments = [a.to(device) for a in arguments]
     states = _hold(work, (len(blocks.names) + 1, *inputs.shape), 0)

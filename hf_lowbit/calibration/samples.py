@@ -88,8 +88,8 @@ def check_text(model: Any) -> None:
     if model.main_input_name != "input_ids":
         raise ValueError(
             f"{type(model).__name__} takes {model.main_input_name}, not text: in Python, give calibration=, an "
-            "iterable of dicts as its processor returns them, to hf_lowbit.quantize or LowBitConfig; on the command line, a "
-            ".jsonl file with such a dict of nested lists on every line"
+            "iterable of dicts as its processor returns them, to hf_lowbit.quantize or LowBitConfig; on the command "
+            "line, a .jsonl file with such a dict of nested lists on every line"
         )
 
 
