@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -74,6 +75,7 @@ def test_all_kinds_of_text_give_the_same_windows(tokenizer, tmp_path):
         iter(documents),
         ids,
         [torch.tensor(i) for i in ids],
+        [np.array(i) for i in ids],
         [{"text": d} for d in documents],
         tmp_path / "records.jsonl",
         str(tmp_path / "records.jsonl"),
@@ -109,6 +111,9 @@ BAD_TEXT = {
     "record": ([{"body": "x"}], {}, r"record has the fields body, none of text, messages"),
     "no file": (Path("nowhere.txt"), {}, r"calibration file nowhere.txt does not exist"),
     "no data set": ("no/such-data-set", {}, r"'no/such-data-set' is neither a file nor a data set that can be read"),
+    "one string": ("One text. " * 40, {}, r"one string, 'One text.* for text, give a list of it, calibration=\[text\]"),
+    "two lines": ("One\ntext", {}, r"one string, 'One.ntext'"),
+    "a folder": (Path(__file__).parent, {}, r"calibration file .*tests is a folder: give a file in it"),
     "no windows": (["abc"], {"windows": 0}, r"windows=0 of length=512: use at least 1 of at least 2 tokens"),
     "length 1": (["abc"], {"length": 1}, r"windows=128 of length=1: use at least 1"),
 }
@@ -125,6 +130,9 @@ def test_bad_lines_and_missing_tokenizer(tokenizer, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(ValueError, match=r"broken.jsonl, line 2, is not JSON"):
         Calibration(tmp_path / "broken.jsonl").tokens(tokenizer)
+    (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.txt is not text in UTF-8"):
+        Calibration(tmp_path / "latin.txt").tokens(tokenizer)
     with pytest.raises(ValueError, match="needs a tokenizer: give tokenizer=, or token ids"):
         Calibration(["text"]).tokens()
     assert Calibration([[5, 6, 7, 8]], 2, 2).tokens().tolist() == [[5, 6], [7, 8]]

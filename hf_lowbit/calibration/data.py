@@ -35,8 +35,8 @@ class Calibration:
         source: One of
 
             - a list (or other iterable) of strings, one per document;
-            - a list of token ids per document (lists of int, or 1-D integer tensors), or an integer tensor
-              (documents, tokens);
+            - a list of token ids per document (lists of int, or 1-D integer tensors or arrays), or an integer tensor or
+              array (documents, tokens);
             - a list of records: dicts with "text", "messages" (a chat) or "input_ids";
             - a file: ``.jsonl`` with a record per line; any other is plain text, a document for each run of lines
               between empty ones;
@@ -181,7 +181,7 @@ class Calibration:
                     f"a calibration record has the fields {', '.join(document)}, none of {', '.join(FIELDS)}"
                 )
             document = document[field]
-        if isinstance(document, torch.Tensor):
+        if isinstance(document, torch.Tensor) or hasattr(document, "__array__"):
             document = document.tolist()
         if isinstance(document, (list, tuple)) and all(isinstance(i, int) for i in document):
             return list(document)
@@ -209,14 +209,31 @@ def digest(tokens: torch.Tensor | None) -> str | None:
 
 
 def _is_file(source: str) -> bool:
-    """Whether ``source`` is a file, or cannot be a data set since it looks like one."""
+    """Whether ``source`` is a file, or cannot be a data set since it looks like one.
+
+    Raises:
+        ValueError: for what can be neither.
+    """
+    if len(source) > 255 or "\n" in source:  # longer than a name may be
+        raise ValueError(
+            f"calibration= is one string, {source[:40]!r} and so on, which is read as the name of a file or of a data "
+            "set: for text, give a list of it, calibration=[text]"
+        )
     return Path(source).is_file() or source.endswith((".txt", ".jsonl"))
 
 
 def _read_file(source: str | Path) -> Iterator[Any]:
     path = Path(source)
     if not path.is_file():
-        raise ValueError(f"calibration file {path} does not exist")
+        found = "is a folder: give a file in it" if path.is_dir() else "does not exist"
+        raise ValueError(f"calibration file {path} {found}")
+    try:
+        yield from _documents_of(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"calibration file {path} is not text in UTF-8: {error}") from error
+
+
+def _documents_of(path: Path) -> Iterator[Any]:
     with open(path, encoding="utf-8") as file:
         if path.suffix == ".jsonl":
             for number, line in enumerate(file, 1):
@@ -247,4 +264,7 @@ def _read_dataset(name: str) -> Iterator[Any]:
     try:
         return iter(datasets.load_dataset(path, config or None, split="train", streaming=True))
     except (OSError, ValueError) as error:  # what datasets raises for one that it cannot find, load or read
-        raise ValueError(f"calibration {name!r} is neither a file nor a data set that can be read: {error}") from error
+        raise ValueError(
+            f"calibration {name!r} is neither a file nor a data set that can be read (for text itself, give a list: "
+            f"[text]): {error}"
+        ) from error
