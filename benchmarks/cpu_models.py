@@ -49,6 +49,9 @@ LARGE = {
     "ours int4, int8 x": ("packed", "large-int4", "float32", False, {"activations": "int8"}),
     "ours int2, fp32 x": ("packed", "large-int2", "float32", False, {}),
     "ours int2, int8 x": ("packed", "large-int2", "float32", False, {"activations": "int8"}),
+    "ours int4, fp32 x, compiled": ("packed", "large-int4", "float32", True, {}),
+    "ours int4, int8 x, compiled": ("packed", "large-int4", "float32", True, {"activations": "int8"}),
+    "ours int2, int8 x, compiled": ("packed", "large-int2", "float32", True, {"activations": "int8"}),
     "llama.cpp Q4_0": ("gguf", "large-Q4_0", None, False, {}),
     "llama.cpp Q2_K": ("gguf", "large-Q2_K", None, False, {}),
 }
