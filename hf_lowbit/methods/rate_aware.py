@@ -173,7 +173,7 @@ def _feed_back(W, U, steps, columns, lengths, limit) -> tuple[torch.Tensor, int]
         clipped += int((x.abs() > limit + 0.5).sum())
         return codes[i] * steps[:, 0] * columns[i]
 
-    round_columns(W.T.contiguous(), U, to_grid)
+    round_columns(W.T.clone(memory_format=torch.contiguous_format), U, to_grid)  # (W may be a transposed weight)
     return codes.T.contiguous(), clipped
 
 
