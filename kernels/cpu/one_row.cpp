@@ -173,25 +173,9 @@ INLINE void look_up(U (&found)[4], const Head &head, U q) {
     found[3] = _mm512_unpackhi_epi16(b, d);
 }
 
-// Scales of a row to floats; `to` has room for padded(groups), those behind the row's stay what they are.
-static void read_scales(const lowbit_weight *w, const Head &head, int64_t row, int64_t groups, float *to) {
-    int64_t g = 0;
-    if (w->scale == LOWBIT_SCALE_BYTE) {
-        const uint8_t *const from = (const uint8_t *)w->scales + row * groups;
-        U found[4];
-        for (; g + 64 <= groups; g += 64) {
-            _mm_prefetch((const char *)from + g + AHEAD_SCALES, _MM_HINT_T0);
-            look_up(found, head, _mm512_loadu_si512(from + g));
-            UNROLL
-            for (int i = 0; i < 4; i++) _mm512_storeu_si512(to + g + 16 * i, found[i]);
-        }
-        if (g == groups) return;
-        _mm_prefetch((const char *)from + g + AHEAD_SCALES, _MM_HINT_T0);
-        look_up(found, head, _mm512_maskz_loadu_epi8(first64(groups - g), from + g));
-        for (int i = 0; g < groups; g += 16, i++) _mm512_mask_storeu_epi32(to + g, first16(groups - g), found[i]);
-        return;
-    }
-    for (; g < groups; g += 16) {
+// Scales of a row that are floats of any kind, or all 1; as read_scales.
+static void read_wide_scales(const lowbit_weight *w, int64_t row, int64_t groups, float *to) {
+    for (int64_t g = 0; g < groups; g += 16) {
         const __mmask16 inside = first16(groups - g);
         F found = _mm512_set1_ps(1.0f);
         if (w->scale != LOWBIT_SCALE_NONE) {
@@ -200,6 +184,24 @@ static void read_scales(const lowbit_weight *w, const Head &head, int64_t row, i
         }
         _mm512_mask_storeu_ps(to + g, inside, found);
     }
+}
+
+// Scales of a row to floats; `to` has room for padded(groups), those behind the row's stay what they are.
+INLINE void read_scales(const lowbit_weight *w, const Head &head, int64_t row, int64_t groups, float *to) {
+    if (w->scale != LOWBIT_SCALE_BYTE) return read_wide_scales(w, row, groups, to);
+    const uint8_t *const from = (const uint8_t *)w->scales + row * groups;
+    int64_t g = 0;
+    U found[4];
+    for (; g + 64 <= groups; g += 64) {
+        _mm_prefetch((const char *)from + g + AHEAD_SCALES, _MM_HINT_T0);
+        look_up(found, head, _mm512_loadu_si512(from + g));
+        UNROLL
+        for (int i = 0; i < 4; i++) _mm512_storeu_si512(to + g + 16 * i, found[i]);
+    }
+    if (g == groups) return;
+    _mm_prefetch((const char *)from + g + AHEAD_SCALES, _MM_HINT_T0);
+    look_up(found, head, _mm512_maskz_loadu_epi8(first64(groups - g), from + g));
+    for (int i = 0; g < groups; g += 16, i++) _mm512_mask_storeu_epi32(to + g, first16(groups - g), found[i]);
 }
 
 // Of 64 numbers of BITS bits in a stream: the bytes that hold each eight, and how far up each of these is.
@@ -214,16 +216,19 @@ template <int BITS> struct Places {
 };
 
 // Zero points of a row, a stream of bits, to bytes; `to` has room for whole vectors.
-template <int BITS> static void read_zeros(const lowbit_weight *w, int64_t row, int64_t groups, uint8_t *to) {
+template <int BITS> INLINE void read_zeros(const lowbit_weight *w, int64_t row, int64_t groups, uint8_t *to) {
     const int64_t size = (groups * BITS + 7) / 8;
     const uint8_t *const from = (const uint8_t *)w->zeros + row * size;
     alignas(64) static constexpr Places<BITS> places;
     const U bytes = _mm512_load_si512(places.byte), shifts = _mm512_load_si512(places.shift), most = _mm512_set1_epi8((char)((1 << BITS) - 1));
-    for (int64_t at = 0; at < size; at += 8 * BITS, to += 64) {
-        _mm_prefetch((const char *)from + at + AHEAD_ZEROS, _MM_HINT_T0);
-        const U stream = _mm512_maskz_loadu_epi8(first64(size - at), from + at);
-        _mm512_storeu_si512(to, _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(bytes, stream)), most));
-    }
+    const auto unpack = [&](int64_t at, __mmask64 inside) __attribute__((always_inline)) {
+        const U stream = _mm512_maskz_loadu_epi8(inside, from + at);
+        _mm512_storeu_si512(to + at / BITS * 8, _mm512_and_si512(_mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(bytes, stream)), most));
+    };
+    int64_t at = 0;
+    for (; at + 8 * BITS <= size; at += 8 * BITS) unpack(at, BITS == 8 ? ~0ull : (1ull << (8 * BITS % 64)) - 1);
+    if (at < size) unpack(at, first64(size - at));
+    for (int64_t i = 0; i < size; i += 64) _mm_prefetch((const char *)from + i + AHEAD_ZEROS, _MM_HINT_T0);
 }
 
 // ---------------------------------------------------------------- rows of the weight
@@ -296,6 +301,21 @@ INLINE void add_field(U (&sums)[AT_ONCE][DIGITS], const Words<BITS> (&words)[AT_
     }
 }
 
+// The scales and zero points of a chunk, one a unit at most. No more is loaded, since what was stored just before in two pieces would have
+// to reach memory first.
+template <int BITS> INLINE F load_scales(const float *p) {
+    if (Chunk<BITS>::units == 8) return _mm512_castps256_ps512(_mm256_loadu_ps(p));
+    if (Chunk<BITS>::units == 4) return _mm512_castps128_ps512(_mm_loadu_ps(p));
+    return _mm512_castps128_ps512(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p)));
+}
+
+template <int BITS> INLINE U load_zeros(const uint8_t *p) {
+    if (Chunk<BITS>::units == 8) return _mm512_castsi128_si512(_mm_loadl_epi64((const __m128i *)p));
+    int32_t four;
+    memcpy(&four, p, 4);
+    return _mm512_castsi128_si512(_mm_cvtsi32_si128(four));
+}
+
 // Chunk c, its products added to the totals; g: the first group of it. `left`: bytes of its first plane, if it is the last one.
 template <int BITS, int DIGITS, bool FIXED, bool TABLE>
 INLINE void add_chunk(Rows<BITS> &rows, const Piece<BITS, DIGITS> &x, int64_t blocks, int64_t c, int64_t left, int64_t g, U order, U levels) {
@@ -307,7 +327,7 @@ INLINE void add_chunk(Rows<BITS> &rows, const Piece<BITS, DIGITS> &x, int64_t bl
         words[r] = load_words<BITS>(rows.codes[r], blocks, c, left);
         UNROLL
         for (int d = 0; d + 1 < DIGITS; d++) sums[r][d] = _mm512_setzero_si512();
-        sums[r][DIGITS - 1] = FIXED ? shared : _mm512_mullo_epi32(shared, _mm512_maskz_permutexvar_epi8(0x1111111111111111, order, _mm512_loadu_si512(rows.zeros[r] + g)));
+        sums[r][DIGITS - 1] = FIXED ? shared : _mm512_mullo_epi32(shared, _mm512_maskz_permutexvar_epi8(0x1111111111111111, order, load_zeros<BITS>(rows.zeros[r] + g)));
     }
     add_field<BITS, DIGITS, TABLE, 0>(sums, words, x, levels);
     const F scale = _mm512_load_ps(x.scales);
@@ -316,7 +336,7 @@ INLINE void add_chunk(Rows<BITS> &rows, const Piece<BITS, DIGITS> &x, int64_t bl
         U sum = sums[r][0];
         UNROLL
         for (int d = 1; d < DIGITS; d++) sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), sums[r][d]);
-        const F worth = _mm512_mul_ps(_mm512_permutexvar_ps(order, _mm512_loadu_ps(rows.scales[r] + g)), scale);
+        const F worth = _mm512_mul_ps(_mm512_permutexvar_ps(order, load_scales<BITS>(rows.scales[r] + g)), scale);
         rows.total[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), worth, rows.total[r]);
     }
 }
