@@ -118,6 +118,7 @@ class Streaming:
             if not str(file).endswith(".safetensors"):
                 raise ValueError(f"max_memory_bytes= streams safetensors files, and {file} is none")
         entries = read_headers(files)
+        self._decoded = {name for name, entry in entries.items() if entry.coded_bytes is not None}
         self._modules = by_layer(name for name, m in model.named_modules() if isinstance(m, LowBitLinear))
         self.layers = [
             lay_out_layer(layer, _stored(model, modules, entries)) for layer, modules in self._modules.items()
@@ -134,10 +135,10 @@ class Streaming:
         devices = {layer.name: budgets.torch_device(d) for layer, d in zip(self.layers, placed.devices, strict=True)}
         first = budgets.torch_device(placed.first)
         owners = _owners(model)
-        for name, parameter in list(model.named_parameters()):
-            if name not in self.fields:  # out of the mapped file
-                data = parameter.data.to(devices.get(layer_of(name) or "", first), copy=True)
-                _put(owners, parameter, data)
+        for name in [name for name, _ in model.named_parameters() if name not in self.fields]:
+            mapped = self._decoded.isdisjoint(names(name, str(model.base_model_prefix)))  # a view of its file
+            data = model.get_parameter(name).data.to(devices.get(layer_of(name) or "", first), copy=mapped)
+            _put(owners, model.get_parameter(name), data)
         if placed.first != budgets.HOST:
             _move_buffers(model, devices, first)
         for index in sorted(placed.kept):
@@ -272,7 +273,7 @@ def _owners(model: nn.Module) -> _Owners:
 def _put(owners: _Owners, parameter: nn.Parameter, data: Tensor) -> None:
     """Puts ``data``, on any device, in the place of ``parameter`` wherever it is."""
     made = nn.Parameter(data, requires_grad=parameter.requires_grad)
-    for module, name in owners[parameter]:
+    for module, name in owners.pop(parameter):  # the memory of the old one is free by then
         module._parameters[name] = made
 
 

@@ -24,9 +24,11 @@ from hf_lowbit import LowBitConfig
 from hf_lowbit.compress import compress_folder
 from hf_lowbit.convert import quantize_folder
 from hf_lowbit.storage.content import Place
+from hf_lowbit.storage.entropy import is_coded
 from hf_lowbit.storage.layers import Extent, Field, Layer, Stored, lay_out_layer
 from hf_lowbit.storage.shards import Layout
 from hf_lowbit.storage.stream import Files, LayerStream, decoders
+from hf_lowbit.streaming import Streaming
 
 LAYERS = 8
 LORA = {"r": 4, "lora_dropout": 0.0, "target_modules": "all-linear", "init_lora_weights": False}
@@ -133,6 +135,25 @@ def test_a_part_of_a_model_finds_its_tensors(packed):
     assert report(part).layers_streamed >= 3
     whole = load(packed / "raw").model(**inputs("llama")).last_hidden_state
     assert torch.equal(part(**inputs("llama")).last_hidden_state, whole)
+
+
+def test_what_was_decoded_is_not_copied_and_what_is_mapped_is(packed, monkeypatch):
+    start = Streaming.start
+
+    def noted(self, model):
+        assert self._decoded == coded
+        self._decoded = {"model.embed_tokens.weight"}  # too small here to be coded
+        names = [name for name, _ in model.named_parameters() if name not in self.fields]
+        before = {name: model.get_parameter(name).data_ptr() for name in names}
+        start(self, model)
+        same = {name for name in names if model.get_parameter(name).data_ptr() == before[name] != 0}
+        assert same == self._decoded
+
+    monkeypatch.setattr(Streaming, "start", noted)
+    with safe_open(packed / "entropy" / "model.safetensors", "pt") as file:
+        coded = {name for name in file.keys() if is_coded(file.get_tensor(name))}  # noqa: SIM118
+    assert coded
+    load(packed / "entropy", max_memory_bytes="1GB")
 
 
 def test_layers_in_memory_lie_apart(packed):
