@@ -3,8 +3,11 @@
     python benchmarks/streaming.py                        # a Llama of 1.2 billion random weights, a third of its size
     python benchmarks/streaming.py --small                # SmolLM2-135M
     python benchmarks/streaming.py --bits 3               # at 3 bits instead of 4
-    python benchmarks/streaming.py --bits-stored 3        # 8 bits in memory, of which coding leaves 3
-    python benchmarks/streaming.py --disks 200,1000,none --only ours --tokens 4 --print
+    python benchmarks/streaming.py --small --bits-stored 3   # rate-aware codes, of which coding leaves 3 bits
+    python benchmarks/streaming.py --disks 1000 --only ours --tokens 4
+
+Rows are written over those of the same model and disk, and beside the others that are on record for the same weights
+and budget.
 
 Every row is a process of its own that decodes greedily with 16 tokens of prompt; its time for a token is the median.
 Memory is anonymous memory above what the process had before loading, sampled every 2 ms; that of the unlimited run,
@@ -31,7 +34,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import model_folder, write_results
+from common import RESULTS, model_folder, write_results
 from cpu_models import FOLDER, large_folder, packed_folder
 
 PROMPT, AHEAD_BYTES = 16, 2**22
@@ -41,7 +44,7 @@ CONTESTANTS = {
     "ours, streamed": ("packed", "stream"),
     "ours, streamed, coded": ("coded", "stream"),
     "disk offload, packed": ("packed", "offload"),
-    "disk offload, bf16": ("float", "offload"),
+    "disk offload, bf16": ("float", "offload in bf16"),
 }
 
 
@@ -117,12 +120,12 @@ def load(folder: str, how: str, budget: int, offload_to: str):
     options = {"dtype": torch.float32}
     if how == "stream":
         options["quantization_config"] = LowBitConfig(max_memory_bytes=budget)
-    if how == "offload":
+    if how.startswith("offload"):
         count = AutoConfig.from_pretrained(folder).num_hidden_layers
         places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
         options["device_map"] = {**places, **{f"model.layers.{i}": "disk" for i in range(count)}}
         options["offload_folder"] = offload_to
-        options["dtype"] = "auto"
+        options["dtype"] = torch.bfloat16 if how == "offload in bf16" else torch.float32
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
@@ -219,6 +222,21 @@ def coded_folder(packed: str) -> str:
     return str(folder)
 
 
+def merged(name: str, note: str, rows: list[dict]) -> list[dict]:
+    """``rows`` and those on record of other models and disks, of the same weights and budget, which ``note`` has."""
+    file = RESULTS / f"{name}.json"
+    data = json.loads(file.read_text()) if file.exists() else {"note": note, "rows": []}
+    earlier = data["rows"] if data["note"] == note else []
+    found = {(row["disk MB/s"], row["model"]): row for row in [*earlier, *rows]}
+    order = list(CONTESTANTS)
+
+    def place(row):
+        disk = {"": -1.0, "none": float("inf")}.get(row["disk MB/s"])
+        return float(row["disk MB/s"]) if disk is None else disk, order.index(row["model"])
+
+    return sorted(found.values(), key=place)
+
+
 def run(*arguments) -> dict:
     threads = arguments[-1]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -267,7 +285,7 @@ def main():
             found = run(folders[what], how, budget, constant, speed, args.tokens, args.threads)
             tokens = found.pop("tokens", None)
             reference = tokens if how == "memory" else reference
-            row = {"model": name, "disk MB/s": "" if how == "memory" else disk, **found}
+            row = {"model": name, "disk MB/s": "" if how == "memory" else disk, "tokens": args.tokens, **found}
             if what != "float" and tokens is not None and reference is not None:
                 row["same tokens"] = tokens == reference
             rows.append(row)
@@ -277,13 +295,14 @@ def main():
         name = f"streaming{'_small' if args.small else ''}{kind}"
         what = "" if args.bits == 4 else f"--bits {args.bits} "
         what = what if args.bits_stored is None else f"--bits-stored {args.bits_stored:g} "
-        options = f"{'--small ' if args.small else ''}{what}--disks {args.disks} --tokens {args.tokens}"
-        command = f"python benchmarks/streaming.py {options} --threads {args.threads}"
         note = (
             f"{'SmolLM2-135M-Instruct' if args.small else '1.2 billion random weights'}, packed {size / 1e6:.1f} MB, "
             f"budget {budget / 1e6:.1f} MB. Disks are simulated but for none, see the text of the benchmark."
         )
-        write_results(name, command, rows, note)
+        rows = merged(name, note, rows)
+        disks = ",".join(dict.fromkeys(row["disk MB/s"] for row in rows if row["disk MB/s"]))
+        options = f"{'--small ' if args.small else ''}{what}--disks {disks} --threads {args.threads}"
+        write_results(name, f"python benchmarks/streaming.py {options}", rows, note)
 
 
 if __name__ == "__main__":
