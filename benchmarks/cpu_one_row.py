@@ -56,7 +56,7 @@ def main():
         for activations in ("float", "int8"):
             shapes = (64, 64), (CACHED_ROWS, K), (rows, K)
             small, cached, streamed = ([packed(OURS[name], shape, activations)] for shape in shapes)
-            call = least(small, x[:, :64], 50, 100)
+            call = least(small, x[:, :64], 4, 1000)
             core = least(cached, x, 4, 100)
             memory = least(streamed, x, 1, 15, data.sum)
             for i, isa in enumerate(SETS):
