@@ -123,7 +123,7 @@ def _sum(
             else:
                 for field in tl.static_range(FIELDS):
                     k = input_index(lane, field, K, LAYOUT)
-                    if starts_group(field, LAYOUT) or not LAYOUT.group_spans_fields:
+                    if not LAYOUT.group_spans_fields or starts_group(field, LAYOUT):
                         scale, zero = _grid(*place, field, k, inside, here, K, LAYOUT, BLOCK_L, PARTS)
                     code = decode_field(one, two, three, field, LAYOUT)
                     value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
