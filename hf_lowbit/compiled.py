@@ -17,7 +17,6 @@ import ctypes
 import functools
 import sys
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,6 +33,7 @@ from .native_backend import VERSION, describe, library, unavailable
 
 logger = logging.get_logger("transformers.hf_lowbit")
 OPS = ("linear", "linear_int8")
+EAGER = "_lowbit_eager"  # attribute of a compiled forward: the one before
 FUNCTIONS = (
     "get_data_ptr", "get_dim", "get_sizes", "get_strides", "get_dtype", "empty_strided", "copy_",
     "delete_tensor_object",
@@ -201,20 +201,18 @@ def _guard_filter(packed: dict[str, LowBitLinear]):
     return lambda guards: [wanted(guard) for guard in guards]
 
 
-_eager: "weakref.WeakKeyDictionary[nn.Module, Callable]" = weakref.WeakKeyDictionary()  # forward of compiled models
-
-
 def compile_decoding(model: nn.Module) -> None:
     """Makes ``model`` compute single tokens in a compiled graph; longer inputs run as before.
 
     The graph is compiled at the first token, which takes about a minute for a small model on a CPU, and is found in
     ``TORCHINDUCTOR_CACHE_DIR`` by later processes. ``generate`` wants a ``StaticCache`` of one length: another length
-    is compiled again. ``del model.forward`` undoes it.
+    is compiled again. ``del model.forward`` undoes it; do so before ``copy.deepcopy``, whose result would compute with
+    this model.
 
     Args:
         model: A causal model of transformers, packed or not.
     """
-    eager = _eager.get(model, model.forward) if "forward" in vars(model) else model.forward
+    eager = getattr(model.forward, EAGER, model.forward)
     options = graph_options(model)
     graph = torch.compile(eager, fullgraph=True, dynamic=False, options=options or None)
 
@@ -223,5 +221,5 @@ def compile_decoding(model: nn.Module) -> None:
         single = input_ids is not None and input_ids.shape[1] == 1
         return (graph if single else eager)(input_ids=input_ids, **kwargs)
 
-    _eager[model] = eager
+    vars(forward)[EAGER] = eager
     model.forward = forward

@@ -6,6 +6,8 @@ without compiling. They run the same kernels as the ops: results are the same bi
 
 import copy
 import ctypes
+import gc
+import weakref
 
 import pytest
 import torch
@@ -158,6 +160,18 @@ def test_weights_that_are_gone_are_forgotten():
     assert codes in compiled._kept
     del layer
     assert codes not in compiled._kept
+
+
+def test_compiling_again_replaces_and_keeps_no_model_alive(tiny):
+    model = load("llama", tiny("llama"), quantization_config=LowBitConfig(bits=4))
+    eager = model.forward
+    for _ in range(2):
+        compiled.compile_decoding(model)
+        assert getattr(model.forward, compiled.EAGER) == eager
+    alive = weakref.ref(model)
+    del model, eager
+    gc.collect()
+    assert alive() is None
 
 
 def test_where_graphs_of_cpp_cannot_be(tiny, monkeypatch, caplog):
