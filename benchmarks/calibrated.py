@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import CACHE, earlier_rows, model_folder, write_results
+from common import CACHE, described, earlier_rows, model_folder, quick, write_results
 from held_out import HeldOut, calibration_documents, evaluation_texts
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -151,16 +151,13 @@ def main():
     parser.add_argument("--evaluate", type=int, default=16, help="evaluation windows of each text")
     parser.add_argument("--print", action="store_true", help="do not write results/")
     args = parser.parse_args()
-    kept = CACHE / (args.model or "")
-    source = str(kept) if args.model and kept.is_dir() else model_folder(args.model)
+    source = model_folder(args.model)
     result = f"calibrated_{Path(args.model).name}" if args.model else "calibrated"
-    about = Path(source, "described.txt")
-    about = about.read_text() if about.exists() else args.model or "SmolLM2-135M-Instruct, off its grid"
     texts = {name: HeldOut(source, text, args.evaluate) for name, text in evaluation_texts().items()}
     command = "python benchmarks/calibrated.py" + (f" --model {args.model}" if args.model else "")
     command += f" --windows {args.windows} --length {args.length} --evaluate {args.evaluate}"
     note = (
-        f"Linear layers of {about}; {args.windows} calibration windows "
+        f"Linear layers of {described(args.model)}; {args.windows} calibration windows "
         f"of {args.length} tokens, news and docs mixed; {args.evaluate} windows of 512 tokens of each text for "
         f"evaluation, of other documents. Quantizing: a process of its own, {torch.get_num_threads()} threads; seconds "
         "and peak memory with everything, the CPU seconds for 10^9 weights too."
@@ -173,6 +170,7 @@ def main():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, quantization_config=LowBitConfig(dequantize=True)
         )
+        quick(model)
         row = {"method": name, "bits per weight": took["bits per weight"], "bits stored": took.get("bits stored")}
         for text, reference in texts.items():
             r = evaluate(model, reference.windows, reference, progress=False)

@@ -19,8 +19,16 @@ CACHE = Path.home() / ".cache" / "hf_lowbit_benchmarks"
 
 
 def model_folder(model: str | None) -> str:
-    """A given folder or repo, or SmolLM2-135M-Instruct moved off its grid, written once."""
+    """A folder or repo, a model of that name in the cache, or SmolLM2-135M-Instruct off its grid (written once)."""
+    if model and (CACHE / model).is_dir():
+        return str(CACHE / model)
     return model or str(save_smollm2(CACHE / "smollm2-off-grid"))
+
+
+def described(model: str | None) -> str:
+    """What a result says of the model that ``model_folder`` gives."""
+    about = Path(model_folder(model), "described.txt")
+    return about.read_text() if about.exists() else model or "SmolLM2-135M-Instruct, off its grid"
 
 
 def news_text() -> str:

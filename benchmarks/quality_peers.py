@@ -2,6 +2,7 @@
 
     python benchmarks/quality_peers.py
     python benchmarks/quality_peers.py --only 'hqq|llama.cpp' --evaluate 2 --print
+    python benchmarks/quality_peers.py --model gpt2-small --windows 24    # the model of second_model.py
 
 The model, the texts and the windows are those of calibrated.py, and so are the documents that calibrated peers see.
 Every row is a process of its own, in which a package quantizes the linear layers and gives back what it would multiply
@@ -20,6 +21,7 @@ of a layer over the calibration windows.
 import argparse
 import contextlib
 import ctypes
+import functools
 import json
 import math
 import os
@@ -31,10 +33,11 @@ import time
 from pathlib import Path
 
 import torch
-from common import CACHE, RESULTS, earlier_rows, model_folder, quick, write_results
+from common import CACHE, RESULTS, described, earlier_rows, model_folder, quick, write_results
 from held_out import HeldOut, calibration_documents, evaluation_texts
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 from hf_lowbit.calibration import Calibration
 from hf_lowbit.evaluate import evaluate
@@ -51,11 +54,11 @@ def rows() -> dict[str, tuple]:
     made |= {f"hqq {bits} bits g64, axis 0": (hqq, bits, 0) for bits in (4, 3, 2)}
     for kind in ("Q4_0", "IQ4_NL", "Q4_K", "Q3_K", "Q2_K"):
         made[f"llama.cpp {kind}"] = (llama_cpp, kind, False)
-    for kind in ("IQ4_NL", "Q4_K", "Q3_K", "Q2_K"):
+    for kind in ("IQ4_NL", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS", "IQ3_XXS", "IQ2_XS", "IQ2_XXS"):
         made[f"llama.cpp {kind}, imatrix"] = (llama_cpp, kind, True)
     for kind in ("Q4_K", "Q3_K", "Q2_K"):
         made[f"{kind}, rows joined"] = (ggml, kind, False)
-    for kind in ("Q4_K", "Q3_K", "Q2_K", "IQ3_XXS", "IQ2_XS"):
+    for kind in ("Q4_K", "Q3_K", "Q2_K", "IQ4_XS", "IQ3_XXS", "IQ2_XS", "IQ2_XXS"):
         made[f"{kind}, rows joined, imatrix"] = (ggml, kind, True)
     made |= {f"auto-round {bits} bits g64": (auto_round, bits) for bits in (4, 3, 2)}
     made |= {f"gptqmodel {bits} bits g64": (gptqmodel, bits) for bits in (4, 3, 2)}
@@ -66,14 +69,21 @@ def rows() -> dict[str, tuple]:
 # -- what all peers start from -----------------------------------------------------------------------------------------
 
 
-def weights_of(source: str) -> Weights:
+def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The linear layers inside the blocks."""
-    found = {}
-    for file in sorted(Path(source).glob("*.safetensors")):
-        for name, tensor in load_file(file).items():
-            if tensor.ndim == 2 and ".layers." in name:
-                found[name.removesuffix(".weight")] = tensor.float()
-    return found
+    found = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+    return {name: m for name, m in found.items() if m is not model.get_output_embeddings()}
+
+
+def straight(module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """A layer's own weight (N, K), or back: Conv1D has it the other way round."""
+    return (weight.T if isinstance(module, Conv1D) else weight).contiguous()
+
+
+@functools.cache
+def weights_of(source: str) -> Weights:
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    return {name: straight(m, m.weight.detach()) for name, m in linear_layers(model).items()}
 
 
 def windows_of(source: str, args: argparse.Namespace) -> torch.Tensor:
@@ -84,7 +94,7 @@ def windows_of(source: str, args: argparse.Namespace) -> torch.Tensor:
 
 def importance(source: str, args: argparse.Namespace) -> Weights:
     """Mean square of every input of every layer, computed once."""
-    path = FOLDER / f"imatrix-{args.windows}-{args.length}.safetensors"
+    path = FOLDER / f"imatrix-{Path(source).name}-{args.windows}-{args.length}.safetensors"
     if path.exists():
         return load_file(path)
     model = quick(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
@@ -102,7 +112,7 @@ def importance(source: str, args: argparse.Namespace) -> Weights:
     windows = windows_of(source, args)
     with torch.inference_mode():
         for window in windows:
-            model.model(window[None], use_cache=False)
+            model.base_model(window[None], use_cache=False)
     means = {name: (total / windows.numel()).float() for name, total in sums.items()}
     save_file(means, path)
     return means
@@ -141,18 +151,20 @@ def llama_cpp(source, args, kind, weighted):
     import llama_cpp as library
 
     config = AutoConfig.from_pretrained(source)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    architecture = gguf.MODEL_ARCH[config.model_type.upper()]
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     original = {}
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
         plain, packed = Path(folder, "plain.gguf"), Path(folder, "packed.gguf")
-        writer = gguf.GGUFWriter(plain, "llama")
+        writer = gguf.GGUFWriter(plain, gguf.MODEL_ARCH_NAMES[architecture])
         writer.add_block_count(config.num_hidden_layers)
         writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(config.hidden_size)
-        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_feed_forward_length(getattr(config, "intermediate_size", 4 * config.hidden_size))
         writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_head_count_kv(getattr(config, "num_key_value_heads", config.num_attention_heads))
+        writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", 1e-5))
+        writer.add_layer_norm_eps(getattr(config, "layer_norm_epsilon", 1e-5))
         writer.add_vocab_size(config.vocab_size)
         # (Rows of q and k keep transformers' order: a quantizer does not see the order of rows.)
         for name, weight in weights_of(source).items():
@@ -222,7 +234,8 @@ def auto_round(source, args, bits):
         dataset=[window[None] for window in windows], nsamples=len(windows), seqlen=args.length, device_map="cpu",
     )  # fmt: skip
     model, _ = tuner.quantize()
-    made = {name: model.get_submodule(name).weight.detach().float() for name in weights_of(source)}
+    layers = {name: model.get_submodule(name) for name in weights_of(source)}
+    made = {name: straight(layer, layer.weight.detach().float()) for name, layer in layers.items()}
     weights = sum(weight.numel() for weight in made.values())
     stored = weights * (bits + (16 + bits) / GROUP) / 8  # 16-bit scales, zero points as wide as codes
     return made, stored, f"{args.iters} steps of {args.batch} windows a block"
@@ -255,7 +268,8 @@ def ours(source, args, bits):
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=config)
     made_of = model.hf_quantizer.coverage["bits_per_packed_weight"]
     model = model.dequantize()
-    made = {name: model.get_submodule(name).weight.detach() for name in weights_of(source)}
+    layers = {name: model.get_submodule(name) for name in weights_of(source)}
+    made = {name: straight(layer, layer.weight.detach()) for name, layer in layers.items()}
     return made, made_of * sum(weight.numel() for weight in made.values()) / 8, "groups of 32"
 
 
@@ -282,23 +296,24 @@ def child(name: str, source: str, output: str, args: argparse.Namespace) -> None
 def measured_by_us(args: argparse.Namespace) -> dict[str, dict]:
     """Rows of calibrated.py and rate_aware.py that were evaluated on the same windows."""
     found = {}
-    for name in ("calibrated", "rate_aware"):
+    for name in (f"calibrated_{args.model}",) if args.model else ("calibrated", "rate_aware"):
         file = RESULTS / f"{name}.json"
         data = json.loads(file.read_text()) if file.exists() else {"command": "", "rows": []}
-        if args.model or f"--evaluate {args.evaluate}" not in data["command"]:
+        if f"--evaluate {args.evaluate}" not in data["command"]:
             continue
         for row in data["rows"]:
             kept = {key: value for key, value in row.items() if key.startswith(("KL ", "± ", "top-1 ", "ppl "))}
-            bits = row.get("bits per weight", row.get("bits stored"))
-            note = "" if "bits per weight" in row else f"coded on disk; {row['bits in memory']:.2f} bits in memory"
-            label = f"ours, {row['method']}" if not note else f"ours, gptq bits_stored {row['method']}"
+            memory = row.get("bits per weight", row.get("bits in memory"))
+            bits = row.get("bits stored") or memory
+            note = f"coded on disk; {memory:.2f} bits in memory" if bits < memory - 1 else ""
+            label = f"ours, {row['method']}" if name != "rate_aware" else f"ours, gptq bits_stored {row['method']}"
             found[label] = {"method": label, "bits per weight": bits} | kept | {"made of": note}
     return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a Llama's folder; default SmolLM2-135M-Instruct off its grid")
+    parser.add_argument("--model", help="folder, or name in the cache; default SmolLM2-135M-Instruct off its grid")
     parser.add_argument("--only", default="", help="regular expression over row names")
     parser.add_argument("--windows", type=int, default=32, help="calibration windows")
     parser.add_argument("--length", type=int, default=512, help="tokens in a calibration window")
@@ -317,13 +332,15 @@ def main():
     model = quick(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32))
     options = ["--windows", args.windows, "--length", args.length, "--evaluate", args.evaluate]
     options = [str(o) for o in (*options, "--iters", args.iters, "--batch", args.batch)]
-    command = f"python benchmarks/quality_peers.py {' '.join(options)}"
+    result = f"quality_peers_{Path(args.model).name}" if args.model else "quality_peers"
+    options_named = [*(["--model", args.model] if args.model else []), *options]
+    command = f"python benchmarks/quality_peers.py {' '.join(options_named)}"
     note = (
-        f"Linear layers of {args.model or 'SmolLM2-135M-Instruct, off its grid'}; {args.windows} calibration windows "
+        f"Linear layers of {described(args.model)}; {args.windows} calibration windows "
         f"of {args.length} tokens where a method needs data, news and docs mixed; {args.evaluate} windows of 512 "
         "tokens of each text for evaluation, of other documents. CPU seconds with reading the weights."
     )
-    done = earlier_rows("quality_peers", command)
+    done = earlier_rows(result, command)
     for name in rows():
         if not re.search(args.only, name):
             continue
@@ -339,7 +356,8 @@ def main():
                 row.setdefault("why not", f"exit code {code}")
             else:
                 for layer, weight in load_file(output).items():
-                    model.get_submodule(layer).weight.data = weight
+                    module = model.get_submodule(layer)
+                    module.weight.data = straight(module, weight)
                 took = {key: row.pop(key) for key in ("CPU seconds", "made of")}
                 for text, reference in references.items():
                     r = evaluate(model, reference.windows, reference, progress=False)
@@ -351,7 +369,7 @@ def main():
         if not args.print:
             table = (done | measured_by_us(args)).values()
             table = sorted(table, key=lambda row: row.get("bits per weight", 0.0), reverse=True)
-            write_results("quality_peers", command, table, note)
+            write_results(result, command, table, note)
 
 
 if __name__ == "__main__":
