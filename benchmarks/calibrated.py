@@ -39,7 +39,6 @@ CALIBRATED = ("gptq", "awq", "signround", "eora")
 LOG32 = ("--group-size", "32", "--scale-dtype", "log8")
 # What `gptq int{bits} g32` takes, as a budget; where that is the least that groups of 32 can take, in groups of 64.
 BUDGETS = {4: ("4.375", LOG32), 3: ("3.3464", LOG32), 2: ("2.3178", LOG64)}
-ROWS = ("--group-size", "row", "--scale-dtype", "float16")
 STORED = {4: 3.96, 3: 3.08, 2: 2.03}
 FEEDBACK = ("--method-option", "feedback=true")
 TABLE32 = ("--format", "codebook", "--group-size", "32")
@@ -69,7 +68,6 @@ def settings() -> dict[str, tuple[str, ...]]:
             f"gptq int{bits} g64": (*width, "--method", "gptq", *INT64),
             f"gptq int{bits} g32": (*width, "--method", "gptq"),
             f"gptq, budget of int{bits} g32": ("--bits", BUDGETS[bits][0], "--method", "gptq", *BUDGETS[bits][1]),
-            f"gptq table{bits} g32": (*width, "--method", "gptq", *TABLE32),
             f"gptq int{bits} g64, 8-bit scales": (*width, "--method", "gptq", *LOG64),
             f"gptq int{bits} g64, 8-bit scales, hadamard": (
                 *(*width, "--method", "gptq", *LOG64, "--transform", "hadamard"),
@@ -81,17 +79,16 @@ def settings() -> dict[str, tuple[str, ...]]:
             f"signround int{bits} g64, 8-bit scales, norms": (
                 *(*width, "--method", "signround", *LOG64, "--method-option", "tune_norms=true"),
             ),
-            f"rtn int{bits} g64, eora 16": (*width, *INT64, "--compensation", "eora"),
             f"gptq int{bits} g64, 8-bit scales, eora 16": (
                 *(*width, "--method", "gptq", *LOG64, "--compensation", "eora"),
             ),
+            f"gptq int{bits} g64, 8-bit scales, outliers 0.5 %": (
+                *(*width, "--method", "gptq", *LOG64, "--outliers", "0.5"),
+            ),
             f"awq int{bits} g64": (*width, "--method", "awq", *INT64),
-            f"awq int{bits} g32": (*width, "--method", "awq"),
             f"awq int{bits} g64, feedback": (*width, "--method", "awq", *FEEDBACK, *INT64),
             f"awq int{bits} g64, 8-bit scales, feedback": (*width, "--method", "awq", *FEEDBACK, *LOG64),
             f"magr gptq int{bits} g64": (*width, "--method", "gptq", "--preprocess", "magr", *INT64),
-            f"gptq int{bits} row": (*width, "--method", "gptq", *ROWS),
-            f"magr gptq int{bits} row": (*width, "--method", "gptq", "--preprocess", "magr", *ROWS),
             f"gptq, {STORED[bits]} bits stored": (
                 *("--method", "gptq", "--bits-stored", str(STORED[bits]), "--storage", "entropy"),
             ),
