@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import CACHE, earlier_rows, model_folder, write_results
+from common import CACHE, earlier_rows, model_folder, quick, write_results
 from held_out import HeldOut, calibration_documents, evaluation_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -74,6 +74,7 @@ def main():
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, quantization_config=LowBitConfig(dequantize=True)
         )
+        quick(model)
         name = f"{bits:g} bits, --windows {args.windows}"
         row = {
             "method": name,
