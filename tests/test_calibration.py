@@ -86,6 +86,30 @@ def test_all_kinds_of_text_give_the_same_windows(tokenizer, tmp_path):
     assert plain.count("Document") == 40 and plain.count("</s>") == 39
 
 
+def test_a_data_set_is_read_as_a_stream(tokenizer, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    documents = [f"Document {i} speaks of the number {i * i}." for i in range(40)]
+    for name, texts in (("all", documents), ("few", documents[:9])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    expected = Calibration(documents, 5, 32).tokens(tokenizer)
+    folder = Calibration(str(tmp_path / "all"), 5, 32)
+    assert torch.equal(folder.tokens(tokenizer), expected)
+    record = folder.record(expected)
+    assert record["kind"] == "data set" and "name" not in record  # nobody else has that folder
+
+    found, load = [], datasets.load_dataset
+
+    def by_name(path, config, **options):
+        found.append((path, config))
+        return load(str(tmp_path / config), **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", by_name)
+    named = Calibration("org/texts:few", 1, 32)
+    assert torch.equal(named.tokens(tokenizer), Calibration(documents[:9], 1, 32).tokens(tokenizer))
+    assert found == [("org/texts", "few")] and named.record(expected)["name"] == "org/texts:few"
+
+
 def test_the_seed_chooses_windows(tokenizer):
     text = ["The quick brown fox jumps over the lazy dog. " * 20] * 5
     choices = [Calibration(text, 6, 16, seed=s).tokens(tokenizer) for s in (0, 0, 1)]

@@ -73,7 +73,7 @@ class Calibration:
             return {"kind": "inputs", "inputs": inputs, "windows": len(samples), "sha256": samples.digest()}
         kinds = {"_read_file": "file", "_read_dataset": "data set"}
         reader = getattr(self._reader(), "__name__", "")
-        name = {"name": self.source} if reader == "_read_dataset" else {}
+        name = {"name": self.source} if reader == "_read_dataset" and not Path(self.source).exists() else {}
         return {
             "kind": kinds.get(reader, "documents"),
             **name,
