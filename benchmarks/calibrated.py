@@ -68,6 +68,7 @@ def settings() -> dict[str, tuple[str, ...]]:
             f"gptq int{bits} g64": (*width, "--method", "gptq", *INT64),
             f"gptq int{bits} g32": (*width, "--method", "gptq"),
             f"gptq, budget of int{bits} g32": ("--bits", BUDGETS[bits][0], "--method", "gptq", *BUDGETS[bits][1]),
+            f"gptq table{bits} g32": (*width, "--method", "gptq", *TABLE32),
             f"gptq int{bits} g64, 8-bit scales": (*width, "--method", "gptq", *LOG64),
             f"gptq int{bits} g64, 8-bit scales, hadamard": (
                 *(*width, "--method", "gptq", *LOG64, "--transform", "hadamard"),
