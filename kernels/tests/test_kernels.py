@@ -1,5 +1,7 @@
 """Every kernel against its plain twin, on every problem of the list; :mod:`support.tolerance` says how far off."""
 
+import itertools
+
 import lowbit_kernels
 import pytest
 import torch
@@ -131,4 +133,5 @@ def test_the_list_covers_what_the_kernels_read():
     assert {l.group for l in layouts} == {0, *(2**i for i in range(4, 11))}
     assert {l.zeros for l in layouts} == {"int", "float", "fixed"}
     for op in ("linear", "input_gradient", "embedding"):
-        assert {layout.even(p.K) for p in PROBLEMS if p.op == op} == {True, False}
+        read = [(lowbit_kernels.parse(parse_format(p.format).spec), p.K) for p in PROBLEMS if p.op == op]
+        assert {(l.ternary, layout.even(K, l)) for l, K in read} == set(itertools.product((True, False), repeat=2))

@@ -142,7 +142,7 @@ def _portable(x, weight, companions, bias, layout, K, tiles, device) -> torch.Te
     kernel, grid = (gemv_kernel, (along, tiles.split)) if gemv else (gemm_kernel, (across, along, tiles.split))
     kernel[grid](
         *(rows, *packed, bias, target, M, N, K),
-        EVEN=even(K),
+        EVEN=even(K, layout),
         LAYOUT=layout,
         SPLIT=tiles.split,
         BLOCK_M=tiles.rows,
@@ -179,7 +179,7 @@ def input_gradient(
     with on_device(gradient.device):
         input_gradient_kernel[(triton.cdiv(M, tiles.rows), triton.cdiv(K, tiles.inputs))](
             *(rows, *packed, out, M, N, K),
-            EVEN=even(K),
+            EVEN=even(K, layout),
             LAYOUT=layout,
             BLOCK_M=tiles.rows,
             BLOCK_N=tiles.outputs,
@@ -200,7 +200,7 @@ def _rows(index, weight, companions, format, K, dtype, tiles) -> torch.Tensor:
         with on_device(weight.device):
             rows_kernel[(triton.cdiv(R, tiles.rows), triton.cdiv(K, tiles.inputs))](
                 *(index, *packed, out, R, N, K),
-                EVEN=even(K),
+                EVEN=even(K, layout),
                 LAYOUT=layout,
                 BLOCK_R=tiles.rows,
                 BLOCK_K=tiles.inputs,

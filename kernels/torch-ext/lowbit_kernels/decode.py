@@ -5,7 +5,7 @@ A packed weight can be walked in two orders with the same functions, because the
 - *lane order*: load a tile of 16-bit lanes once and take field 0, 1, 2, ... of all of them (``field`` a constant). One
   shift and one mask give a tile of values. Kernels that sum over the inputs use it: the order of a sum is free.
 - *natural order*: a tile of lanes is spread over a dimension of fields (``field`` a tensor), and the dimensions blocks,
-  fields and lanes together run along the inputs. Kernels whose output does too use it.
+  fields and lanes together run along the inputs. Kernels whose output does too use it (:mod:`.natural`).
 
 A width that is a sum of planes is walked by the lanes of its first plane. Those of the others are fewer: they are
 loaded once, spread over the lanes they go with, and shifted so that the field's index alone says where the bits are.
@@ -18,10 +18,10 @@ import triton.language as tl
 
 
 @triton.jit
-def input_index(lane, field, K, LAYOUT: tl.constexpr):
-    """The input that field ``field`` of lane ``lane`` of the first plane belongs to."""
+def input_index(lane, field, lanes, LAYOUT: tl.constexpr):
+    """The input of field ``field`` of lane ``lane`` of the first plane, in a row of so many ``lanes``."""
     if LAYOUT.ternary:
-        k = (K + 9) // 10 * field + lane
+        k = lanes * field + lane
     else:
         k = lane // LAYOUT.lanes * 64 + field * LAYOUT.lanes + lane % LAYOUT.lanes
     return k
@@ -29,9 +29,11 @@ def input_index(lane, field, K, LAYOUT: tl.constexpr):
 
 @triton.jit
 def row_lanes(K, EVEN: tl.constexpr, LAYOUT: tl.constexpr):
-    """Lanes of the first plane in a row; ``EVEN`` promises pairs of blocks, and so lanes in pieces of 16 bytes."""
+    """Lanes of the first plane in a row; ``EVEN`` promises that they come in pieces of 16 bytes."""
     if LAYOUT.ternary:
         lanes = (K + 9) // 10
+        if EVEN:
+            lanes = tl.multiple_of(lanes, 8)
     else:
         lanes = _blocks(K, EVEN) * LAYOUT.lanes
     return lanes
@@ -295,109 +297,3 @@ def load_grid(
         if LAYOUT.zeros != "fixed":
             zero = _over_lanes(zero, BLOCK_L // PARTS)
     return scale, zero
-
-
-@triton.jit
-def _over_fields(word, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr):
-    """Lanes (BLOCK_N, BLOCKS * lanes), as often as they have fields: (BLOCK_N, BLOCKS, fields, lanes)."""
-    word = word.reshape(word.shape[0], BLOCKS, 1, LAYOUT.lanes)
-    return word.broadcast_to(word.shape[0], BLOCKS, 16 // LAYOUT.planes[0], LAYOUT.lanes)
-
-
-@triton.jit
-def _over_runs(value, FIELDS: tl.constexpr):
-    """A value of every group (BLOCK_N, BLOCKS, groups, 1) of a block, for all fields: (BLOCK_N, BLOCKS, FIELDS, 1)."""
-    TIMES: tl.constexpr = FIELDS // value.shape[2]
-    value = value.broadcast_to(value.shape[0], value.shape[1], value.shape[2], TIMES)
-    return value.reshape(value.shape[0], value.shape[1], FIELDS, 1)
-
-
-@triton.jit
-def values_of(
-    one,
-    two,
-    three,
-    scales,
-    scale_range,
-    zeros,
-    levels,
-    row,
-    inside,
-    first,
-    K,
-    DTYPE: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Weights (BLOCK_N, BLOCK_K) of whole blocks from input ``first``, from lanes that :func:`load_lanes` loaded."""
-    BLOCKS: tl.constexpr = BLOCK_K // 64
-    LANES: tl.constexpr = LAYOUT.lanes
-    row = row[:, :, None, None]
-    inside = inside[:, :, None, None]
-    block = first + 64 * tl.arange(0, BLOCKS)[None, :, None, None]
-    field = tl.arange(0, 16 // LAYOUT.planes[0])[None, None, :, None]
-    k = block + field * LANES + tl.arange(0, LANES)[None, None, None, :]
-    # The first input of every run that shares a group, as few as the group allows.
-    if LAYOUT.group == 0 or LAYOUT.group >= 64:
-        start = block
-    elif LAYOUT.group > LANES:
-        start = block + LAYOUT.group * tl.arange(0, 64 // LAYOUT.group)[None, None, :, None]
-    elif LAYOUT.group == LANES:
-        start = block + field * LANES
-    else:
-        start = k
-    group = group_of(start, LAYOUT)
-    scale = load_scale(scales, scale_range, row, group, inside & (start < K), K, LAYOUT)
-    zero = load_zero(zeros, row, group, inside & (start < K), K, LAYOUT)
-    if LAYOUT.group > LANES and LAYOUT.group < 64:
-        if LAYOUT.scale != "none":
-            scale = _over_runs(scale, 16 // LAYOUT.planes[0])
-        if LAYOUT.zeros != "fixed":
-            zero = _over_runs(zero, 16 // LAYOUT.planes[0])
-    if len(LAYOUT.planes) > 1:
-        two = _over_fields(two, BLOCKS, LAYOUT)
-        three = _over_fields(three, BLOCKS, LAYOUT)
-    code = decode_field(_over_fields(one, BLOCKS, LAYOUT), two, three, field, LAYOUT)
-    value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
-    value = tl.where(inside & (k < K), value, 0.0).to(DTYPE).reshape(row.shape[0], BLOCKS * 64)
-    return value
-
-
-@triton.jit
-def load_values(
-    weight,
-    scales,
-    scale_range,
-    zeros,
-    levels,
-    row,
-    inside,
-    first,
-    K,
-    DTYPE: tl.constexpr,
-    EVEN: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Weights (BLOCK_N, BLOCK_K) from input ``first``, in ``DTYPE``; 0 behind K and in rows that are not ``inside``.
-
-    ``row`` and ``inside`` are (BLOCK_N, 1); ``first`` and BLOCK_K are multiples of 64.
-    """
-    if LAYOUT.ternary:
-        k = first + tl.arange(0, BLOCK_K)[None, :]
-        here = inside & (k < K)
-        lanes = row_lanes(K, EVEN, LAYOUT)
-        word = tl.load(weight + row * lanes + k % lanes, mask=here, other=0)
-        code = decode_field(word, word, word, k // lanes, LAYOUT)
-        scale = load_scale(scales, scale_range, row, group_of(k, LAYOUT), here, K, LAYOUT)
-        value = tl.where(here, dequantize(code, scale, LAYOUT.fixed_zero, levels, row, here, LAYOUT), 0.0).to(DTYPE)
-    else:
-        BLOCKS: tl.constexpr = BLOCK_K // 64
-        LANES: tl.constexpr = LAYOUT.lanes
-        one, two, three = load_lanes(
-            *(weight, row, first // 64 * LANES, 0, inside, K, None, EVEN, LAYOUT, BLOCKS * LANES, 1)
-        )
-        value = values_of(
-            *(one, two, three, scales, scale_range, zeros, levels, row, inside, first, K, DTYPE, LAYOUT, BLOCK_K)
-        )
-    return value

@@ -215,7 +215,7 @@ def grouped_linear(
             *(x.contiguous(), ends.contiguous(), *packed, bias, out, E, R, N, K),
             **_shares(packed, layout, E),
             GEMV=tiles.rows <= GEMV_ROWS,
-            EVEN=even(K),
+            EVEN=even(K, layout),
             LAYOUT=layout,
             BLOCK_E=triton.next_power_of_2(E + 1),
             BLOCK_M=tiles.rows,
@@ -251,7 +251,7 @@ def grouped_input_gradient(
         grouped_input_gradient_kernel[(row_tiles_needed(R, E, tiles.rows), triton.cdiv(K, tiles.inputs))](
             *(gradient.contiguous(), ends.contiguous(), *packed, out, E, R, N, K),
             **_shares(packed, layout, E),
-            EVEN=even(K),
+            EVEN=even(K, layout),
             LAYOUT=layout,
             BLOCK_E=triton.next_power_of_2(E + 1),
             BLOCK_M=tiles.rows,

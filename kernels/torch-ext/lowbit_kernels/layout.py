@@ -183,9 +183,12 @@ def name_tensors(weight: torch.Tensor, companions: list[torch.Tensor], layout: L
     return Packed(weight.contiguous(), *(found.get(name) for name in Packed._fields[1:]))
 
 
-def even(in_features: int) -> bool:
-    """Whether every plane of every row begins at 16 bytes: blocks come in pairs, the least of which has 16."""
-    return in_features % (2 * BLOCK) == 0
+def even(in_features: int, layout: Layout) -> bool:
+    """Whether every plane of every row, or every field of a ternary row, begins at 16 bytes.
+
+    Planes do where blocks come in pairs, the least of which has 16 bytes; fields where a row has whole 8 lanes.
+    """
+    return (layout.row_lanes(in_features) % 8 if layout.ternary else in_features % (2 * BLOCK)) == 0
 
 
 def on_device(device: torch.device):

@@ -115,14 +115,14 @@ def _sum(
             place = (scales, scale_range, zeros, row, start, part)
             if LOOPED:
                 for field in tl.range(tl.where(K > 0, FIELDS, 0), num_stages=1):
-                    k = input_index(lane, field, K, LAYOUT)
+                    k = input_index(lane, field, lanes, LAYOUT)
                     scale, zero = _grid(*place, field, k, inside, here, K, LAYOUT, BLOCK_L, PARTS)
                     code = decode_field(one, two, three, field, LAYOUT)
                     value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
                     total = _add_field(total, value, x_row, k, seen & (lane < lanes) & (k < K))
             else:
                 for field in tl.static_range(FIELDS):
-                    k = input_index(lane, field, K, LAYOUT)
+                    k = input_index(lane, field, lanes, LAYOUT)
                     if not LAYOUT.group_spans_fields or starts_group(field, LAYOUT):
                         scale, zero = _grid(*place, field, k, inside, here, K, LAYOUT, BLOCK_L, PARTS)
                     code = decode_field(one, two, three, field, LAYOUT)

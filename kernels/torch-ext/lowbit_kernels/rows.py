@@ -6,7 +6,8 @@ They walk the packed rows in natural order (:mod:`.decode`), so that they write 
 import triton
 import triton.language as tl
 
-from .decode import load_lanes, load_values, values_of
+from .decode import load_lanes
+from .natural import load_values, values_of
 
 
 @triton.jit(do_not_specialize=["R"])

@@ -117,12 +117,13 @@ def at_most(split: int, steps: int) -> int:
 
 def gradient_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32, full: bool = False) -> Tiles:
     """For a gradient (M, N), float32 if ``full``, and a weight (N, K)."""
-    least = 2 if layout.ternary else layout.planes[-1]
+    least = 0 if layout.ternary else layout.planes[-1]
     if full:  # as in linear_tiles; a quarter of the outputs is decoded at a time, where the weight is in planes
         rows = 8 if least == 1 and warp == 32 else 16
         outputs, inputs = (16, 128) if layout.ternary else (64, 256 if least == 1 else 128)
         return Tiles(rows, outputs, inputs, 1, 128 // warp)
-    rows, outputs, inputs = {8: (64, 32, 64), 4: (32, 64, 64), 2: (32, 64, 128), 1: (64, 128, 128)}[least]
+    sizes = {8: (64, 32, 64), 4: (32, 64, 64), 2: (32, 64, 128), 1: (64, 128, 128), 0: (32, 32, 128)}
+    rows, outputs, inputs = sizes[least]
     return Tiles(_power(M, 16, rows), outputs, inputs, 1, 128 // warp)
 
 
