@@ -6,6 +6,9 @@ in proportion to its budget. Each keeps as many whole layers as fit, spread even
 others, which come out of the host's memory. There the CPU's budget holds as many of them as fit, as they are stored,
 and the buffers for reading the rest from disk. Without a budget for the CPU only these buffers are there. What belongs
 to no layer is on the first accelerator.
+
+On the CPU a coded layer may stay as it is stored, so that more of them fit, or decoded, which saves decoding it in
+every pass. That is chosen by what a pass takes, the slower of reading and decoding by the speeds that were measured.
 """
 
 import dataclasses
@@ -13,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from .budgets import HOST
 from .storage.layers import Layer, spread
-from .storage.stream import staging_bytes
+from .storage.stream import HUGE_BYTES, Speeds, buffer_bytes
 
 SLOTS = 2
 """Buffers of the host that layers are read into."""
@@ -29,6 +32,7 @@ class Placement:
         stored: Numbers of those in the host's memory as they are stored; the others are read in each pass.
         held: Bytes held, by device.
         limits: Bytes allowed, by device.
+        buffers: Of the bytes held by the host, those of the buffers for reading.
     """
 
     devices: list[str]
@@ -36,6 +40,7 @@ class Placement:
     stored: set[int] = dataclasses.field(default_factory=set)
     held: dict[str, int] = dataclasses.field(default_factory=dict)
     limits: dict[str, int] = dataclasses.field(default_factory=dict)
+    buffers: int = 0
 
     @property
     def first(self) -> str:
@@ -43,20 +48,26 @@ class Placement:
         return next((name for name in self.limits if name != HOST), HOST)
 
 
-def place(layers: Sequence[Layer], others: Mapping[str | None, int], budgets: Mapping[str, int]) -> Placement:
+def place(
+    layers: Sequence[Layer],
+    others: Mapping[str | None, int],
+    budgets: Mapping[str, int],
+    speeds: Speeds | None = None,
+) -> Placement:
     """Decides what stays where.
 
     Args:
         layers: All of them, in order.
         others: Bytes of what is not streamed, by the layer's name, None for what is in no layer.
         budgets: As :func:`read_budgets` gives them.
+        speeds: Of reading and decoding, where coded layers are to be placed by them; else by the bytes to read.
 
     Raises:
         ValueError: for a budget that is too small, naming its device and the least that would do.
     """
     accelerators = [name for name in budgets if name != HOST]
     if not accelerators:
-        return _on_host(layers, sum(others.values()), budgets[HOST])
+        return _on_host(layers, sum(others.values()), budgets[HOST], speeds)
     sizes = [layer.nbytes + others.get(layer.name, 0) for layer in layers]
     outside = sum(others.values()) - sum(others.get(layer.name, 0) for layer in layers)
     room = [budgets[name] - (0 if number else outside) for number, name in enumerate(accelerators)]
@@ -102,14 +113,13 @@ def _ends(sizes: list[int], room: list[int]) -> list[int]:
 
 def _buffers(layers: Sequence[Layer], streamed: Sequence[int]) -> int:
     """Bytes of the host's buffers that the layers ``streamed`` are read and decoded in."""
-    largest = max((layers[i].nbytes for i in streamed), default=0)
-    return min(SLOTS, len(streamed)) * largest + staging_bytes([layers[i] for i in streamed])
+    return buffer_bytes([layers[i] for i in streamed], SLOTS)
 
 
 def _store_on_host(layers: Sequence[Layer], found: Placement, budget: int | None) -> None:
     """Fills the host's budget with layers as they are stored."""
     streamed = [i for i in range(len(layers)) if i not in found.kept]
-    found.held[HOST] = least = _buffers(layers, streamed)
+    found.held[HOST] = found.buffers = least = _buffers(layers, streamed)
     if budget is None:
         return
     if least > budget:
@@ -117,30 +127,45 @@ def _store_on_host(layers: Sequence[Layer], found: Placement, budget: int | None
             f"max_memory_bytes= allows {mb(budget)} of the CPU's memory, which is too small: the buffers that layers "
             f"are read into need {mb(least)}; the least that would do is {least}"
         )
-    for i in streamed:
-        if found.held[HOST] + layers[i].read_bytes <= budget:
-            found.stored.add(i)
-            found.held[HOST] += layers[i].read_bytes
+    found.stored = _stored(layers, streamed, budget - least)
+    found.held[HOST] += sum(layers[i].read_bytes for i in found.stored)
 
 
-def _on_host(layers: Sequence[Layer], others: int, budget: int) -> Placement:
+def _stored(layers: Sequence[Layer], some: Sequence[int], room: int) -> set[int]:
+    """As many of the layers ``some`` as fit into ``room`` as they are stored, evenly spread."""
+    for count in range(len(some), 0, -1):
+        stored = {some[i] for i in spread(count, len(some))}
+        if sum(layers[i].read_bytes for i in stored) <= room:
+            return stored
+    return set()
+
+
+def _on_host(layers: Sequence[Layer], others: int, budget: int, speeds: Speeds | None) -> Placement:
     """All of it in the CPU's memory, where a layer in memory needs no buffer."""
-    found = Placement([HOST] * len(layers), limits={HOST: budget})
-    sizes, least = [layer.nbytes for layer in layers], others
-    for count in range(len(sizes), -1, -1):
-        found.kept = spread(count, len(sizes))
-        streamed = [i for i in range(len(sizes)) if i not in found.kept]
-        found.held[HOST] = least = others + sum(sizes[i] for i in found.kept) + _buffers(layers, streamed)
+    best, least_time, least = None, float("inf"), others
+    for count in range(len(layers), -1, -1):
+        kept = spread(count, len(layers))
+        streamed = [i for i in range(len(layers)) if i not in kept]
+        buffers = _buffers(layers, streamed)
+        least = others + sum(layers[i].nbytes for i in kept) + buffers
         if least > budget:
             continue
-        for i in streamed:
-            if layers[i].coded and found.held[HOST] + layers[i].read_bytes <= budget:
-                found.stored.add(i)
-                found.held[HOST] += layers[i].read_bytes
-        return found
+        stored = _stored(layers, [i for i in streamed if layers[i].coded], budget - least)
+        read = sum(layers[i].read_bytes for i in streamed if i not in stored)
+        seconds = read if speeds is None else speeds.seconds(read, sum(layers[i].decoded_bytes for i in streamed))
+        if seconds < least_time:
+            held = least + sum(layers[i].read_bytes for i in stored)
+            best = Placement([HOST] * len(layers), kept, stored, {HOST: held}, {HOST: budget}, buffers)
+            least_time = seconds
+    if best is not None:
+        rest = -best.buffers % HUGE_BYTES if best.buffers >= HUGE_BYTES else 0
+        if best.held[HOST] + rest <= budget:  # whole huge pages, which disks like best
+            best.held[HOST] += rest
+            best.buffers += rest
+        return best
     raise ValueError(
         f"max_memory_bytes={budget} ({mb(budget)}) is too small: what is outside of this model's "
-        f"{len(sizes)} layers needs {mb(others)}, and buffers for {min(SLOTS, len(sizes))} of them "
+        f"{len(layers)} layers needs {mb(others)}, and buffers for {min(SLOTS, len(layers))} of them "
         f"{mb(least - others)}; the least that would do is {least}"
     )
 

@@ -40,7 +40,7 @@ from .plan import names
 from .storage.content import places_in
 from .storage.headers import Entry, read_headers
 from .storage.layers import Layer, Stored, by_layer, lay_out_layer, layer_of
-from .storage.stream import Counts, LayerStream, allocate, decoders, read_layer
+from .storage.stream import Counts, LayerStream, allocate, decoders, measure, read_layer
 
 logger = logging.get_logger("transformers.hf_lowbit")
 
@@ -131,7 +131,9 @@ class Streaming:
     def start(self, model: nn.Module) -> None:
         """Puts what stays into memory, and the stream behind the other layers of the loaded ``model``."""
         # Again: a tie that the checkpoint does not have makes a model larger.
-        self.placed = placed = place(self.layers, _other_bytes(model, self.fields), self.limits)
+        coded = next((layer for layer in self.layers if layer.coded), None)
+        speeds = None if coded is None or self.placed.first != budgets.HOST else measure(coded)
+        self.placed = placed = place(self.layers, _other_bytes(model, self.fields), self.limits, speeds)
         devices = {layer.name: budgets.torch_device(d) for layer, d in zip(self.layers, placed.devices, strict=True)}
         first = budgets.torch_device(placed.first)
         owners = _owners(model)
@@ -156,7 +158,7 @@ class Streaming:
             return
         _map(model, [self.layers[i] for i in streamed])
         stored = [number for number, i in enumerate(streamed) if i in placed.stored]
-        self._stream = LayerStream([self.layers[i] for i in streamed], SLOTS, stored)
+        self._stream = LayerStream([self.layers[i] for i in streamed], SLOTS, stored, placed.buffers)
         targets = self._targets(placed, streamed)
         for number, index in enumerate(streamed):
             layer, target = self.layers[index], targets.get(placed.devices[index])

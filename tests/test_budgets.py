@@ -1,6 +1,8 @@
 """Budgets for several devices: read, refused, placed, and the same results. Accelerators are stood in for by the CPU,
 whose copies and buffers are then those of an accelerator, and by ``meta``, which shows what is where."""
 
+import itertools
+
 import pytest
 import torch
 import transformers
@@ -14,7 +16,8 @@ from hf_lowbit.adapters import lora
 from hf_lowbit.budgets import check_present, read_budgets
 from hf_lowbit.convert import quantize_folder
 from hf_lowbit.placement import place
-from hf_lowbit.storage.layers import Extent, Layer
+from hf_lowbit.storage.layers import BLOCK_BYTES, Extent, Field, Layer
+from hf_lowbit.storage.stream import HUGE_BYTES, Speeds, decoders
 
 LAYERS = 6
 CONFIG = LowBitConfig(bits=4, method="rtn", method_options={"range": "minmax"})
@@ -59,11 +62,17 @@ def test_devices_that_are_not_here_are_refused():
 # -- what stays where --------------------------------------------------------------------------------------------------
 
 
-def layer(i: int, nbytes: int, stored: int | None = None) -> Layer:
-    read = nbytes if stored is None else stored
-    parts = () if stored is None else (("t", 0, stored),)
+def layer(i: int, size: int, stored: int | None = None) -> Layer:
+    """``size`` blocks, coded in ``stored`` of them."""
+    read, nbytes = (size if stored is None else stored) * BLOCK_BYTES, size * BLOCK_BYTES
+    parts = () if stored is None else (("t", 0, read),)
     coded = frozenset() if stored is None else frozenset({"t"})
-    return Layer(f"l.{i}", (Extent("f", 0, read, 0, parts),), {}, nbytes, coded)
+    fields = {"t": Field(0, (nbytes,), torch.uint8)}
+    return Layer(f"l.{i}", (Extent("f", 0, read, 0, parts),), fields, nbytes, coded)
+
+
+def in_blocks(sizes: dict) -> dict:
+    return {key: size * BLOCK_BYTES for key, size in sizes.items()}
 
 
 @settings(max_examples=200, deadline=None)
@@ -75,8 +84,8 @@ def layer(i: int, nbytes: int, stored: int | None = None) -> Layer:
 )
 def test_every_budget_holds_or_its_least_is_named(sizes, outside, limits, host):
     layers = [layer(i, size) for i, size in enumerate(sizes)]
-    others = {None: outside, **{entry.name: 1 for entry in layers}}
-    wanted = {f"cuda:{i}": limit for i, limit in enumerate(limits)} | ({} if host is None else {"cpu": host})
+    others = in_blocks({None: outside, **{entry.name: 1 for entry in layers}})
+    wanted = in_blocks({f"cuda:{i}": n for i, n in enumerate(limits)} | ({} if host is None else {"cpu": host}))
     try:
         found = place(layers, others, wanted)
     except ValueError as error:
@@ -89,32 +98,61 @@ def test_every_budget_holds_or_its_least_is_named(sizes, outside, limits, host):
     assert all(found.held.get(name, 0) <= limit for name, limit in wanted.items())
     assert not found.kept & found.stored
     held = dict.fromkeys(wanted, 0) | {"cuda:0": outside}  # by another count
-    for i, entry in enumerate(layers):
-        held[found.devices[i]] += 1 + (entry.nbytes if i in found.kept else 0)
+    for i, size in enumerate(sizes):
+        held[found.devices[i]] += 1 + (size if i in found.kept else 0)
     for name in held.keys() - {"cpu"}:
         run = [i for i, device in enumerate(found.devices) if device == name]
         held[name] += max((sizes[i] for i in run if i not in found.kept), default=0)
-        assert held[name] == found.held[name]
+        assert held[name] * BLOCK_BYTES == found.held[name]
     streamed = [sizes[i] for i in range(len(sizes)) if i not in found.kept]
     buffers = min(2, len(streamed)) * max(streamed, default=0)
-    assert found.held["cpu"] == buffers + sum(sizes[i] for i in found.stored)
+    assert found.held["cpu"] == BLOCK_BYTES * (buffers + sum(sizes[i] for i in found.stored))
     if sum(sizes) + len(sizes) + outside <= limits[0]:
         assert not streamed and set(found.devices) == {"cuda:0"}
 
 
 def test_runs_are_in_proportion_and_the_host_takes_what_fits():
-    layers, others = [layer(i, 10) for i in range(12)], {None: 5}
-    found = place(layers, others, {"cuda:0": 45, "cuda:1": 20, "cpu": 20 + 35})
+    layers, others = [layer(i, 10) for i in range(12)], in_blocks({None: 5})
+    found = place(layers, others, in_blocks({"cuda:0": 45, "cuda:1": 20, "cpu": 20 + 35}))
     assert found.devices == ["cuda:0"] * 8 + ["cuda:1"] * 4
-    assert found.held == {"cuda:0": 45, "cuda:1": 20, "cpu": 50}  # three layers and one, with a buffer each
+    # Three layers and one, with a buffer each.
+    assert found.held == in_blocks({"cuda:0": 45, "cuda:1": 20, "cpu": 50})
     assert len(found.kept) == 4 and len(found.stored) == 3
-    assert found.first == "cuda:0" and place(layers, others, {"cpu": 200}).first == "cpu"
+    assert found.first == "cuda:0" and place(layers, others, in_blocks({"cpu": 200})).first == "cpu"
     coded = [layer(i, 10, 6) for i in range(12)]
-    assert len(place(coded, others, {"cuda:0": 45, "cpu": 500}).stored) == 9
-    with pytest.raises(ValueError, match=r"allows 0.0 MB of cuda:1, which is too small: .* would do is 10$"):
-        place(layers, others, {"cuda:0": 45, "cuda:1": 9})
-    with pytest.raises(ValueError, match=r"of the CPU's memory, which is too small: .* would do is 20$"):
-        place(layers, others, {"cuda:0": 45, "cpu": 19})
+    assert len(place(coded, others, in_blocks({"cuda:0": 45, "cpu": 500})).stored) == 9
+    with pytest.raises(ValueError, match=rf"allows 0.0 MB of cuda:1, which is too small: .* is {10 * BLOCK_BYTES}$"):
+        place(layers, others, in_blocks({"cuda:0": 45, "cuda:1": 9}))
+    with pytest.raises(ValueError, match=rf"of the CPU's memory, which is too small: .* is {20 * BLOCK_BYTES}$"):
+        place(layers, others, in_blocks({"cuda:0": 45, "cpu": 19}))
+
+
+def test_coded_layers_stay_as_stored_or_decoded_by_what_a_pass_takes():
+    layers = [layer(i, 10, 5) for i in range(12)]
+    buffers = 2 * 10 + (decoders() + 1) * 5
+    budget = in_blocks({"cpu": buffers + 40})
+    decoded = place(layers, {}, budget, Speeds(disk=1e9, decoding=1e3))  # decoding is what a pass takes
+    assert (len(decoded.kept), len(decoded.stored)) == (4, 0)
+    for speeds in (Speeds(disk=1e3, decoding=1e9), None):
+        stored = place(layers, {}, budget, speeds)
+        assert (len(stored.kept), len(stored.stored)) == (0, 8)
+        assert max(b - a for a, b in itertools.pairwise(sorted(stored.stored))) == 2  # evenly spread
+    one = 10 * BLOCK_BYTES / (1e6 * decoders())  # what decoding a layer takes, and reading three of them
+    both = place(layers, {}, budget, Speeds(disk=15 * BLOCK_BYTES / one, decoding=1e6))
+    seconds = {}
+    for kept in range(5):
+        read, decode = 12 - kept - (40 - 10 * kept) // 5, 12 - kept
+        seconds[kept] = max(read / 3, decode)
+    assert len(both.kept) == min(seconds, key=lambda kept: (seconds[kept], -kept))
+    assert decoded.held == stored.held == budget  # less than a huge page, so nothing is added
+
+
+def test_buffers_become_whole_huge_pages_where_that_costs_no_layer():
+    layers = [layer(i, HUGE_BYTES // BLOCK_BYTES + 1) for i in range(4)]
+    least = 2 * layers[0].nbytes
+    found = place(layers, {}, {"cpu": least + HUGE_BYTES})
+    assert found.buffers == found.held["cpu"] == 3 * HUGE_BYTES and not found.kept
+    assert place(layers, {}, {"cpu": least + 1}).held["cpu"] == least
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -171,7 +209,8 @@ def test_an_accelerator_with_a_budget_computes_the_same(packed, stand_in, storag
     limits = {0: smallest + layers[0].nbytes}
     if host != "nothing":
         buffers = load(folder, max_memory_bytes=limits).hf_quantizer.streaming.placed.held["cpu"]
-        limits["cpu"] = buffers + sum(entry.read_bytes for entry in layers[: 2 if host == "a part" else LAYERS])
+        sizes = sorted((entry.read_bytes for entry in layers), reverse=True)
+        limits["cpu"] = buffers + sum(sizes[: 2 if host == "a part" else LAYERS])
     model = load(folder, max_memory_bytes=limits)
     found = model.hf_quantizer.streaming.report()
     assert found.layers_kept == 1 and found.layers_coded == {"nothing": 0, "a part": 2, "all": LAYERS - 1}[host]

@@ -1,6 +1,7 @@
 """A model larger than its budget computes the same bits, in any order of its layers, and says what went wrong."""
 
 import copy
+import errno
 import gc
 import itertools
 import pickle
@@ -23,11 +24,12 @@ from safetensors import safe_open
 from hf_lowbit import LowBitConfig
 from hf_lowbit.compress import compress_folder
 from hf_lowbit.convert import quantize_folder
+from hf_lowbit.storage import stream
 from hf_lowbit.storage.content import Place
 from hf_lowbit.storage.entropy import is_coded
-from hf_lowbit.storage.layers import Extent, Field, Layer, Stored, lay_out_layer
+from hf_lowbit.storage.layers import BLOCK_BYTES, Extent, Field, Layer, Stored, lay_out_layer
 from hf_lowbit.storage.shards import Layout
-from hf_lowbit.storage.stream import Files, LayerStream, decoders
+from hf_lowbit.storage.stream import HUGE_BYTES, Counts, Files, LayerStream, allocate, decoders, read_extent
 from hf_lowbit.streaming import Streaming
 
 LAYERS = 8
@@ -442,6 +444,72 @@ def test_a_cycle_is_learned(tmp_path, order):
             time.sleep(0.05)  # what is being read for nothing
             stream.reset()
     assert stream.counts.wasted_bytes == 0
+
+
+def test_whole_blocks_are_read_past_the_cache_and_else_through_it(packed, monkeypatch):
+    expected, read, seen = generate(load(packed / "raw")), Files.read, []
+
+    def noted(self, name, into, begin):
+        seen.append((begin % BLOCK_BYTES, len(into) % BLOCK_BYTES, self.direct(name)))
+        return read(self, name, into, begin)
+
+    monkeypatch.setattr(Files, "read", noted)
+    model = streamed(packed / "raw", 1)
+    seen.clear()
+    assert torch.equal(generate(model), expected)
+    if not seen[0][2]:
+        pytest.skip("this file system has no reads past its cache")
+    assert set(seen) == {(0, 0, True)}
+
+    forgotten, forget = [], Files.forget
+    monkeypatch.setattr(Files, "forget", lambda self, *place: forgotten.append(place) or forget(self, *place))
+    monkeypatch.setattr(stream, "_open_direct", refuse_direct)  # at once, as some file systems do
+    model = streamed(packed / "raw", 1)
+    seen.clear()
+    assert torch.equal(generate(model), expected) and {direct for *_, direct in seen} == {False} and forgotten
+
+
+def test_a_file_system_that_refuses_a_direct_read_is_read_through_its_cache(tmp_path):
+    content = torch.arange(3 * BLOCK_BYTES).to(torch.uint8)
+    (tmp_path / "x").write_bytes(content.numpy().tobytes())
+    files, layer = Files([str(tmp_path / "x")]), Layer("l.0", (), {}, 0)
+    files.handles[str(tmp_path / "x"), True] = Refusing()
+    extent, buffer, counts = (
+        Extent(str(tmp_path / "x"), 100, 2 * BLOCK_BYTES + 7, 100),
+        allocate(4 * BLOCK_BYTES),
+        Counts(),
+    )
+    buffer.zero_()
+    assert read_extent(files, layer, extent, buffer, 100, counts, lambda: True)
+    assert not files.direct(str(tmp_path / "x")) and counts.bytes_read == extent.nbytes
+    assert torch.equal(buffer[100 : 2 * BLOCK_BYTES + 7], content[100 : 2 * BLOCK_BYTES + 7])
+    with pytest.raises(OSError, match=r"x ends at byte 12288, inside l.0: it was truncated"):
+        read_extent(files, layer, Extent(extent.file, 8192, 12300, 0), buffer, 0, Counts(), lambda: True)
+
+
+def refuse_direct(name, flags):
+    raise OSError(errno.EINVAL, "refused")
+
+
+class Refusing:
+    """A file opened past the cache whose file system refuses every read."""
+
+    def seek(self, place):
+        pass
+
+    def readinto(self, into):
+        raise OSError(errno.EINVAL, "refused")
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("nbytes", [1, 5000, HUGE_BYTES - 1, HUGE_BYTES, 3 * HUGE_BYTES + 17])
+def test_buffers_begin_at_blocks(nbytes):
+    buffer = allocate(nbytes)
+    assert buffer.numel() == nbytes and buffer.data_ptr() % (HUGE_BYTES if nbytes >= HUGE_BYTES else BLOCK_BYTES) == 0
+    buffer.fill_(7)
+    assert buffer[-1] == 7
 
 
 # -- the layout of files -----------------------------------------------------------------------------------------------

@@ -4,6 +4,9 @@ A layer is what shares a numbered prefix, such as ``model.layers.12``. Files tha
 (:class:`.shards.Layout`) hold the tensors of a layer side by side, so that a layer is one read. ``save_pretrained``
 sorts a file by dtype, which makes a read for each dtype of a layer. Tensors in between that nobody asked for are read
 along where the gap is smaller than what a further read costs.
+
+What is read as it is used lies in the buffer as it lies in blocks of the file, with room for the rest of its first and
+last block: whole blocks can be read past the system's cache.
 """
 
 import math
@@ -21,7 +24,9 @@ GAP_BYTES = 2**16
 STAGED_BYTES = 2**22
 """Coded tensors are read together up to this size and an eighth of their layer; a larger one is read by itself."""
 ALIGNMENT = 64
-"""Of what each read begins with, in memory: a line of the cache."""
+"""Of what is decoded, in memory: a line of the cache."""
+BLOCK_BYTES = 4096
+"""Reads past the system's cache begin and end at multiples of this, in the file and in memory."""
 
 
 def layer_of(name: str) -> str | None:
@@ -80,6 +85,11 @@ class Extent:
     def nbytes(self) -> int:
         return self.end - self.begin
 
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Where the blocks of the file that hold it begin and end."""
+        return self.begin - self.begin % BLOCK_BYTES, aligned(self.end, BLOCK_BYTES)
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -105,9 +115,14 @@ class Layer:
         return sum(extent.nbytes for extent in self.extents)
 
     @property
+    def decoded_bytes(self) -> int:
+        """Bytes that its coded tensors become."""
+        return sum(self.fields[name].nbytes for name in self.coded)
+
+    @property
     def staged_bytes(self) -> int:
-        """Bytes of its largest coded run."""
-        return max((extent.nbytes for extent in self.extents if extent.parts), default=0)
+        """Bytes of its largest coded run, in whole blocks of its file."""
+        return max((extent.blocks[1] - extent.blocks[0] for extent in self.extents if extent.parts), default=0)
 
 
 def lay_out_layer(name: str, tensors: Mapping[str, Stored]) -> Layer:
@@ -136,21 +151,24 @@ def lay_out_layer(name: str, tensors: Mapping[str, Stored]) -> Layer:
             first = last.begin if joins else begin
             part = (tensor, begin - first, stop - first)
             merged = Extent(file, first, stop, 0, (*(last.parts if joins else ()), part))
-            end = _aligned(end)
+            end = aligned(end)
             fields[tensor] = Field(end, stored.shape, stored.dtype)
             end += field.nbytes
         else:
             joins = joins and (last.offset + begin - last.begin) % stored.dtype.itemsize == 0
-            merged = Extent(file, last.begin, stop, last.offset) if joins else Extent(file, begin, stop, _aligned(end))
+            usable = begin % stored.dtype.itemsize == 0  # where it lies in its block; else it is moved
+            offset = aligned(end, BLOCK_BYTES) + begin % BLOCK_BYTES if usable else aligned(end)
+            merged = Extent(file, last.begin, stop, last.offset) if joins else Extent(file, begin, stop, offset)
             fields[tensor] = Field(merged.offset + begin - merged.begin, stored.shape, stored.dtype)
-            end = merged.offset + merged.nbytes
+            end = aligned(merged.offset + merged.nbytes, BLOCK_BYTES)
         extents[len(extents) - joins :] = [merged]
     coded = frozenset(tensor for tensor, stored in tensors.items() if stored.coded)
-    return Layer(name, tuple(extents), fields, _aligned(end), coded)
+    return Layer(name, tuple(extents), fields, aligned(end), coded)
 
 
-def _aligned(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT
+def aligned(offset: int, to: int = ALIGNMENT) -> int:
+    """``offset``, or the next multiple of ``to`` after it."""
+    return -(-offset // to) * to
 
 
 def by_layer(names: Iterable[str]) -> dict[str, list[str]]:

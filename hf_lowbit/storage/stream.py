@@ -13,13 +13,18 @@ ones are read. There is one such buffer more than there are decoders, which boun
 A layer is used inside ``with stream.use(i) as buffer``, by one thread at a time. Its buffer may be filled with another
 layer as soon as another one is used: whoever wants a tensor for longer has to copy it, or to ask again.
 
-Pages that were read are given back to the system: a file larger than memory would push everything else out of its
-cache and find nothing of itself there in the next cycle.
+Files are read past the system's cache where that is possible: a file larger than memory would push everything else out
+of it and find nothing of itself there in the next cycle, and copying out of it takes processors from the model. Reads
+are then of whole blocks, into huge pages where the system has them, of which a disk gets long requests. Elsewhere
+pages that were read are given back to the system.
 """
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import io
+import mmap
 import os
 import threading
 import time
@@ -31,10 +36,12 @@ from contextlib import contextmanager
 import torch
 
 from . import entropy
-from .layers import ALIGNMENT, Extent, Layer
+from .layers import BLOCK_BYTES, Extent, Layer, aligned
 
 PIECE_BYTES = 2**22
 """Of one read: large enough for the disk's full speed, small enough to stop soon."""
+HUGE_BYTES = 2**21
+"""Of a huge page."""
 MOST_DECODERS = 4
 
 
@@ -44,10 +51,28 @@ def decoders() -> int:
     return min(MOST_DECODERS, usable)
 
 
-def staging_bytes(layers: Collection[Layer]) -> int:
-    """Bytes of the buffers for coded tensors that a stream of ``layers`` has."""
-    largest = max((layer.staged_bytes for layer in layers), default=0)
-    return largest and (decoders() + 1) * largest
+@dataclasses.dataclass(frozen=True)
+class Speeds:
+    """Bytes a second: read from the disk, and decoded by one thread."""
+
+    disk: float
+    decoding: float
+
+    def seconds(self, read: int, decoded: int) -> float:
+        """What reading and decoding so many bytes takes, side by side and with all decoders."""
+        return max(read / self.disk, decoded / (self.decoding * decoders()))
+
+
+def buffer_bytes(layers: Collection[Layer], slots: int) -> int:
+    """Bytes of all buffers of a stream of ``layers``: ``slots`` of one layer each, and those for coded tensors."""
+    size, staged = _buffer_sizes(layers)
+    return min(slots, len(layers)) * size + (decoders() + 1) * staged
+
+
+def _buffer_sizes(layers: Collection[Layer]) -> tuple[int, int]:
+    """Bytes of a buffer for a layer, and for what is decoded."""
+    size = aligned(max((layer.nbytes for layer in layers), default=0), BLOCK_BYTES)
+    return size, max((layer.staged_bytes for layer in layers), default=0)
 
 
 @dataclasses.dataclass
@@ -79,38 +104,70 @@ class Files:
     """Files kept open, read by one thread at a time; closed by :meth:`close`, or when nobody uses this any more."""
 
     def __init__(self, names: Sequence[str]):
-        self.handles: dict[str, io.FileIO] = {}
+        self.handles: dict[tuple[str, bool], io.FileIO] = {}  # by name, and whether past the system's cache
         self.close = weakref.finalize(self, _close, self.handles)
         for name in dict.fromkeys(names):
-            self.handles[name] = open(name, "rb", buffering=0)  # noqa: SIM115 (until close)
+            self.handles[name, False] = open(name, "rb", buffering=0)  # noqa: SIM115 (until close)
+            with contextlib.suppress(OSError):  # file systems without that refuse to open
+                self.handles[name, True] = open(name, "rb", buffering=0, opener=_open_direct)  # noqa: SIM115
+
+    def direct(self, name: str) -> bool:
+        """Whether whole blocks of ``name`` are read past the system's cache."""
+        return (name, True) in self.handles
 
     def read(self, name: str, into: memoryview, begin: int) -> int:
         """Reads into the whole of ``into`` from ``begin`` on, or less where the file ends; bytes read."""
-        self.handles[name].seek(begin)
-        return self.handles[name].readinto(into)
+        if self.direct(name) and not (begin % BLOCK_BYTES or len(into) % BLOCK_BYTES):
+            try:
+                self.handles[name, True].seek(begin)
+                return self.handles[name, True].readinto(into)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self.handles.pop((name, True)).close()  # its blocks are larger
+        self.handles[name, False].seek(begin)
+        return self.handles[name, False].readinto(into)
 
     def forget(self, name: str, begin: int, end: int) -> None:
         """Tells the system that these bytes of ``name`` need not stay in its cache."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.handles[name].fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self.handles[name, False].fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
-def _close(handles: dict[str, io.FileIO]) -> None:
+def _open_direct(name: str, flags: int) -> int:
+    if not hasattr(os, "O_DIRECT"):
+        raise OSError(errno.EINVAL, "no reads past the cache", name)
+    return os.open(name, flags | os.O_DIRECT)
+
+
+def _close(handles: dict[tuple[str, bool], io.FileIO]) -> None:
     while handles:
         handles.popitem()[1].close()
 
 
 def allocate(nbytes: int) -> torch.Tensor:
-    """``nbytes`` of uint8, uninitialised, that begin at a line of the cache."""
-    raw = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, device="cpu")
-    start = -raw.data_ptr() % ALIGNMENT
+    """``nbytes`` of uint8, uninitialised, that begin at a block, and are huge pages as far as these fill it."""
+    huge = nbytes // HUGE_BYTES * HUGE_BYTES
+    if not (huge and hasattr(mmap, "MADV_HUGEPAGE")):
+        raw = torch.empty(nbytes + BLOCK_BYTES, dtype=torch.uint8, device="cpu")
+        start = -raw.data_ptr() % BLOCK_BYTES
+    else:
+        memory = mmap.mmap(-1, nbytes + HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        raw = torch.frombuffer(memory, dtype=torch.uint8)
+        start = -raw.data_ptr() % HUGE_BYTES
+        with contextlib.suppress(OSError):  # a system built without them
+            memory.madvise(mmap.MADV_HUGEPAGE, start, huge)
     return raw[start : start + nbytes]
 
 
 def read_extent(
-    files: Files, layer: Layer, extent: Extent, buffer: torch.Tensor, counts: Counts, wanted: Callable[[], bool]
-) -> bool:
-    """Reads ``extent`` of ``layer`` to the beginning of ``buffer``, uint8, in pieces, for as long as ``wanted()``.
+    files: Files, layer: Layer, extent: Extent, buffer: torch.Tensor, place: int, counts: Counts,
+    wanted: Callable[[], bool],
+) -> bool:  # fmt: skip
+    """Reads ``extent`` of ``layer`` to ``buffer[place:]``, uint8, in pieces, for as long as ``wanted()``.
+
+    Where the rest of its first and last block has room there, ``place`` being where in a block of memory the extent is
+    in one of its file, these are overwritten, too.
 
     Returns:
         Whether it was read whole.
@@ -118,30 +175,38 @@ def read_extent(
     Raises:
         OSError: naming the file, the layer and the place, if the disk or the file's end is the reason.
     """
-    target, begin = memoryview(buffer.numpy()), extent.begin  # type: ignore[arg-type]
-    while begin < extent.end:
+    target, (at, end) = memoryview(buffer.numpy()), extent.blocks  # type: ignore[arg-type]
+    start = place - (extent.begin - at)
+    whole = start >= 0 and start + end - at <= len(target) and (buffer.data_ptr() + start) % BLOCK_BYTES == 0
+    if not whole:
+        start, at, end = place, extent.begin, extent.end
+    offset = start - at
+    while at < extent.end:
         if not wanted():
             return False
-        piece = target[begin - extent.begin : min(begin + PIECE_BYTES, extent.end) - extent.begin]
-        start = time.perf_counter()
+        piece = target[offset + at : offset + min(at + PIECE_BYTES, end)]
+        clock = time.perf_counter()
         try:
-            found = files.read(extent.file, piece, begin)
+            found = files.read(extent.file, piece, at)
         except OSError as error:
-            message = f"{layer.name} cannot be read from byte {begin} of {extent.file}: {error.strerror or error}"
+            message = f"{layer.name} cannot be read from byte {at} of {extent.file}: {error.strerror or error}"
             raise OSError(error.errno, message) from error
         if not found:
-            raise OSError(f"{extent.file} ends at byte {begin}, inside {layer.name}: it was truncated")
-        counts.reading_s += time.perf_counter() - start
-        counts.bytes_read += found
-        begin += found
-    files.forget(extent.file, extent.begin, extent.end)
+            raise OSError(f"{extent.file} ends at byte {at}, inside {layer.name}: it was truncated")
+        counts.reading_s += time.perf_counter() - clock
+        counts.bytes_read += max(0, min(at + found, extent.end) - max(at, extent.begin))
+        at += found
+    if not (whole and files.direct(extent.file)):
+        files.forget(extent.file, extent.begin, extent.end)
     return True
 
 
 def decode_extent(
     layer: Layer, extent: Extent, staged: torch.Tensor, buffer: torch.Tensor, threads: int | None
 ) -> tuple[int, float]:
-    """Decodes the tensors of ``extent``, which was read to ``staged``, into the layer's ``buffer``.
+    """Decodes the tensors of ``extent``, whose bytes ``staged`` begins with, into the layer's ``buffer``.
+
+    An extent that is not coded is copied.
 
     Returns:
         How many bytes came out, and the time that it took, in s.
@@ -150,6 +215,8 @@ def decode_extent(
         ValueError: for damaged data, naming the tensor and the file.
     """
     start, nbytes = time.perf_counter(), 0
+    if not extent.parts:
+        buffer[extent.offset : extent.offset + extent.nbytes] = staged
     for name, first, last in extent.parts:
         field = layer.fields[name]
         try:
@@ -160,23 +227,32 @@ def decode_extent(
     return nbytes, time.perf_counter() - start
 
 
-def read_layer(layer: Layer, buffer: torch.Tensor) -> None:
-    """Reads the whole of ``layer`` into ``buffer``, uint8, at once; errors as in :func:`read_extent`."""
+def read_layer(layer: Layer, buffer: torch.Tensor, threads: int | None = None) -> Counts:
+    """Reads ``layer`` into ``buffer``, uint8, at once, and says what that took; errors as in :func:`read_extent`."""
     files, counts = Files([extent.file for extent in layer.extents]), Counts()
     staged = allocate(layer.staged_bytes)
     for extent in layer.extents:
-        place = staged if extent.parts else buffer[extent.offset :]
-        read_extent(files, layer, extent, place, counts, lambda: True)
+        place = extent.begin % BLOCK_BYTES if extent.parts else extent.offset
+        read_extent(files, layer, extent, staged if extent.parts else buffer, place, counts, lambda: True)
         if extent.parts:
-            decode_extent(layer, extent, staged, buffer, None)
+            nbytes, seconds = decode_extent(layer, extent, staged[place:], buffer, threads)
+            counts.bytes_decoded += nbytes
+            counts.decoding_s += seconds
     files.close()
+    return counts
+
+
+def measure(layer: Layer) -> Speeds:
+    """The speeds of reading and decoding ``layer``, which has coded tensors, by doing it once."""
+    counts = read_layer(layer, allocate(layer.nbytes), 1)
+    return Speeds(counts.bytes_read / counts.reading_s, counts.bytes_decoded / counts.decoding_s)
 
 
 class _Slot:
     """One buffer, and how far the layer in it is."""
 
-    def __init__(self, nbytes: int):
-        self.buffer = allocate(nbytes)
+    def __init__(self, buffer: torch.Tensor):
+        self.buffer = buffer
         self.layer: int | None = None
         self.turn = 0  # counts the layers that were assigned to it
         self.left = 0  # extents that are not there yet
@@ -197,23 +273,36 @@ def _is_free(slot: _Slot) -> bool:
 class _State:
     """What the threads and the user of a stream share; it knows nothing of the stream, which can so be deleted."""
 
-    def __init__(self, layers: Sequence[Layer], slots: int, kept: Collection[int]):
+    def __init__(self, layers: Sequence[Layer], slots: int, kept: Collection[int], nbytes: int):
         self.layers, self.counts = layers, Counts()
         self.files = Files([extent.file for layer in layers for extent in layer.extents])
-        self.slots = [_Slot(max(layer.nbytes for layer in layers)) for _ in range(slots)]
+        size, staged = _buffer_sizes(layers)
+        memory = allocate(max(nbytes, buffer_bytes(layers, slots)))  # in one, so that huge pages fit
+        self.slots = [_Slot(memory[i * size : (i + 1) * size]) for i in range(slots)]
+        memory = memory[slots * size :]
         self.queue: list[tuple[int, _Slot, int]] = []  # (layer, slot, its turn) to read, the most urgent one first
         self.jobs: deque = deque()  # to decode: (layer, slot, its turn, extent, staged, whether that is to be returned)
+        self.stored_jobs: deque = deque()  # the same of layers in memory, for which no reader waits
+        self.decodes = any(layer.coded for layer in layers)
         self.changed, self.stopped = threading.Condition(), False
-        largest = staging_bytes(layers) // (decoders() + 1)
-        self.staging = [allocate(largest) for _ in range(decoders() + 1 if largest else 0)]
-        self.kept: dict[tuple[int, int], torch.Tensor] = {}  # coded extents that stay, by layer and number
+        self.staging = [memory[i * staged : (i + 1) * staged] for i in range(decoders() + 1 if staged else 0)]
+        self.kept: dict[tuple[int, int], torch.Tensor] = {}  # stored extents that stay, by layer and number
         for index in kept:
             for number, extent in enumerate(layers[index].extents):
-                self.kept[index, number] = staged = allocate(extent.nbytes)
-                read_extent(self.files, layers[index], extent, staged, Counts(), lambda: True)
+                self.kept[index, number] = kept_bytes = allocate(extent.nbytes)
+                read_extent(self.files, layers[index], extent, kept_bytes, 0, Counts(), lambda: True)
 
     def slot_of(self, layer: int) -> _Slot | None:
         return next((slot for slot in self.slots if slot.layer == layer), None)
+
+    def order(self, index: int, slot: _Slot) -> None:
+        """Has the layer ``index`` put into ``slot``: by the decoders if it is in memory, else by the reader."""
+        if self.decodes and (index, 0) in self.kept and not slot.busy:
+            for number, extent in enumerate(self.layers[index].extents):
+                job = (self.layers[index], slot, slot.turn, extent, self.kept[index, number], False)
+                self.stored_jobs.append(job)
+        else:
+            self.queue.append((index, slot, slot.turn))
 
     def wait_for(self, condition: Callable[[], object]) -> bool:
         """Waits until ``condition()``; False where the stream has ended. The lock is held."""
@@ -253,12 +342,12 @@ class _State:
                 if not self.wait_for(lambda: self.staging):
                     return False
                 staged = self.staging.pop()
-        place = slot.buffer[extent.offset :] if staged is None else staged
+        buffer, place = (slot.buffer, extent.offset) if staged is None else (staged, extent.begin % BLOCK_BYTES)
         try:
             if kept is not None and not extent.parts:
                 slot.buffer[extent.offset : extent.offset + extent.nbytes] = kept
             whole = kept is not None or read_extent(
-                self.files, layer, extent, place, self.counts, lambda: slot.turn == turn and not self.stopped
+                self.files, layer, extent, buffer, place, self.counts, lambda: slot.turn == turn and not self.stopped
             )
         except Exception as error:  # raised where the layer is used
             whole, failure = False, error
@@ -277,15 +366,16 @@ class _State:
         """A thread that decodes."""
         while True:
             with self.changed:
-                if not self.wait_for(lambda: self.jobs):
+                if not self.wait_for(lambda: self.jobs or self.stored_jobs):
                     return
-                layer, slot, turn, extent, staged, returned = self.jobs.popleft()
+                layer, slot, turn, extent, staged, returned = (self.jobs or self.stored_jobs).popleft()
+                place = extent.begin % BLOCK_BYTES if returned else 0
                 wanted = slot.turn == turn
                 slot.busy += wanted
             failure, nbytes, seconds = None, 0, 0.0
             if wanted:
                 try:
-                    nbytes, seconds = decode_extent(layer, extent, staged, slot.buffer, 1)
+                    nbytes, seconds = decode_extent(layer, extent, staged[place:], slot.buffer, 1)
                 except Exception as error:  # raised where the layer is used
                     failure = error
             with self.changed:
@@ -315,6 +405,7 @@ class LayerStream:
         layers: In the order of use.
         slots: Buffers, two or more (fewer layers need no more than one each).
         kept: Numbers of layers whose stored bytes are kept in memory, so that they are only decoded.
+        nbytes: Of all buffers together, where they may take more than :func:`buffer_bytes`: whole huge pages.
 
     Attributes:
         buffers: The buffers, uint8.
@@ -323,14 +414,14 @@ class LayerStream:
         OSError: for a file that cannot be opened.
     """
 
-    def __init__(self, layers: Sequence[Layer], slots: int = 2, kept: Collection[int] = ()):
-        self._state = state = _State(layers, min(slots, len(layers)), kept)
+    def __init__(self, layers: Sequence[Layer], slots: int = 2, kept: Collection[int] = (), nbytes: int = 0):
+        self._state = state = _State(layers, min(slots, len(layers)), kept, nbytes)
         self._in_use = threading.RLock()
         self._previous: int | None = None
         self._current: int | None = None
         self._follows: dict[tuple[int | None, int], int] = {}
         self._slot = 0
-        runs = [state.run_reader] + [state.run_decoder] * (decoders() if any(x.coded for x in layers) else 0)
+        runs = [state.run_reader] + [state.run_decoder] * (decoders() if state.decodes else 0)
         self._threads = [threading.Thread(target=run, name=f"hf_lowbit {run.__name__}", daemon=True) for run in runs]
         for thread in self._threads:
             thread.start()
@@ -386,7 +477,7 @@ class LayerStream:
                         state.counts.wasted_bytes += state.layers[slot.layer or 0].read_bytes
                     slot.layer, slot.turn, slot.used = layer, slot.turn + 1, False
                     slot.left = len(state.layers[layer].extents)
-                    state.queue.append((layer, slot, slot.turn))
+                    state.order(layer, slot)
             for slot in free:
                 if not slot.ready:
                     slot.layer, slot.turn = None, slot.turn + 1
