@@ -539,8 +539,8 @@ def test_a_part_of_the_layers_is_coded(packed, tmp_path):
 
 def test_runs_of_coded_tensors_know_where_each_begins_and_ends(tmp_path):
     file = tmp_path / "x"
-    file.write_bytes(bytes(10**5))
-    spans = {"a": (0, 5000), "b": (5003, 9000), "raw": (9000, 9100), "c": (9100, 60000), "d": (60000, 100000)}
+    file.write_bytes(bytes(2 * 10**6))
+    spans = {"a": (0, 5000), "b": (5003, 9000), "raw": (9000, 9100), "c": (9100, 10**6), "d": (10**6, 2 * 10**6)}
     tensors = {
         name: Stored(
             Place(file, "U8", (end - begin,), begin, end), (2 if name == "raw" else 1, 50), torch.uint8, name != "raw"

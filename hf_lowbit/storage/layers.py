@@ -21,8 +21,9 @@ from .content import Place
 
 GAP_BYTES = 2**16
 """Gaps up to this size, and an eighth of the layer, are read: a request of its own would take as long."""
-STAGED_BYTES = 2**22
-"""Coded tensors are read together up to this size and an eighth of their layer; a larger one is read by itself."""
+STAGED_BYTES = (2**20, 2**22)
+"""Coded tensors are read together up to an eighth of their layer, but at least to the first and at most to the second
+of these sizes; a larger one is read by itself. Each such run is handed to a decoder, which takes about 0.1 ms."""
 ALIGNMENT = 64
 """Of what is decoded, in memory: a line of the cache."""
 BLOCK_BYTES = 4096
@@ -136,7 +137,7 @@ def lay_out_layer(name: str, tensors: Mapping[str, Stored]) -> Layer:
     end = 0
     coded_bytes = sum(s.place.end - s.place.begin for s in tensors.values() if s.coded)
     gap_bytes = min(GAP_BYTES, sum(s.place.end - s.place.begin for s in tensors.values()) // 8)
-    staged_bytes = min(STAGED_BYTES, coded_bytes // 8)
+    staged_bytes = min(max(STAGED_BYTES[0], coded_bytes // 8), STAGED_BYTES[1])
     for tensor, stored in sorted(tensors.items(), key=lambda item: (str(item[1].place.file), item[1].place.begin)):
         file, begin, stop = str(stored.place.file), stored.place.begin, stored.place.end
         field = Field(end, stored.shape, stored.dtype)

@@ -283,8 +283,10 @@ class _State:
         self.queue: list[tuple[int, _Slot, int]] = []  # (layer, slot, its turn) to read, the most urgent one first
         self.jobs: deque = deque()  # to decode: (layer, slot, its turn, extent, staged, whether that is to be returned)
         self.stored_jobs: deque = deque()  # the same of layers in memory, for which no reader waits
-        self.decodes = any(layer.coded for layer in layers)
-        self.changed, self.stopped = threading.Condition(), False
+        self.decodes, self.stopped = any(layer.coded for layer in layers), False
+        # One lock, and who waits for what, so that nobody is woken for nothing.
+        self.lock = threading.Lock()
+        self.to_read, self.to_decode, self.to_use = (threading.Condition(self.lock) for _ in range(3))
         self.staging = [memory[i * staged : (i + 1) * staged] for i in range(decoders() + 1 if staged else 0)]
         self.kept: dict[tuple[int, int], torch.Tensor] = {}  # stored extents that stay, by layer and number
         for index in kept:
@@ -301,12 +303,14 @@ class _State:
             for number, extent in enumerate(self.layers[index].extents):
                 job = (self.layers[index], slot, slot.turn, extent, self.kept[index, number], False)
                 self.stored_jobs.append(job)
+            self.to_decode.notify_all()
         else:
             self.queue.append((index, slot, slot.turn))
+            self.to_read.notify()
 
-    def wait_for(self, condition: Callable[[], object]) -> bool:
-        """Waits until ``condition()``; False where the stream has ended. The lock is held."""
-        self.changed.wait_for(lambda: self.stopped or condition())
+    def wait_for(self, changed: threading.Condition, condition: Callable[[], object]) -> bool:
+        """Waits until ``condition()``, notified by ``changed``; False where the stream has ended. The lock is held."""
+        changed.wait_for(lambda: self.stopped or condition())
         return not self.stopped
 
     def finish(self, slot: _Slot, turn: int, failure: Exception | None = None) -> None:
@@ -315,18 +319,19 @@ class _State:
             slot.left -= 1
             slot.failure = slot.failure or failure
             self.counts.layers_read += slot.ready and slot.failure is None
-            self.changed.notify_all()
+            if slot.ready or slot.failure is not None:
+                self.to_use.notify_all()
 
     def run_reader(self) -> None:
         """The thread that reads."""
         while True:
-            with self.changed:
-                if not self.wait_for(lambda: self.queue):
+            with self.lock:
+                if not self.wait_for(self.to_read, lambda: self.queue):
                     return
                 index, slot, turn = self.queue.pop(0)
                 counts = self.counts
                 before = counts.bytes_read
-                if not self.wait_for(functools.partial(_is_free, slot)):
+                if not self.wait_for(self.to_read, functools.partial(_is_free, slot)):
                     return
             for number, extent in enumerate(self.layers[index].extents):
                 if not self.read(index, number, extent, slot, turn):
@@ -338,8 +343,8 @@ class _State:
         layer, kept = self.layers[index], self.kept.get((index, number))
         staged, failure = kept, None
         if extent.parts and kept is None:
-            with self.changed:
-                if not self.wait_for(lambda: self.staging):
+            with self.lock:
+                if not self.wait_for(self.to_read, lambda: self.staging):
                     return False
                 staged = self.staging.pop()
         buffer, place = (slot.buffer, extent.offset) if staged is None else (staged, extent.begin % BLOCK_BYTES)
@@ -351,10 +356,10 @@ class _State:
             )
         except Exception as error:  # raised where the layer is used
             whole, failure = False, error
-        with self.changed:
+        with self.lock:
             if extent.parts and whole:
                 self.jobs.append((layer, slot, turn, extent, staged, kept is None))
-                self.changed.notify_all()
+                self.to_decode.notify()
                 return True
             if extent.parts and kept is None:
                 self.staging.append(staged)  # type: ignore[arg-type]
@@ -365,8 +370,8 @@ class _State:
     def run_decoder(self) -> None:
         """A thread that decodes."""
         while True:
-            with self.changed:
-                if not self.wait_for(lambda: self.jobs or self.stored_jobs):
+            with self.lock:
+                if not self.wait_for(self.to_decode, lambda: self.jobs or self.stored_jobs):
                     return
                 layer, slot, turn, extent, staged, returned = (self.jobs or self.stored_jobs).popleft()
                 place = extent.begin % BLOCK_BYTES if returned else 0
@@ -378,20 +383,21 @@ class _State:
                     nbytes, seconds = decode_extent(layer, extent, staged[place:], slot.buffer, 1)
                 except Exception as error:  # raised where the layer is used
                     failure = error
-            with self.changed:
+            with self.lock:
                 slot.busy -= wanted
                 if returned:
                     self.staging.append(staged)
                 self.counts.bytes_decoded += nbytes
                 self.counts.decoding_s += seconds
                 self.finish(slot, turn, failure)
-                self.changed.notify_all()
+                self.to_read.notify()  # who may wait for a buffer, or for the slot
 
 
 def _stop(state: _State, threads: list[threading.Thread]) -> None:
-    with state.changed:
+    with state.lock:
         state.stopped = True
-        state.changed.notify_all()
+        for waiting in (state.to_read, state.to_decode, state.to_use):
+            waiting.notify_all()
     for thread in threads:
         if thread is not threading.current_thread():
             thread.join()
@@ -464,7 +470,7 @@ class LayerStream:
         state, wanted = self._state, self._expected(index)
         if self._current is not None:
             self._follows[self._previous, self._current] = index
-        with state.changed:
+        with state.lock:
             self._previous, self._current = self._current, None
             for slot in state.slots:
                 if slot.failure is not None:  # try again
@@ -483,7 +489,6 @@ class LayerStream:
                     slot.layer, slot.turn = None, slot.turn + 1
             entries = [entry for entry in state.queue if entry[1].turn == entry[2]]
             state.queue = sorted(entries, key=lambda entry: wanted.index(entry[0]))
-            state.changed.notify_all()
             found = state.slot_of(index)
             assert found is not None
             if not found.ready and found.failure is None:
@@ -496,7 +501,7 @@ class LayerStream:
     def _wait(self, slot: _Slot) -> None:
         start = time.perf_counter()
         while not slot.ready and slot.failure is None:
-            if not self._state.changed.wait(1.0) and not all(thread.is_alive() for thread in self._threads):
+            if not self._state.to_use.wait(1.0) and not all(thread.is_alive() for thread in self._threads):
                 raise RuntimeError(
                     "the threads that read layers have ended: a streamed model cannot be used after it was closed, or "
                     "in a process forked from the one that loaded it"
