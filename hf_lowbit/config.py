@@ -199,7 +199,7 @@ class LowBitConfig(MetalConfig):
 
             calibration = Calibration.of(calibration)
         arguments = {k: v for k, v in locals().items() if k not in ("self", "kwargs", "__class__", "Calibration")}
-        saved = {key: kwargs.pop(key, None) for key in ("layers", "low_rank", "version")}
+        saved = {key: kwargs.pop(key, None) for key in ("layers", "low_rank", "folded", "version")}
         kwargs.pop("quant_method", None)
         if kwargs:
             option = next(iter(kwargs))
@@ -209,6 +209,7 @@ class LowBitConfig(MetalConfig):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers takes any string
         self.layers: dict[str, str] | None = saved["layers"]
         self.low_rank: dict[str, str] | None = saved["low_rank"]
+        self.folded: dict[str, str] | None = saved["folded"]  # layers whose factors went into another module, and which
         self.version: str = saved["version"] or __version__
         self.given = {k: copy.deepcopy(v) for k, v in arguments.items() if v is not None}
         if rules is not None:
@@ -490,6 +491,7 @@ class LowBitConfig(MetalConfig):
             "method": self.method,
             "layers": self.layers,
             "low_rank": self.low_rank,
+            "folded": self.folded,
         }
         others = (
             "bits_stored",
@@ -507,7 +509,7 @@ class LowBitConfig(MetalConfig):
             saved["calibration"] = self.calibration
         saved["storage"] = None if self.storage == "raw" else self.storage
         saved["rules"] = [[pattern, options] for pattern, options in self.rules.items()]  # JSON would sort a dict
-        optional = ("layers", "low_rank", "method_options", "rules")
+        optional = ("layers", "low_rank", "folded", "method_options", "rules")
         return {k: copy.deepcopy(v) for k, v in saved.items() if v is not None and (v or k not in optional)}
 
     @classmethod

@@ -164,7 +164,9 @@ def make_plan(model: nn.Module, config: LowBitConfig) -> Plan:
         else:
             options = config.embedding_options() if by_default else options
             low_rank = config.resolve_compensation(options) if kind != "embedding" else None
-            decision = Packed(name, *config.resolve(options), shape, low_rank)
+            format, method = config.resolve(options)
+            format = format.multiplied if _is_folded(config, name, prefix) else format
+            decision = Packed(name, format, method, shape, low_rank)
             if low_rank is not None:
                 check_compensation(name, low_rank, shape)
             if decision.nbytes >= 2 * shape[0] * shape[1]:
@@ -185,6 +187,11 @@ def make_plan(model: nn.Module, config: LowBitConfig) -> Plan:
         raise ValueError(f"rule {unused[0]!r} matches no module that could be packed. There are: {names}")
     _keep_the_rest(model, plan, decisions)
     return plan
+
+
+def _is_folded(config: LowBitConfig, name: str, prefix: str) -> bool:
+    """Whether the factors of the inputs of the module ``name`` go into another one."""
+    return any(_pattern(key).fullmatch(n) for key in config.folded or {} for n in names(name, prefix))
 
 
 def _allocated(config: LowBitConfig, name: str, prefix: str) -> int:

@@ -27,11 +27,12 @@ from transformers.utils import logging
 
 from .calibration import Calibration, Run, calibrate, planned_hook
 from .calibration.blocks import Blocks
+from .calibration.folding import Fold, plan_folds
 from .calibration.processes import Processes
 from .config import LowBitConfig
 from .convert import check_destination, check_source, fetch, open_source, quantize_folder
 from .methods import BEST
-from .plan import Plan, _compress, _matching_rule, _pattern, make_plan, names
+from .plan import Plan, _compress, _matching_rule, _pattern, _wildcard, make_plan, names
 from .skeleton import model_class
 from .storage.content import content_hash
 from .storage.shards import TEMPORARY
@@ -162,6 +163,7 @@ def solve(
         options: Of :func:`hf_lowbit.calibration.calibrate`.
     """
     assert isinstance(config.calibration, Calibration)
+    config.folded = None
     source = open_source(folder, config, dtype)
     samples = config.calibration.samples(source.model, tokenizer)
     samples.check(source.model)
@@ -171,6 +173,11 @@ def solve(
     if rules:
         logger.warning("calibration does not reach %s: quantized without it", ", ".join(rules))
         config.rules = {**as_rules(rules), **config.rules}
+        source = open_source(folder, config, dtype)
+        blocks.use(source)
+    blocks.folds = plan_folds(blocks)
+    config.folded = folded(blocks.folds, list(source.plan.packed))
+    if config.folded:
         source = open_source(folder, config, dtype)
         blocks.use(source)
     hook, place = planned_hook(source.plan), work or cache_folder()
@@ -213,7 +220,7 @@ def solve_checkpoint(
     # The caller is building a model: on the meta device, in the dtype of its weights.
     with torch.device("cpu"), local_torch_dtype(torch.float32, "the calibration"):
         run = solve(folder, own, model.config.dtype, None, find_tokenizer(place), {}, device=_device(device_map))
-    config.calibration = own.calibration
+    config.calibration, config.folded = own.calibration, own.folded
     prefix = getattr(model, "base_model_prefix", "")
 
     def solved(name: str) -> dict[str, torch.Tensor] | None:
@@ -255,6 +262,12 @@ def uncalibrated(
             options[name] = json.dumps(rule)
     found = _compress(options, [name for name in plan.packed if name not in options])
     return {key: json.loads(rule) for key, rule in found.items()}
+
+
+def folded(folds: dict[str, list[Fold]], layers: list[str]) -> dict[str, str] | None:
+    """For every layer of ``folds`` what its factors go into, by full names with ``*`` for numbers; None without any."""
+    found = {f"{b}.{n}": _wildcard(f"{b}.{fold.into}") for b, own in folds.items() for fold in own for n in fold.layers}
+    return _compress(found, [name for name in layers if name not in found]) or None
 
 
 def as_rules(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

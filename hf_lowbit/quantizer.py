@@ -92,7 +92,7 @@ class LowBitHfQuantizer(HfQuantizer):
             if quantization_config.layers is None:
                 raise ValueError("the repo's quantization_config has no 'layers': it was not written by hf_lowbit")
         else:
-            quantization_config.layers = quantization_config.low_rank = None
+            quantization_config.layers = quantization_config.low_rank = quantization_config.folded = None
         check_load_bits(quantization_config, self.pre_quantized)
 
     @property

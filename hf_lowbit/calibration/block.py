@@ -3,6 +3,7 @@
 import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from .arguments import Arguments
 from .processes import Processes
 from .replay import Replay
 from .statistics import Moments
+
+if TYPE_CHECKING:
+    from .folding import Folding
 
 
 @dataclass
@@ -64,6 +68,8 @@ class Block:
         tuned: New values of parameters that are not packed, by name in the block, float32.
         generator: For all random choices in this block.
         batch_size: Windows that run together.
+        folds: Where factors of inputs go, tried on this block.
+        kept: Moments of the inputs of layers that will be solved again, by name.
         replay: Outputs of solved parts, where they are kept in memory (``keep``), or None.
     """
 
@@ -81,6 +87,8 @@ class Block:
         shared = {id(p): p for p in reference.parameters()}
         self.module = copy.deepcopy(reference, shared)
         self.tuned: dict[str, torch.Tensor] = {}
+        self.folds: list[Folding] = []
+        self.kept: dict[str, Moments] = {}
         self.replay = Replay(self.module, layers) if keep else None
 
     def set(self, name: str, solution: Solution) -> None:
@@ -92,11 +100,14 @@ class Block:
         layer.solution = solution
         module.weight = nn.Parameter(weight, requires_grad=False)
 
-    def tune(self, name: str, value: torch.Tensor) -> None:
-        """Takes ``value`` for the parameter ``name`` of the block, which is not packed."""
+    def tune(self, name: str, value: torch.Tensor, upstream: bool = True) -> None:
+        """Takes ``value`` for the parameter ``name`` of the block, which is not packed.
+
+        ``upstream``: whether any solved part depends on it.
+        """
         owner, _, leaf = name.rpartition(".")
         self.tuned[name] = value.detach()
-        if self.replay is not None:
+        if self.replay is not None and upstream:
             self.replay.drop()
         setattr(self.module.get_submodule(owner), leaf, nn.Parameter(value.detach().clone(), requires_grad=False))
 

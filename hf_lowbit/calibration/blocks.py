@@ -24,6 +24,7 @@ from ..pieces import Piece, realize
 from ..plan import _tied_weights
 from ..skeleton import model_class
 from .arguments import Arguments
+from .folding import Fold
 from .order import Order, find_lists, find_order
 from .samples import Samples, samples_of
 from .stream import Stream
@@ -41,6 +42,7 @@ class Blocks:
         names: Names of the blocks, "model.layers.0" and so on, in the order in which they run.
         layers: For each block, the names in it of the linear layers that the plan packs, "self_attn.q_proj" and so on.
         order: How they follow each other.
+        folds: For blocks by name, where factors of inputs are to go (:mod:`.folding`).
 
     Raises:
         ValueError: for a model without blocks, with nothing in them that is packed, or that cannot run on ``samples``.
@@ -48,6 +50,7 @@ class Blocks:
 
     def __init__(self, source: Source, samples: Samples | torch.Tensor | None = None):
         self.model, self.order = _skeleton(source), Order()
+        self.folds: dict[str, list[Fold]] = {}
         self.candidates = find_lists(self.model)
         if not self.candidates:
             raise ValueError(f"{type(self.model).__name__} has no list of blocks: calibration cannot run through it")

@@ -64,12 +64,14 @@ class Order:
         returned: What each returns.
         rows: Numbers of blocks that follow each other directly.
         needed: For each block whose output is used elsewhere, the number of the last row that needs it.
+        examples: Input and other arguments, as on the sample, of the blocks that were really run, by name.
     """
 
     names: list[str] = field(default_factory=list)
     returned: list[Returned] = field(default_factory=list)
     rows: list[range] = field(default_factory=list)
     needed: dict[int, int] = field(default_factory=dict)
+    examples: dict[str, tuple[torch.Tensor, list, dict]] = field(default_factory=dict)
 
 
 class Outside:
@@ -178,6 +180,7 @@ def find_order(blocks, call: dict[str, torch.Tensor]) -> Order:
             found, y = _returned(name, blocks.read_block(name), x, args, kwargs)
             known[kind] = found
             known.setdefault(type(member), found)
+            order.examples[name] = (x.detach(), args, kwargs)
         order.names.append(name)
         order.returned.append(found)
         leaves.append(torch.zeros((), requires_grad=True))

@@ -32,6 +32,7 @@ from ..version import __version__
 from .arguments import Arguments
 from .block import Block, Layer, _weight
 from .blocks import Blocks
+from .folding import still_right
 from .hook import Hook
 from .processes import Processes
 from .run import Run
@@ -156,12 +157,13 @@ def _solve_block(blocks, i, todo: bool, run, hook, streams: list[Stream], batch_
     hidden, reference = (inputs[k] if k < len(inputs) else None for k in (0, 1))
     own, others = arguments[0] if arguments else Arguments(), arguments[-1] if arguments else None
     block = Block(blocks.names[i], i, module, layers, hidden, reference, own, generator, batch_size, others, keep)
+    dtype = blocks.source.model.config.dtype  # in which they will be stored
     if todo:
+        block.folds = still_right(block, blocks.folds.get(block.name, []), dtype)
         hook.solve(block)
         unsolved = [layer.name for layer in layers.values() if layer.solution is None]
         if unsolved:
             raise RuntimeError(f"{type(hook).__name__} left {unsolved[0]} unsolved")
-        dtype = blocks.source.model.config.dtype  # in which they will be stored
         tuned = {f"{block.name}.{name}": value.to(dtype).float() for name, value in block.tuned.items()}
         found = {layer.name: layer.solution for layer in layers.values() if layer.solution is not None}
         block.processes.first(lambda: run.write(i, found, tuned))

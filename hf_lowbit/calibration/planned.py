@@ -12,7 +12,7 @@ from ..methods import BlockMethod
 from ..methods.rate_aware import Share
 from ..plan import Plan
 from ..quantizer import quantize_weight
-from .block import Layer, Solution
+from .block import Block, Layer, Solution
 from .damage import LayerShare, bits_stored, divide, measure_damage, read_damage
 from .hook import LayerHook
 from .statistics import Moments
@@ -23,6 +23,26 @@ class Planned(LayerHook):
     """Solves each layer with ``layer.planned.method``."""
 
     activations: ClassVar[str] = "quantized"
+
+    def solve(self, block):
+        for group in block.groups():
+            moments = self.fold(block, group, block.moments(group))
+            for name in group:
+                block.set(name, self.solve_layer(block.layers[name], moments, block.generator))
+
+    def fold(self, block: Block, group: list[str], moments: Moments) -> Moments:
+        """Gives the common input of ``group`` the factors that are to be folded; the moments of what it is then.
+
+        A linear layer that takes factors into its rows is rounded again, for the inputs that it was solved for.
+        """
+        folding = next((f for f in block.folds if f.fold.layers == tuple(group)), None)
+        if folding is not None:
+            moments = moments.scaled(folding.apply(block, moments))
+            if (maker := folding.maker) is not None:
+                layer = block.layers[maker]
+                block.set(maker, self.solve_layer(layer, block.kept.pop(maker), block.generator))
+        block.kept |= {f.maker: moments for f in block.folds if f.maker in group}
+        return moments
 
     def solve_layer(self, layer, moments, generator):
         calibrated = layer.planned.method.needs_calibration
@@ -56,7 +76,7 @@ class PlannedBlocks(Planned):
     def solve(self, block):
         trained: list[tuple[BlockMethod, dict[str, Any]]] = []
         for group in block.groups():
-            moments = block.moments(group, cross=False)
+            moments = self.fold(block, group, block.moments(group, cross=False))
             for name in group:
                 layer = block.layers[name]
                 method, format = layer.planned.method, layer.planned.format

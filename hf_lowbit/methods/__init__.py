@@ -9,12 +9,22 @@ import importlib
 import inspect
 import pkgutil
 
-from .base import PREPROCESSING, BlockMethod, GridMethod, Method, preprocessing
+from .base import PREPROCESSING, BlockMethod, FactorMethod, GridMethod, Method, preprocessing
 
 # What `method=None` means for each format. Measured by benchmarks/quality.py; see docs/methods.md.
 BEST = {"int": "rtn", "nf": "rtn", "fp4": "rtn", "ternary": "rtn", "codebook": "lloyd", "nested": "nested"}
 
-__all__ = ["BEST", "PREPROCESSING", "BlockMethod", "GridMethod", "Method", "make_method", "methods", "preprocessing"]
+__all__ = [
+    "BEST",
+    "PREPROCESSING",
+    "BlockMethod",
+    "FactorMethod",
+    "GridMethod",
+    "Method",
+    "make_method",
+    "methods",
+    "preprocessing",
+]
 
 
 @functools.cache

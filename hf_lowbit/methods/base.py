@@ -114,6 +114,35 @@ class BlockMethod(Method):
         """
 
 
+class FactorMethod(Method):
+    """A method that multiplies inputs by factors, which a calibration may fold into what makes them.
+
+    Attributes:
+        fold: Whether it may: True for factors that a layer has alone, "all" for those too that several layers share.
+            :meth:`quantize` then gets the weight divided by the factors, and the format without any.
+    """
+
+    needs_calibration = True
+    fold: bool | str
+
+    @abstractmethod
+    def factors(
+        self,
+        weights: list[torch.Tensor],
+        format: Format,
+        statistics: "Moments",
+        possible: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Factors (K,), float32, of the one input that several layers read.
+
+        Args:
+            weights: Theirs, (N, K) each, float32.
+            format: Of all of them, with factors.
+            statistics: The :class:`~hf_lowbit.calibration.Moments` of the input.
+            possible: Makes of a wish (K,) the factors that can be had; what is returned came out of it.
+        """
+
+
 class GridMethod(Method):
     """A method that chooses scales (and zeros, and levels) and then rounds every weight to the nearest point.
 

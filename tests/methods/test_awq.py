@@ -109,7 +109,8 @@ def test_whole_models_pack_load_and_save(name, tiny, tmp_path, monkeypatch):
     repo = hf_lowbit.quantize(tiny(name), config, output=tmp_path / "packed", calibration=ids())
     model = load(name, repo.folder)
     specs = {m.spec for n, m in model.named_modules() if hasattr(m, "spec") and ".0." in n}
-    assert specs == {"int_columns:bits=3,group_size=32,scale_dtype=log8,symmetric=False,zeros=int"}
+    integers = ":bits=3,group_size=32,scale_dtype=log8,symmetric=False,zeros=int"
+    assert specs == {"int" + integers, "int_columns" + integers}  # factors that one layer has alone are folded
     plain = load(name, repo.folder, quantization_config=LowBitConfig(dequantize=True))
     torch.testing.assert_close(logits(model, name), logits(plain, name), rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path / "again")
