@@ -62,7 +62,9 @@ def rows() -> dict[str, tuple]:
         made[f"{kind}, rows joined, imatrix"] = (ggml, kind, True)
     made |= {f"auto-round {bits} bits g64": (auto_round, bits) for bits in (4, 3, 2)}
     made |= {f"gptqmodel {bits} bits g64": (gptqmodel, bits) for bits in (4, 3, 2)}
-    made |= {f"ours, int{bits} without data (default)": (ours, bits) for bits in (4, 3, 2)}
+    table = {"format": "codebook", "group_size": 32, "scale_dtype": "e4m3"}
+    made |= {f"ours, int{bits} without data (default)": (ours, bits, {}) for bits in (4, 3, 2)}
+    made |= {f"ours, table{bits} without data": (ours, bits, table) for bits in (4, 3, 2)}
     return made
 
 
@@ -261,10 +263,10 @@ def gptqmodel(source, args, bits):
     return made, stored, "act-order"
 
 
-def ours(source, args, bits):
+def ours(source, args, bits, options):
     from hf_lowbit import LowBitConfig
 
-    config = LowBitConfig(bits=bits, embeddings="float")
+    config = LowBitConfig(bits=bits, embeddings="float", **options)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, quantization_config=config)
     made_of = model.hf_quantizer.coverage["bits_per_packed_weight"]
     model = model.dequantize()

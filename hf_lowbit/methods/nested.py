@@ -5,10 +5,6 @@ The narrowest width that matters, the *seed*, gets the best levels and group sca
 inside the cell, Any-Precision's incremental upscaling. Cells at the ends of the table are wide, so further bits reach
 weights that the seed had to clip. Widths below the seed put neighbouring cells together.
 
-Where scales can be negative, a group is turned around so that its largest weight is positive. A table that may be
-lopsided, as one with an even number of levels and a zero is, then fits all groups: at 3 bits this took 20 % off the KL
-of a model (docs/methods.md).
-
 The paper learns a table for every row. Here weights are divided by their group's scale and share one table per matrix
 and width, which costs next to nothing and is an ordinary codebook when it is loaded. At every width one level is zero,
 for the reason that :mod:`.lloyd` gives: the cell that holds zero keeps it as one of its two levels, on whichever side
@@ -21,7 +17,6 @@ import torch
 
 from ..formats import Quantized
 from ..formats.base import inverse
-from ..formats.scales import takes_negative
 from .base import CHUNK_WEIGHTS, Method
 from .lloyd import Lloyd
 
@@ -47,10 +42,7 @@ class Nested(Method):
     @torch.no_grad()
     def quantize(self, weight, format, statistics=None):
         seed = format.at(min(self.seed, format.bits)).codebook
-        weight, sign = weight.to(torch.float32), None
-        if takes_negative(format.scale_dtype):
-            sign = seed.by_group(lambda g: torch.where(g.amax(-1) >= -g.amin(-1), 1.0, -1.0), weight)
-            weight = seed.by_group(lambda g, s: g * s.unsqueeze(-1), weight, sign)
+        weight = weight.to(torch.float32)
         start = Lloyd().quantize(weight, seed)
         assert start.scales is not None and start.levels is not None
         size = max(1, CHUNK_WEIGHTS // max(1, weight.shape[1]))
@@ -76,7 +68,7 @@ class Nested(Method):
         for rows in chunks:
             codes[rows] = torch.bucketize(normalised(rows).contiguous(), edges, out_int32=True)
         levels = seed.storable_levels(torch.cat(tree.tables).to(torch.float32))[None]
-        return Quantized(codes, start.scales if sign is None else start.scales * sign, None, levels)
+        return Quantized(codes, start.scales, None, levels)
 
 
 class _Tree:

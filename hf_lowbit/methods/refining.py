@@ -57,7 +57,9 @@ def fit_scales(W: torch.Tensor, H: torch.Tensor, format: Format, found: Quantize
         pull = 1e-4 * matrix.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-12
         matrix += torch.diag_embed(pull.expand(-1, G))
         scales[rows] = torch.linalg.solve(matrix, right[rows].sum(-1) + pull * found.scales[rows])
-    possible = scales.isfinite() if format.signed_scales else scales.isfinite() & (scales > 0)
+    possible = scales.isfinite()
+    if not format.signed_scales:
+        possible &= torch.where(found.scales < 0, -scales, scales) > 0  # a group that was turned around stays so
     return replace(found, scales=format.storable_scales(torch.where(possible, scales, found.scales)))
 
 

@@ -172,6 +172,14 @@ def test_fitted_scales_solve_the_normal_equations(text):
         assert slope[:, part].sum(1).norm() < 0.02 * before[:, part].sum(1).norm()
 
 
+def test_fitted_scales_of_turned_groups_keep_their_sign():
+    format, W, H = parse_format("codebook:bits=3,group_size=32,scale_dtype=e4m3"), weight(), moments().damped(0.01)
+    start = make_method("gptq", {"refine": 0}).quantize(W, format, moments())
+    fitted, turned = fit_scales(W, H, format, start).scales, start.scales < 0
+    assert torch.equal(fitted.sign(), start.scales.sign())
+    assert (fitted != start.scales)[turned].float().mean() > 0.5 and turned.any()  # they are fitted like the others
+
+
 @pytest.mark.parametrize("block", [1, 48, 1000])
 def test_descent_is_coordinate_descent(block):
     format, W, H = parse_format("int:bits=3,group_size=64"), weight(), moments().damped(0.01)
