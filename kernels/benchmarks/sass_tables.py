@@ -1,6 +1,6 @@
 """Writes ``benchmarks/results/sass_report.md``: what :mod:`sass_report` counts, as tables.
 
-python kernels/benchmarks/sass_tables.py             # an hour or two of compiling the first time
+python kernels/benchmarks/sass_tables.py             # two hours or so of compiling the first time
 python kernels/benchmarks/sass_tables.py --counted   # only what was counted before; the file says how much that is
 """
 
@@ -9,21 +9,26 @@ import os
 import sys
 from pathlib import Path
 
+import sass_cases
+from sass_cases import AMD, FAST, HADAMARD, NVIDIA, OTHERS, PRODUCTS, SMALL, TERNARY, Case
+
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests"), str(HERE.parent / "torch-ext")]
+sys.path.insert(0, str(HERE.parent / "tests"))
 RESULT = HERE.parents[1] / "benchmarks" / "results" / "sass_report.md"
-FORM = {"fp16": "subnormal", "bf16": "magic"}
+TARGETS = (*NVIDIA, *AMD)
 HEAD = """`python kernels/benchmarks/sass_tables.py`
 
 Instructions for a weight in the main loop, counted in machine code compiled for each target, with registers of a
 thread in brackets. Counted, not timed: no GPU took part. The sizes that the kernels take by default for a weight of
-4096 x 4096. Triton {version}, its own assembler.
+4096 x 4096. Triton {version}, its own assembler. Which kernels are compiled, and which are not because others stand for
+them, says `kernels/benchmarks/sass_cases.py`. `python kernels/benchmarks/sass_report.py` prints the same one by one,
+with shared memory, tensor-core instructions, occupancy, and the share of bandwidth that a model predicts.
 """
 GROUPS = """
 ## Fast forms, small groups
 
 Group 32, zero points; `subnormal` for fp16, `magic` for bf16. Held to the limits above: integers by vector, except
-7 bits in fp16. Not held: 7 bits (2.6) and NF4 (3.5) by vector in fp16, and 16 rows.
+7 bits in fp16. Not held: 7 bits (2.6) and NF4 (3.5) by vector in fp16, 2 to 4 rows, and 16 rows.
 
 16 rows cannot reach the limits of groups of 128. A sum takes one multiplication by its scale and one by its zero point
 for every group: 16 rows x 2 / 32 weights = 1.0 instruction a weight, where groups of 128 take 0.25. At 4 bits on sm_80,
@@ -34,9 +39,24 @@ subtraction and a multiplication for two weights, 1.0 again, rounds the weights,
 PORTABLE = """
 ## Portable form
 
-float16. Of all formats: the range of instructions, the most registers, spills (registers moved to memory, in all), the
-narrowest load of weights in bits, and how many formats were counted. Groups of 128 (FP4: 32) and, for the same kernels,
-of 32.
+Of all formats with zero points and all tables: the range of instructions, the most registers, spills (registers moved
+to memory, in all), the narrowest load of weights in bits, and how many formats were counted. Groups of 128 (FP4: 32)
+and of 32. In bfloat16 the products on NVIDIA's targets are left out: their fast forms go before this one. In float16
+and 7 bits a symmetric grid is among them, for all of that kind: it is the same kernel without zero points.
+"""
+TERNARY_ROWS = """
+## Ternary
+
+Ten to a lane, a scale for each row of 5120 inputs: instructions a weight (registers), spills, bits of a load. Rows
+whose lanes do not come in whole eights (4096 inputs have 410) do not begin at 16 bytes: there weights are loaded 16
+bits at a time, for 7 to 13 instructions a weight by vector and 30 to 48 in gradients and dequantization on the three
+targets that were looked at.
+"""
+ENTROPY = """
+## Decoder of coded weights
+
+Instructions for a symbol (registers), spills. A lane takes the bytes that it needs one at a time, so loads are of 8
+bits: which lanes need any is known only then.
 """
 
 
@@ -51,15 +71,18 @@ def name(format: str) -> str:
     return f"{layout.bits} {plural}, {'symmetric' if layout.zeros == 'fixed' else 'zero points'}"
 
 
-def fast(counts, kernel: str, formats: list[str], limits: bool) -> list[str]:
-    """Rows of a table of the fast forms."""
-    from sass_report import NVIDIA, Case
+def header(*heads: str) -> list[str]:
+    """The first two lines of a table."""
+    return [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+
+
+def fast(counts, kernel: str, formats: list[str], limits: bool, forms: dict[str, str] = FAST) -> list[str]:
+    """A table of fast forms: a row for a format and dtype, a column for a target."""
     from test_cost import limit
 
-    head = ["format", "dtype", *(["limit"] if limits else []), *NVIDIA]
-    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = header("format", "dtype", *(["limit"] if limits else []), *NVIDIA)
     for format in formats:
-        for dtype, form in FORM.items():
+        for dtype, form in forms.items():
             cells = [name(format), dtype, *([str(limit(kernel, format, dtype))] if limits else [])]
             for target in NVIDIA:
                 cost = counts.get(Case(target, kernel, format, dtype, form))
@@ -68,19 +91,16 @@ def fast(counts, kernel: str, formats: list[str], limits: bool) -> list[str]:
     return rows
 
 
-def portable(counts, group: int) -> list[str]:
-    """Rows of a table of the portable kernels: one for a kernel, a column for a target."""
-    from sass_report import AMD, NVIDIA, PORTABLE_ROWS, ROWS
-
-    targets = (*NVIDIA, *AMD)
-    rows = ["| kernel | " + " | ".join(targets) + " |", "|---" * (len(targets) + 1) + "|"]
-    for kernel in (*ROWS, *PORTABLE_ROWS):
+def portable(counts, group: int, dtype: str) -> list[str]:
+    """A table of the portable kernels: a row for a kernel, a column for a target."""
+    rows = header("kernel", *TARGETS)
+    for kernel in (*PRODUCTS, *OTHERS):
         cells = []
-        for target in targets:
+        for target in TARGETS:
             found = [
                 cost
                 for case, cost in counts.items()
-                if (case.target, case.kernel, case.form, case.dtype) == (target, kernel, "portable", "fp16")
+                if (case.target, case.kernel, case.form, case.dtype) == (target, kernel, "portable", dtype)
                 and (f"group_size={group}" in case.format or (group == 128 and case.format == "fp4:bits=4"))
             ]
             ratios = [cost.instructions_per_weight for cost in found]
@@ -95,21 +115,47 @@ def portable(counts, group: int) -> list[str]:
     return rows
 
 
-def hadamard(counts) -> list[str]:
-    """Rows of the table of the Hadamard transform: one for a length, a column for a target."""
-    from sass_report import AMD, HADAMARD, NVIDIA, Case
-
-    targets = (*NVIDIA, *AMD)
-    rows = ["| values | dtype | " + " | ".join(targets) + " |", "|---" * (len(targets) + 2) + "|"]
-    for n in HADAMARD:
-        for dtype in FORM:
-            found = [counts.get(Case(target, "hadamard", f"block={n}", dtype, "portable")) for target in targets]
-            cells = [
-                f"{c.instructions_per_weight:.1f} ({c.registers}), {c.spills}, {c.load_bits}" if c else ""
-                for c in found
-            ]
-            rows.append(f"| {n} | {dtype} | {' | '.join(cells)} |")
+def alone(counts, kernels, formats, dtypes, loads: bool = True) -> list[str]:
+    """A table of the portable form without ranges: a row for a kernel, format and dtype, a column for a target."""
+    rows = header("kernel", "dtype", *TARGETS)
+    for kernel in kernels:
+        for format in formats:
+            for dtype in dtypes:
+                found = [counts.get(Case(target, kernel, format, dtype, "portable")) for target in TARGETS]
+                cells = [
+                    f"{c.instructions_per_weight:.1f} ({c.registers}), {c.spills}" + f", {c.load_bits}" * loads
+                    if c
+                    else ""
+                    for c in found
+                ]
+                title = f"{kernel}, {format}" if len(formats) > 1 else kernel
+                if any(cells):
+                    rows.append(f"| {title} | {dtype} | {' | '.join(cells)} |")
     return rows
+
+
+def summary(counts, listed: int) -> list[str]:
+    """What was counted, and what of it breaks a limit."""
+    from test_cost import LEAST_LOADS, LIMITED, limit
+
+    above = [
+        case
+        for case, cost in counts.items()
+        if case.target in LIMITED and case.form in FAST.values() and case.kernel in ("gemv", "gemm16")
+        if "group_size=32" not in case.format
+        if cost.instructions_per_weight > limit(case.kernel, case.format, case.dtype)
+    ]
+    bad = {
+        "Above a limit": above,
+        "With spills": [case for case, cost in counts.items() if cost.spills],
+        "Loads of weights below 128 bits": [
+            case for case, cost in counts.items() if cost.load_bits < LEAST_LOADS.get(case.kernel, 128)
+        ],
+    }
+    lines = [f"Counted: {len(counts)} of the {listed} kernels of the matrix."]
+    return lines + [
+        f"\n{what}: {'; '.join(' '.join(vars(c).values()) for c in found) or 'none'}." for what, found in bad.items()
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -124,57 +170,37 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import sass_report
     import triton
-    from sass_report import Case, Cost
-    from test_cost import limit
 
-    small = [f"int:bits={bits},group_size=32" for bits in range(1, 9)] + ["nf:bits=4,group_size=32"]
-    listed = [c for c in sass_report.cases() if "symmetric=True" not in c.format or c.form in FORM.values()]
-    listed = [c for c in listed if c.form in FORM.values() or c.dtype == "fp16" or c.kernel == "hadamard"]
-    listed = [c for c in listed if c.form != "lop3"]
-    for target in (*sass_report.NVIDIA, *sass_report.AMD):
-        for format in small:
-            for kernel in sass_report.ROWS:
-                if target in sass_report.NVIDIA:
-                    listed += [Case(target, kernel, format, *kind) for kind in FORM.items()]
-            portable_kernels = (*sass_report.ROWS, *sass_report.PORTABLE_ROWS)
-            listed += [Case(target, kernel, format, "fp16", "portable") for kernel in portable_kernels]
+    listed = sass_cases.cases()
     chosen = [c for c in listed if not given.counted or sass_report.is_counted(c)]
     results = sass_report.measure(chosen, given.processes)
-    counts = {case: cost for case, cost in results if isinstance(cost, Cost)}
-    fast_formats = sass_report.formats()
-    lines = [HEAD.format(version=triton.__version__)]
-    for title, kernel in (("Fast forms, matrix by vector", "gemv"), ("Fast forms, 16 rows of x", "gemm16")):
-        lines += [f"## {title}\n", "Group 128 (FP4: 32). The limit holds on sm_80 and sm_90.\n"]
-        lines += [*fast(counts, kernel, fast_formats, True), ""]
+    counts = {case: cost for case, cost in results if isinstance(cost, sass_report.Cost)}
+    large = sass_cases.formats()
+    lines = [HEAD.format(version=triton.__version__), *summary(counts, len(listed)), ""]
+    titles = {"gemv": "matrix by vector", "gemv4": "2 to 4 rows of x", "gemm16": "16 rows of x"}
+    for kernel, title in titles.items():
+        lines += [f"## Fast forms, {title}\n", "Group 128 (FP4: 32).", "The limit holds on sm_80 and sm_90.\n"]
+        lines += [*fast(counts, kernel, large, kernel != "gemv4"), ""]
     lines.append(GROUPS)
-    for kernel in sass_report.ROWS:
-        lines += [f"{kernel}:\n", *fast(counts, kernel, small, False), ""]
-    lines += [PORTABLE, "Groups of 128:\n", *portable(counts, 128), "", "Groups of 32:\n", *portable(counts, 32), ""]
-    lines += [
-        "## Hadamard transform\n",
-        "Instructions a value (registers), spills, bits of a load.\n",
-        *hadamard(counts),
-        "",
-    ]
-    above = [
-        case
-        for case, cost in counts.items()
-        if case.target in ("sm_80", "sm_90") and case.form in FORM.values() and "group_size=32" not in case.format
-        if cost.instructions_per_weight > limit(case.kernel, case.format, case.dtype)
-    ]
-    bad = {
-        "Above a limit": above,
-        "With spills": [case for case, cost in counts.items() if cost.spills],
-        "Loads of weights below 128 bits": [case for case, cost in counts.items() if cost.load_bits < 128],
-    }
-    lines.append(f"Counted: {len(counts)} of the {len(listed)} kernels that these tables have.")
-    lines += [
-        f"\n{what}: {'; '.join(' '.join(vars(c).values()) for c in found) or 'none'}." for what, found in bad.items()
-    ]
+    for kernel in titles:
+        lines += [f"{kernel}:\n", *fast(counts, kernel, SMALL, False), ""]
+    lines += ["## `lop3`\n", "float16; for who asks for it. Groups of 128 and of 32.\n"]
+    for kernel in ("gemv", "gemm16"):
+        for formats in (large, SMALL):
+            grids = [f for f in formats if f.startswith("int")]
+            lines += [f"{kernel}:\n", *fast(counts, kernel, grids, False, {"fp16": "lop3"}), ""]
+    lines.append(PORTABLE)
+    for dtype in sass_cases.DTYPES:
+        for group in (128, 32):
+            lines += [f"{dtype}, groups of {group}:\n", *portable(counts, group, dtype), ""]
+    lines += [TERNARY_ROWS, *alone(counts, (*PRODUCTS, *OTHERS), [TERNARY], sass_cases.DTYPES), ""]
+    lines += ["## Hadamard transform\n", "Instructions a value (registers), spills, bits of a load.\n"]
+    lines += [*alone(counts, ["hadamard"], [f"block={n}" for n in HADAMARD], FAST), ""]
+    lines += [ENTROPY, *alone(counts, ["entropy"], ["rans"], ["u8"], loads=False)]
     part = given.output.with_name(given.output.name + ".part")
     part.write_text("\n".join(lines) + "\n", encoding="utf-8")
     part.replace(given.output)
-    print("\n".join(lines[-4:]))
+    print("\n".join(summary(counts, len(listed))))
     return int(len(counts) < len(chosen))
 
 

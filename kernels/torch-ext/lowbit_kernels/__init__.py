@@ -196,7 +196,9 @@ def _rows(index, weight, companions, format, K, dtype, tiles) -> torch.Tensor:
     R = N if index is None else index.numel()
     out = torch.empty((R, K), dtype=dtype, device=weight.device)
     if out.numel():
-        tiles = tiles or row_tiles(R, K, layout, forms.describe(weight.device).warp)
+        device = forms.describe(weight.device)
+        place = (device.warp, device.vendor == "nvidia", dtype == torch.float32)
+        tiles = tiles or row_tiles(R, K, layout, *place)
         with on_device(weight.device):
             rows_kernel[(triton.cdiv(R, tiles.rows), triton.cdiv(K, tiles.inputs))](
                 *(index, *packed, out, R, N, K),

@@ -135,8 +135,13 @@ def grouped_gradient_tiles(
     return replace(tiles, rows=16) if layout.name in ("nf", "codebook") and rdna and not full else tiles
 
 
-def row_tiles(R: int, K: int, layout: Layout, warp: int = 32) -> Tiles:
-    """For R rows of K values; more rows than there are where fewer would leave threads less than 16 bytes to load."""
-    values = 2048 if layout.ternary else 8192 // layout.planes[-1]
+def row_tiles(R: int, K: int, layout: Layout, warp: int = 32, nvidia: bool = True, full: bool = False) -> Tiles:
+    """For R rows of K values; more rows than there are where fewer would leave threads less than 16 bytes to load.
+
+    RDNA has no registers left for float32 from small groups of 7 bits in two warps; one alone is laid out otherwise.
+    """
+    narrow = full and layout.bits == 7 and 0 < layout.group <= SMALL_GROUP and not nvidia and warp == 32
+    threads = 32 if narrow else 64
+    values = threads * (32 if layout.ternary else 128 // layout.planes[-1])
     inputs = _power(K, 64, values // _power(R, 1, 8))
-    return Tiles(values // inputs, 1, inputs, 1, 64 // warp)
+    return Tiles(values // inputs, 1, inputs, 1, threads // warp)

@@ -1,0 +1,201 @@
+"""Which kernels are compiled for which targets, with what constants: the matrix that :mod:`sass_report` counts.
+
+For every kernel, target and dtype, with the sizes that are taken by default for a weight of 4096 x 4096:
+
+- the form that a device takes by default, of all widths with zero points and all tables, in groups of 128 (FP4: 32) and
+  of 32, and of ternary rows (of 5120 inputs, which have whole 8 lanes);
+- the portable form in float16 also where a fast form goes before it, and ``lop3``, which none takes by default;
+- symmetric grids in all fast forms, and of the portable form in 7 bits and float16 alone: their kernels are the others
+  without the loads and the arithmetic of zero points.
+
+The Hadamard transform and the decoder of coded weights do not depend on a format.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "torch-ext"))
+NVIDIA = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+AMD = {"gfx942": 64, "gfx1100": 32}
+PRODUCTS = {"gemv": 1, "gemv4": 4, "gemm16": 16, "gemm64": 64}  # kernels with several forms, and rows of x
+# Kernels that have the portable form alone, with rows of x or of the result.
+OTHERS = {"input_gradient": 64, "dequantize": 4096, "embedding": 1}
+OTHERS |= {"grouped": 1, "grouped4": 4, "grouped16": 16, "grouped_gradient": 64}
+DTYPES = ("fp16", "bf16", "fp32")
+FAST = {"fp16": "subnormal", "bf16": "magic"}
+UNLOOPED = ("dequantize", "embedding", "hadamard")
+HADAMARD = (64, 1024, 4096)  # lengths of a run
+TERNARY = "ternary:bits=1.58"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel for one target."""
+
+    target: str
+    kernel: str
+    format: str
+    dtype: str
+    form: str
+
+
+def formats(group: int = 128) -> list[str]:
+    """Texts of the formats that fast forms read, in groups of 128 (FP4: 32)."""
+    grids = [
+        f"int:bits={bits},group_size={group},symmetric={symmetric}"
+        for bits in range(1, 9)
+        for symmetric in (True, False)
+    ]
+    tables = [f"nf:bits=4,group_size={group}", "fp4:bits=4", f"codebook:bits=4,group_size={group}"]
+    return [*grids, *tables]
+
+
+SMALL = (*(f"int:bits={bits},group_size=32" for bits in range(1, 9)), "nf:bits=4,group_size=32")
+
+
+def cases() -> list[Case]:
+    """The whole matrix."""
+    read = [*formats(), *SMALL]
+    portable = [f for f in read if "symmetric=True" not in f] + [TERNARY]
+    seven = next(f for f in read if "bits=7" in f and "symmetric=True" in f)
+    found = []
+    for target in (*NVIDIA, *AMD):
+        fast = FAST if target in NVIDIA else {}
+        products = [kernel for kernel in PRODUCTS if kernel != "gemm64"]  # whose tiles are those of gemm16
+        found += [Case(target, k, f, dtype, form) for dtype, form in fast.items() for k in products for f in read]
+        for kernel in (*PRODUCTS, *OTHERS):
+            found += [Case(target, kernel, f, "fp16", "portable") for f in (*portable, seven)]
+            found += [Case(target, kernel, f, "fp32", "portable") for f in portable]
+            own = [TERNARY] if target in NVIDIA and kernel in PRODUCTS else portable
+            found += [Case(target, kernel, f, "bf16", "portable") for f in own]
+        if fast:
+            found += [Case(target, k, f, "fp16", "lop3") for k in ("gemv", "gemm16") for f in read if "int" in f]
+        found += [Case(target, "hadamard", f"block={n}", d, "portable") for n in HADAMARD for d in FAST]
+        found.append(Case(target, "entropy", "rans", "u8", "portable"))
+    return found
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its compile-time constants; ``weights`` are those of a turn of the main loop, in which another loop
+    turns ``turns`` times."""
+
+    kernel: object
+    constants: dict
+    warps: int
+    weights: int
+    turns: int = 1
+    maxnreg: int | None = None
+    stages: int | None = None
+
+
+def _device(target: str):
+    from lowbit_kernels import Device
+
+    return Device("amd" if target in AMD else "nvidia", target)
+
+
+def _portable(case: Case, layout, M: int) -> Launch:
+    """As :func:`launch_of`, for the portable kernels."""
+    import torch
+    from lowbit_kernels import _tiles, fast, grouped, matmul, rows, tiles
+
+    warp, own, full = AMD.get(case.target, 32), {}, case.dtype == "fp32"
+    most, place = fast.REGISTERS if case.target in NVIDIA else None, (warp, case.target in NVIDIA, full)
+    K = 5120 if layout.ternary else 4096
+    if case.kernel.startswith("grouped"):
+        own = {"RANGE": 2 if layout.scale == "log8" else 0, "TABLE": 0, "BLOCK_E": 256}
+    if case.kernel in UNLOOPED:
+        size = tiles.row_tiles(M, K, layout, *place)
+        own = {"BLOCK_R": size.rows, "BLOCK_K": size.inputs}
+        return Launch(rows.rows_kernel, own, size.warps, size.rows * size.inputs)
+    if "gradient" in case.kernel:
+        rule = tiles.grouped_gradient_tiles if case.kernel.startswith("grouped") else tiles.gradient_tiles
+        size = rule(M, 4096, K, layout, *(place if case.kernel.startswith("grouped") else (warp, full)))
+        own |= {"BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCK_K": size.inputs}
+        kernel = (
+            grouped.grouped_input_gradient_kernel if case.kernel.startswith("grouped") else rows.input_gradient_kernel
+        )
+        turns = 4 if not layout.ternary and (full or layout.planes[-1] == 1) and size.outputs >= 64 else 1
+        return Launch(kernel, own, size.warps, size.outputs * size.inputs, turns, most)
+    grouping = case.kernel.startswith("grouped")
+    if grouping:
+        size = tiles.grouped_tiles(M, 4096, K, layout, *place)
+    else:
+        dtype = torch.float32 if full else torch.float16
+        size = _tiles(_device(case.target), layout, M, 4096, K, dtype)
+    gemv, most = size.rows <= tiles.GEMV_ROWS, most if tiles.wants_registers(size.rows, layout) else None
+    own |= {"BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCK_L": size.inputs}
+    if grouping:
+        kernel, own["GEMV"] = grouped.grouped_linear_kernel, gemv
+    else:
+        kernel = matmul.gemv_kernel if gemv else matmul.gemm_kernel
+        own["SPLIT"] = 4
+    turns = layout.fields if (matmul._many_registers(size.rows, layout) if gemv else full) else 1
+    return Launch(kernel, own, size.warps, size.outputs * size.inputs * layout.fields, turns, most, size.stages)
+
+
+def launch_of(case: Case, layout) -> Launch:
+    """What is compiled for a case: the sizes that the kernels take for a large shape that whole steps fill."""
+    import lowbit_kernels
+    from lowbit_kernels import entropy, fast, hadamard
+
+    if case.kernel == "hadamard":
+        block = int(case.format.removeprefix("block="))
+        sizes = hadamard.sizes(block, AMD.get(case.target, 32))
+        return Launch(hadamard.butterfly_kernel, sizes, hadamard.WARPS, block * sizes["BLOCK_R"])
+    if case.kernel == "entropy":
+        return Launch(entropy.entropy_kernel, {"LANES": entropy.LANES}, 1, entropy.LANES)
+    M = {**PRODUCTS, **OTHERS}[case.kernel]
+    if case.form == "portable":
+        return _portable(case, layout, M)
+    size, _ = lowbit_kernels._fast_tiles(_device(case.target), case.form, layout, M, 4096, 4096)
+    constants = {"FORM": case.form, "SPLIT": 4, "BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCKS": size.blocks}
+    constants |= {
+        **{"STRIPS": size.strips, "SPANS": size.spans, "COLUMNS": size.columns, "WINDOW": size.window, "EVEN": True},
+        **{"STAGES": size.stages, "ROWS_OF_ONES": min(16 * size.warps, size.outputs // size.strips)},
+    }
+    weights = size.outputs * size.blocks * size.spans * 64
+    return Launch(fast.fast_kernel, constants, size.warps, weights, maxnreg=fast.REGISTERS)
+
+
+def layout_of(case: Case):
+    """The layout of a case's weights; None for kernels that have none."""
+    from lowbit_kernels.layout import parse
+
+    return None if case.kernel in ("hadamard", "entropy") else parse(case.format)
+
+
+def compiled(case: Case, launch: Launch):
+    """The compiled kernel, and how many threads a warp has."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, layout = launch.kernel, layout_of(case)
+    types = {"x": f"*{case.dtype}", "gradient": f"*{case.dtype}", "weight": "*i16", "ends": "*i32", "bias": None}
+    types |= {"out": "*fp32" if "SPLIT" in launch.constants else f"*{case.dtype}", **dict.fromkeys("MNKER", "i32")}
+    types |= {"index": "*i64" if case.kernel == "embedding" else None, "rows": "i32", "scale": "fp32"}
+    types |= {"stream": "*u8", **dict.fromkeys(("starts", "sizes", "counts", "places"), "*i64")}
+    types |= dict.fromkeys(("table", "sound"), "*i32")
+    constants = dict(launch.constants)
+    if layout is not None:
+        constants |= {"LAYOUT": layout, **({"EVEN": True} if "EVEN" in kernel.arg_names else {})}
+        stored = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "none": None}
+        types["scales"] = stored.get(layout.scale, "*u8")
+        types["scale_range"] = "*fp32" if layout.scale in ("log8", "e4m3") else None
+        types["zeros"] = {"fixed": None, "float": "*fp16"}.get(layout.zeros, "*u8")
+        types["levels"] = None if layout.table == "none" else "*fp16" if layout.name == "codebook" else "*fp32"
+    constants |= {name: None for name, type in types.items() if type is None and name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    aligned = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*") or name in ("N", "K")]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if signature[kernel.arg_names[i]] != "constexpr"}
+    source = ASTSource(kernel, signature, constants, attributes)
+    if case.target in AMD:
+        target = GPUTarget("hip", case.target, AMD[case.target])
+    else:
+        target = GPUTarget("cuda", int(case.target.removeprefix("sm_")), 32)
+    options = {"num_warps": launch.warps, "maxnreg": launch.maxnreg, "num_stages": launch.stages}
+    options = {name: value for name, value in options.items() if value is not None}
+    return triton.compile(source, target=target, options=options), target.warp_size
