@@ -4,9 +4,12 @@ For every kernel, target and dtype, with the sizes that are taken by default for
 
 - the form that a device takes by default, of all widths with zero points and all tables, in groups of 128 (FP4: 32) and
   of 32, and of ternary rows (of 5120 inputs, which have whole 8 lanes);
-- the portable form in float16 also where a fast form goes before it, and ``lop3``, which none takes by default;
-- symmetric grids in all fast forms, and of the portable form in 7 bits and float16 alone: their kernels are the others
-  without the loads and the arithmetic of zero points.
+- the portable form in float16 also where a fast form goes before it, and ``lop3``, which none takes by default.
+
+Some kernels stand for others. Symmetric grids are compiled in all fast forms, and of the portable form in 7 bits and
+float16: they are the others without the loads and the arithmetic of zero points. 64 rows of x are cut into tiles of 16
+in fast forms and in float32. In bfloat16, what has the portable form alone is compiled on NVIDIA's targets in 7 bits,
+whose kernels hold most, and ternary: rounding to bfloat16 takes these devices one instruction, as to float16.
 
 The Hadamard transform and the decoder of coded weights do not depend on a format.
 """
@@ -58,19 +61,23 @@ def cases() -> list[Case]:
     """The whole matrix."""
     read = [*formats(), *SMALL]
     portable = [f for f in read if "symmetric=True" not in f] + [TERNARY]
-    seven = next(f for f in read if "bits=7" in f and "symmetric=True" in f)
+    sevens = [f for f in read if "bits=7" in f]
+    products = [kernel for kernel in PRODUCTS if kernel != "gemm64"]
     found = []
     for target in (*NVIDIA, *AMD):
         fast = FAST if target in NVIDIA else {}
-        products = [kernel for kernel in PRODUCTS if kernel != "gemm64"]  # whose tiles are those of gemm16
         found += [Case(target, k, f, dtype, form) for dtype, form in fast.items() for k in products for f in read]
         for kernel in (*PRODUCTS, *OTHERS):
-            found += [Case(target, kernel, f, "fp16", "portable") for f in (*portable, seven)]
-            found += [Case(target, kernel, f, "fp32", "portable") for f in portable]
-            own = [TERNARY] if target in NVIDIA and kernel in PRODUCTS else portable
-            found += [Case(target, kernel, f, "bf16", "portable") for f in own]
+            halves = portable if target in AMD else [TERNARY]
+            if fast and kernel in OTHERS:
+                halves = [f for f in portable if f in sevens] + halves
+            found += [Case(target, kernel, f, "bf16", "portable") for f in halves]
+            symmetric = [f for f in sevens if "symmetric=True" in f]
+            found += [Case(target, kernel, f, "fp16", "portable") for f in (*portable, *symmetric)]
+        found += [Case(target, k, f, "fp32", "portable") for k in (*products, *OTHERS) for f in portable]
         if fast:
-            found += [Case(target, k, f, "fp16", "lop3") for k in ("gemv", "gemm16") for f in read if "int" in f]
+            grids = [f for f in portable if f.startswith("int")]
+            found += [Case(target, k, f, "fp16", "lop3") for k in ("gemv", "gemm16") for f in grids]
         found += [Case(target, "hadamard", f"block={n}", d, "portable") for n in HADAMARD for d in FAST]
         found.append(Case(target, "entropy", "rans", "u8", "portable"))
     return found

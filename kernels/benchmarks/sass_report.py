@@ -120,15 +120,20 @@ def count(case: Case) -> Cost:
 
 
 def key(case: Case) -> str:
-    """Changes with whatever a count depends on: a kernel's code, what it is compiled with, Triton, and the counting."""
+    """Changes with whatever a count depends on: a kernel's code, what it is compiled with, Triton, and the counting.
+
+    Cases that compile to the same kernel have the same.
+    """
     import triton
     from lowbit_kernels import fast_asm
     from lowbit_kernels import layout as layouts
 
-    launch, code = launch_of(case, layout_of(case)), sass_code
+    layout, code = layout_of(case), sass_code
+    launch, indexed = launch_of(case, layout), case.kernel == "embedding"
     counting = (code.find_loops, code._cycles, code._narrowest, code._lines_of, code._weight_lines, code.products)
     counting += (read_nvidia, read_amd, per_weight, sass_cases.compiled, count)
-    parts = [triton.__version__, repr(case), launch.kernel.cache_key, repr(dataclasses.replace(launch, kernel=None))]
+    parts = [triton.__version__, repr((case.target, case.dtype, layout, indexed))]
+    parts += [launch.kernel.cache_key, repr(dataclasses.replace(launch, kernel=None))]
     parts += [inspect.getsource(source) for source in (layouts, fast_asm, *counting)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
