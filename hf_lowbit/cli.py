@@ -104,7 +104,9 @@ QUANTIZATION = {
     "zeros": Annotated[str | None, Option(help="For int: zero points as int or float.")],
     "scale_dtype": Annotated[str | None, Option(help="float16, bfloat16, float32, log8, e8m0 or e4m3.")],
     "codebook": Annotated[str | None, Option(help="For codebook: one table per tensor or row.")],
-    "transform": Annotated[str | None, Option(help="hadamard, to rotate what each layer reads. [default: none]")],
+    "transform": Annotated[
+        str | None, Option(help="hadamard or hadamard-folded, to rotate what layers read. [default: none]")
+    ],
     "preprocess": Annotated[str | None, Option(help="magr, to shrink the largest weights first. [default: none]")],
     "outliers": Annotated[float | None, Option(help="Percentage of columns that stay in float16. [default: none]")],
     "compensation": Annotated[
@@ -340,14 +342,20 @@ def compress(
     source: Annotated[str, Argument(metavar="SRC", help="A packed folder, or a repo id on the Hub.")],
     destination: Annotated[Path, Argument(metavar="DST", help="The folder to write.")],
     storage: Annotated[str, Option(help="entropy or zstd.")] = "entropy",
-    fraction: Annotated[float, Option(help="Part of the layers to code, for streaming from a fast disk.")] = 1.0,
+    fraction: Annotated[
+        str, Option(help="Part of the layers to code, for streaming from a fast disk; auto measures what pays here.")
+    ] = "1",
 ):
     """Code the tensors of a packed repo without loss; it loads like any other."""
     from .compress import compress_folder
 
     if storage == "raw":
         raise ValueError("storage='raw' is not compressed: use `hf-lowbit decompress`")
-    return compress_folder(source, destination, storage, fraction=fraction)
+    try:
+        part = "auto" if fraction == "auto" else float(fraction)
+    except ValueError:
+        raise ValueError(f"--fraction {fraction} is neither a number above 0, up to 1, nor auto") from None
+    return compress_folder(source, destination, storage, fraction=part)
 
 
 @command

@@ -15,7 +15,7 @@ from .budgets import read_budgets
 from .compensation import resolve_compensation
 from .formats import FORMATS, Format, OutlierFormat, RotatedFormat, parse_format
 from .formats.nested import SMALLEST
-from .formats.rotated import TRANSFORMS
+from .formats.rotated import FOLDED, TRANSFORMS
 from .low_rank import LowRank, parse_low_rank
 from .methods import BEST, BlockMethod, Method, make_method, method_options, methods, preprocessing
 from .version import __version__
@@ -118,7 +118,9 @@ class LowBitConfig(MetalConfig):
             in memory: by default 8 for "gptq", and for "ecsq" the next whole number and two. A rule that names ``bits``
             alone asks for a fixed width.
         transform: "hadamard" to rotate what each packed linear layer reads, so that no weight stands out (see
-            ``docs/methods.md``), or None (default). A rule takes "none" to leave layers as they are.
+            ``docs/methods.md``), "hadamard-folded" to rotate the residual stream of a decoder instead wherever that
+            spares the rotation at run time (with calibration), or None (default). A rule takes "none" to leave layers
+            as they are.
         preprocess: "magr" to make the largest weights smaller where the layer's output hardly depends on it, before the
             method chooses codes; needs ``calibration``. "magr:1e-4" gives its strength (default 1e-5, for "gptq"; see
             ``docs/methods.md``). Default None; a rule takes "none".
@@ -281,11 +283,20 @@ class LowBitConfig(MetalConfig):
             for option in options:
                 if option not in LAYER_OPTIONS:
                     raise ValueError(f"rule {pattern!r} has no option {option!r}: it takes {', '.join(LAYER_OPTIONS)}")
+            if options.get("transform") == FOLDED:
+                raise ValueError(
+                    f"rule {pattern!r}: transform={FOLDED!r} is for the whole model: give it outside of rules"
+                )
             try:
                 self.resolve(options)
                 self.resolve_compensation(options)
             except ValueError as error:
                 raise ValueError(f"rule {pattern!r}: {error}") from None
+        if self.transform == FOLDED and (self.bits_stored is not None or not self.needs_calibration):
+            raise ValueError(
+                f"transform={FOLDED!r} needs a method with calibration, such as 'gptq', and does not go with "
+                "bits_stored=: use transform='hadamard' or another method"
+            )
         for text in (self.layers or {}).values():
             parse_format(text)
         for text in (self.low_rank or {}).values():

@@ -16,10 +16,12 @@ from torch import nn
 
 from .compensation import check_compensation
 from .config import LowBitConfig
-from .formats import Format, parse_format
+from .formats import Format, OutlierFormat, RotatedFormat, parse_format
 from .formats.nested import NestedFormat
 from .low_rank import SUFFIXES, LowRank, parse_low_rank
 from .methods import Method
+
+STREAM = "the residual stream"  # in `folded`, for rotations
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,9 @@ def make_plan(model: nn.Module, config: LowBitConfig) -> Plan:
             options = config.embedding_options() if by_default else options
             low_rank = config.resolve_compensation(options) if kind != "embedding" else None
             format, method = config.resolve(options)
-            format = format.multiplied if _is_folded(config, name, prefix) else format
+            into = _folded_into(config, name, prefix)
+            if into is not None:
+                format = _unrotated(format) if into == STREAM else format.multiplied
             decision = Packed(name, format, method, shape, low_rank)
             if low_rank is not None:
                 check_compensation(name, low_rank, shape)
@@ -189,9 +193,17 @@ def make_plan(model: nn.Module, config: LowBitConfig) -> Plan:
     return plan
 
 
-def _is_folded(config: LowBitConfig, name: str, prefix: str) -> bool:
-    """Whether the factors of the inputs of the module ``name`` go into another one."""
-    return any(_pattern(key).fullmatch(n) for key in config.folded or {} for n in names(name, prefix))
+def _folded_into(config: LowBitConfig, name: str, prefix: str) -> str | None:
+    """What the factors, or the rotation, of the inputs of the module ``name`` go into, or None."""
+    folded = (config.folded or {}).items()
+    return next((into for key, into in folded for n in names(name, prefix) if _pattern(key).fullmatch(n)), None)
+
+
+def _unrotated(format: Format) -> Format:
+    """``format`` for inputs that are rotated already."""
+    if isinstance(format, OutlierFormat):
+        return replace(format, stored=_unrotated(format.rest))
+    return format.inner if isinstance(format, RotatedFormat) else format
 
 
 def _allocated(config: LowBitConfig, name: str, prefix: str) -> int:

@@ -29,8 +29,10 @@ from .calibration import Calibration, Run, calibrate, planned_hook
 from .calibration.blocks import Blocks
 from .calibration.folding import Fold, plan_folds
 from .calibration.processes import Processes
+from .calibration.residual import plan_rotation
 from .config import LowBitConfig
 from .convert import check_destination, check_source, fetch, open_source, quantize_folder
+from .formats.rotated import FOLDED
 from .methods import BEST
 from .plan import Plan, _compress, _matching_rule, _pattern, _wildcard, make_plan, names
 from .skeleton import model_class
@@ -175,8 +177,14 @@ def solve(
         config.rules = {**as_rules(rules), **config.rules}
         source = open_source(folder, config, dtype)
         blocks.use(source)
-    blocks.folds = plan_folds(blocks)
-    config.folded = folded(blocks.folds, list(source.plan.packed))
+    if config.transform == FOLDED:
+        blocks.residual = plan_rotation(blocks)
+        into = blocks.residual.folded()
+    else:
+        blocks.folds = plan_folds(blocks)
+        into = folded(blocks.folds)
+    into = {name: where for name, where in into.items() if name in source.plan.packed}
+    config.folded = _compress(into, [name for name in source.plan.packed if name not in into]) or None
     if config.folded:
         source = open_source(folder, config, dtype)
         blocks.use(source)
@@ -264,10 +272,9 @@ def uncalibrated(
     return {key: json.loads(rule) for key, rule in found.items()}
 
 
-def folded(folds: dict[str, list[Fold]], layers: list[str]) -> dict[str, str] | None:
-    """For every layer of ``folds`` what its factors go into, by full names with ``*`` for numbers; None without any."""
-    found = {f"{b}.{n}": _wildcard(f"{b}.{fold.into}") for b, own in folds.items() for fold in own for n in fold.layers}
-    return _compress(found, [name for name in layers if name not in found]) or None
+def folded(folds: dict[str, list[Fold]]) -> dict[str, str]:
+    """For every layer of ``folds``, by its full name, what its factors go into, with ``*`` for numbers."""
+    return {f"{b}.{n}": _wildcard(f"{b}.{fold.into}") for b, own in folds.items() for fold in own for n in fold.layers}
 
 
 def as_rules(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -28,6 +28,7 @@ from transformers.utils import logging
 from ..calibration import Calibration, Hook, Run, calibrate
 from ..config import LowBitConfig
 from ..convert import Source, check_source, fetch, open_source, quantize_folder, write_json
+from ..formats.rotated import FOLDED
 from ..quantization import find_tokenizer, save_model
 from ..storage.content import content_hash
 from ..storage.shards import TEMPORARY, sync_folder
@@ -127,6 +128,8 @@ def initialize(
         folder = save_model(model_or_path, saved)
         settings["model"] = content_hash(folder)
     check_source(folder)
+    if config.transform == FOLDED:
+        raise ValueError(f"transform={FOLDED!r} does not go with an adapter's start: use transform='hadamard'")
     source = open_source(folder, config, dtype)
     if source.model.config.is_encoder_decoder:
         raise ValueError(f"{type(source.model).__name__} is an encoder-decoder: adapters are made for causal models")

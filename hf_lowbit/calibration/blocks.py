@@ -26,6 +26,7 @@ from ..skeleton import model_class
 from .arguments import Arguments
 from .folding import Fold
 from .order import Order, find_lists, find_order
+from .residual import Residual
 from .samples import Samples, samples_of
 from .stream import Stream
 
@@ -43,6 +44,8 @@ class Blocks:
         layers: For each block, the names in it of the linear layers that the plan packs, "self_attn.q_proj" and so on.
         order: How they follow each other.
         folds: For blocks by name, where factors of inputs are to go (:mod:`.folding`).
+        residual: How the residual stream is rotated (:mod:`.residual`), in every block that is read after this is set,
+            or None.
 
     Raises:
         ValueError: for a model without blocks, with nothing in them that is packed, or that cannot run on ``samples``.
@@ -51,6 +54,7 @@ class Blocks:
     def __init__(self, source: Source, samples: Samples | torch.Tensor | None = None):
         self.model, self.order = _skeleton(source), Order()
         self.folds: dict[str, list[Fold]] = {}
+        self.residual: Residual | None = None
         self.candidates = find_lists(self.model)
         if not self.candidates:
             raise ValueError(f"{type(self.model).__name__} has no list of blocks: calibration cannot run through it")
@@ -84,8 +88,23 @@ class Blocks:
                     owned.append(piece)
 
     def read(self, index: int) -> nn.Module:
-        """A new float32 copy of block ``index`` with its weights."""
-        return self.read_block(self.names[index])
+        """A new float32 copy of block ``index`` with its weights, rotated if the residual stream is."""
+        block = self.read_block(self.names[index])
+        if self.residual is not None:
+            self.residual.turns[self.names[index]].apply(block)
+        return block
+
+    def changes(self, index: int) -> bool:
+        """Whether anything in block ``index`` will not be what it was."""
+        return bool(self.layers[index]) or self.residual is not None
+
+    def turned(self, index: int, block: nn.Module) -> dict[str, torch.Tensor]:
+        """Parameters of ``block``, from :meth:`read`, that are not packed and were changed, by name in it."""
+        if self.residual is None:
+            return {}
+        known = dict(block.named_parameters())
+        names = self.residual.turns[self.names[index]].changed(self.layers[index])
+        return {name: known[name].detach() for name in names if name in known}
 
     def read_block(self, name: str) -> nn.Module:
         """A new float32 copy of the block ``name`` with its weights."""
@@ -124,11 +143,8 @@ class Blocks:
         arguments = [stream.enter(i) for i in range(len(self.names))]
         return stream.hidden, arguments
 
-    def head(self, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """The model after its last block: a function from a window (L,) and that block's output (1, L, H) to logits.
-
-        It can be differentiated by the output. The logits are (L, vocabulary).
-        """
+    def head(self, device: torch.device) -> "Head":
+        """The model after its last block."""
         head = copy.deepcopy(self.model)
         _fill(head, self._parameters(""), "")
         for name, source in _tied_weights(head).items():
@@ -142,11 +158,7 @@ class Blocks:
                 module._parameters.clear()  # which were never read
         nn.Module.to(head, device)
 
-        def logits(window: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-            given.append(output)
-            return head(input_ids=window[None].to(device), use_cache=False).logits[0]
-
-        return logits
+        return Head(head, given)
 
     def _parameters(self, owner: str, wanted: set[str] | None = None):
         """Parameters (and buffers) of a block, or of what is in none (""), by full name, read one piece at a time."""
@@ -158,6 +170,23 @@ class Blocks:
                 converter = self.source.key_map.by_pattern[pattern]
                 piece = dataclasses.replace(piece, converter=converter, outputs={})
             yield from realize(piece, self.source.reader.read, self.source.model).items()
+
+
+class Head:
+    """The model after its last block: a function from a window (L,) and that block's output (1, L, H) to logits.
+
+    It can be differentiated by the output. The logits are (L, vocabulary).
+
+    Attributes:
+        model: The model, whose last block gives what was put into ``given``.
+    """
+
+    def __init__(self, model: PreTrainedModel, given: list[torch.Tensor]):
+        self.model, self.given = model, given
+
+    def __call__(self, window: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        self.given.append(output)
+        return self.model(input_ids=window[None].to(self.model.device), use_cache=False).logits[0]
 
 
 def _skeleton(source: Source) -> PreTrainedModel:

@@ -165,25 +165,27 @@ def plan_folds(blocks: "Blocks") -> dict[str, list[Fold]]:
     stored = {name for piece in blocks.source.pieces for name in piece.outputs}
     for name, layers in zip(blocks.names, blocks.layers, strict=True):
         wishes = tuple(n for n in layers if _wants_folding(plan, f"{name}.{n}"))
-        example = _example(blocks, name, layers) if wishes else None
+        example = _example(blocks, name) if wishes else None
         if example is None:
             continue
-        if (example, wishes) not in known:
+        key = (example, wishes, *layers)
+        if key not in known:
             run = partial(_run, sample=blocks.order.examples[example])
-            known[example, wishes] = find_folds(blocks.read_block(example), layers, wishes, run)
-        found[name] = [fold for fold in known[example, wishes] if _fits(fold, name, plan, stored)]
+            known[key] = find_folds(blocks.read_block(example), layers, wishes, run)
+        found[name] = [fold for fold in known[key] if _fits(fold, name, plan, stored)]
     return {name: folds for name, folds in found.items() if folds}
 
 
-def _example(blocks: "Blocks", name: str, layers: list[str]) -> str | None:
+def _example(blocks: "Blocks", name: str) -> str | None:
     """A block like ``name`` that was run on a sample when the order of blocks was found, or None."""
     block, found = blocks.model.get_submodule(name), None
-    shapes = [p.shape for p in block.parameters()]
+    shapes = {n: p.shape for n, p in block.named_parameters()}
     for other in blocks.order.examples:
         like = blocks.model.get_submodule(other)
-        if type(like) is type(block) and blocks.layers[blocks.names.index(other)] == layers:
-            if [p.shape for p in like.parameters()] == shapes:
-                return other
+        others = {n: p.shape for n, p in like.named_parameters()}
+        if type(like) is type(block) and others == shapes:
+            return other
+        if type(like) is type(block) and others.keys() >= shapes.keys():
             found = found or other
     return found
 

@@ -92,6 +92,8 @@ class Outside:
         wanted = {n for n, p in self.model.named_parameters() if id(p) not in inside | ends}
         tied = {other for pair in ties.items() for other in pair if wanted & set(pair)}
         blocks.fill(self.model, wanted | tied | {n for n, _ in self.model.named_buffers()})
+        if blocks.residual is not None:
+            blocks.residual.embed_in(self.model)
         for name, planned in blocks.source.plan.packed.items() if packed else ():
             place = self.model.get_submodule(name)._parameters
             weight = place["weight"]

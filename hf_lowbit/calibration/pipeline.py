@@ -35,6 +35,7 @@ from .blocks import Blocks
 from .folding import still_right
 from .hook import Hook
 from .processes import Processes
+from .residual import check_block
 from .run import Run
 from .samples import Samples, samples_of
 from .stream import Stream
@@ -88,6 +89,8 @@ def calibrate(
     if blocks is None:
         blocks = Blocks(source, samples)
     full = [[f"{block}.{n}" for n in names] for block, names in zip(blocks.names, blocks.layers, strict=True)]
+    if blocks.residual is not None:
+        full.append(blocks.residual.packed_ends(source.plan))
     run = Run(work, full, {name: source.plan.packed[name] for names in full for name in names})
     for name, planned in run.planned.items():
         hook.check(name, planned)
@@ -123,7 +126,10 @@ def _solve(blocks: Blocks, run: Run, hook: Hook, samples: Samples | None, batch_
     """Solves what is not solved yet."""
     count = len(blocks.names)
     processes = Processes.current()
-    todo = processes.first(lambda: [i for i in range(count) if blocks.layers[i] and not run.finished(i)])
+    residual = blocks.residual
+    if residual is not None and not processes.first(lambda: run.finished(count)):
+        processes.first(lambda: run.write(count, *residual.ends(blocks)))
+    todo = processes.first(lambda: [i for i in range(count) if blocks.changes(i) and not run.finished(i)])
     if not todo:
         return
     given = samples if samples is None or samples.tokens is None else samples.tokens
@@ -149,6 +155,8 @@ def _solve_block(blocks, i, todo: bool, run, hook, streams: list[Stream], batch_
     arguments = [stream.enter(i) for stream in streams]
     inputs = [stream.hidden for stream in streams]
     module = blocks.read(i).to(device)
+    if blocks.residual is not None and todo:
+        check_block(blocks, i, module, inputs[0], arguments[0])
     layers = {
         name: Layer(full, run.planned[full], _weight(module.get_submodule(name)))
         for name, full in zip(blocks.layers[i], run.layers[i], strict=True)
@@ -159,6 +167,7 @@ def _solve_block(blocks, i, todo: bool, run, hook, streams: list[Stream], batch_
     block = Block(blocks.names[i], i, module, layers, hidden, reference, own, generator, batch_size, others, keep)
     dtype = blocks.source.model.config.dtype  # in which they will be stored
     if todo:
+        block.tuned |= blocks.turned(i, module)
         block.folds = still_right(block, blocks.folds.get(block.name, []), dtype)
         hook.solve(block)
         unsolved = [layer.name for layer in layers.values() if layer.solution is None]
@@ -167,7 +176,7 @@ def _solve_block(blocks, i, todo: bool, run, hook, streams: list[Stream], batch_
         tuned = {f"{block.name}.{name}": value.to(dtype).float() for name, value in block.tuned.items()}
         found = {layer.name: layer.solution for layer in layers.values() if layer.solution is not None}
         block.processes.first(lambda: run.write(i, found, tuned))
-    if layers:
+    if blocks.changes(i):
         solutions = run.read(i)
         for name, layer in layers.items():
             block.set(name, solutions[layer.name])

@@ -111,7 +111,7 @@ class Run:
     @functools.cached_property
     def parameters(self) -> dict[str, torch.Tensor]:
         """All of them, once the run is finished."""
-        return {name: t for i, names in enumerate(self.layers) if names for name, t in self.tuned(i).items()}
+        return {name: t for i in range(len(self.layers)) if self.finished(i) for name, t in self.tuned(i).items()}
 
     def tuned(self, index: int) -> dict[str, torch.Tensor]:
         """Those of a finished block."""

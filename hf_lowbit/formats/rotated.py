@@ -10,7 +10,9 @@ from ..transforms.hadamard import rotate
 from .base import Format, Tensors
 
 PREFIX = "hadamard+"
-TRANSFORMS = ("hadamard",)
+FOLDED = "hadamard-folded"
+TRANSFORMS = ("hadamard", FOLDED)
+"""What a config may ask for; folded, a calibration takes most rotations out (:mod:`..calibration.residual`)."""
 
 
 @dataclass(frozen=True)
