@@ -155,7 +155,8 @@ def fast_tiles(M: int, layout: Layout) -> FastTiles:
     """
     table = layout.table != "none" and layout.name != "fp4"
     if M <= 4:
-        blocks, spans = 2 if (layout.group, layout.bits) == (16, 7) else 4, 1
+        few = (layout.group, layout.bits) == (16, 7) or (M > 2 and (layout.group, layout.bits) == (32, 8))
+        blocks, spans = 2 if few else 4, 1
     else:
         blocks = 1 if 0 < layout.group <= 64 and 1 not in layout.planes else 2
         spans = 2 if table else 1
