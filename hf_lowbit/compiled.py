@@ -17,10 +17,12 @@ import ctypes
 import functools
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch._inductor.compile_fx import compile_fx
 from transformers.utils import logging
 
 from . import ops  # noqa: F401 (defines the ops)
@@ -28,8 +30,10 @@ from .backends import select
 from .formats.columns import PREFIX
 from .formats.outliers import PREFIX as OUTLIERS
 from .formats.rotated import PREFIX as ROTATED
+from .graph_passes import Passes
 from .linear import LowBitLinear
 from .native_backend import VERSION, describe, library, unavailable
+from .repeated import Repeated
 
 logger = logging.get_logger("transformers.hf_lowbit")
 OPS = ("linear", "linear_int8")
@@ -45,6 +49,12 @@ DECLARATION = (
     "const AtenTensorHandle* companions, int64_t count, AtenTensorHandle* bias, const char* format, "
     'int64_t in_features, const char* backend, AtenTensorHandle* out) __asm__("{prefix}lowbit_graph_{op}")'
 )
+JOINED = (
+    "AOTITorchError aoti_torch_cpu_{op}(AtenTensorHandle x, const AtenTensorHandle* weights, int64_t count, "
+    "const AtenTensorHandle* companions, int64_t companion_count, const char* format, int64_t in_features, "
+    'const char* backend, AtenTensorHandle* out) __asm__("{prefix}lowbit_graph_{op}")'
+)
+DECLARATIONS = {**dict.fromkeys(OPS, DECLARATION), "linears": JOINED, "linears_int8": JOINED}
 _layers: "weakref.WeakValueDictionary[int, LowBitLinear]" = weakref.WeakValueDictionary()  # those of compiled models
 _kept: dict[int, object] = {}  # what the library's descriptions point to, by the address of the codes
 
@@ -123,6 +133,8 @@ def _connect() -> str | None:
     lowbit.lowbit_graph_forget.argtypes = [pointer]
     suffix = "dylib" if sys.platform == "darwin" else "so"
     try:
+        for op in DECLARATIONS:
+            getattr(lowbit, f"lowbit_graph_{op}")
         interface = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
         functions = [getattr(interface, f"aoti_torch_{name}") for name in FUNCTIONS]
         functions.append(interface.torch_get_num_threads)
@@ -143,7 +155,8 @@ class _Functions(dict):
     def __init__(self, version: int):
         prefix = "_" if sys.platform == "darwin" else ""
         super().__init__({
-            getattr(torch.ops.lowbit, op).default: [DECLARATION.format(op=op, prefix=prefix)] for op in OPS
+            getattr(torch.ops.lowbit, op).default: [text.format(op=op, prefix=prefix)]
+            for op, text in DECLARATIONS.items()
         })  # fmt: skip
         self.version = version
 
@@ -167,6 +180,7 @@ def graph_options(model: nn.Module) -> dict:
         "cpp_wrapper_build_separate": True,  # the wrapper, long and quick to run, with few optimisations
         "size_asserts": False,  # guards and the library look at sizes
         "aot_inductor.custom_ops_to_c_shims": _Functions(VERSION),
+        "post_grad_custom_post_pass": Passes(),
         "guard_filter_fn": _guard_filter(packed),
     }
 
@@ -201,6 +215,13 @@ def _guard_filter(packed: dict[str, LowBitLinear]):
     return lambda guards: [wanted(guard) for guard in guards]
 
 
+def _graph(model: nn.Module, eager: Callable, options: dict) -> Repeated:
+    """``eager`` in a graph of C++, whose calls are repeated where nothing has changed."""
+    guards = {"guard_filter_fn": options.pop("guard_filter_fn")}
+    compile = functools.partial(torch.compile, eager, fullgraph=True, dynamic=False, options=guards)
+    return Repeated(model, lambda b: compile(backend=b), functools.partial(compile_fx, config_patches=options))
+
+
 def compile_decoding(model: nn.Module) -> None:
     """Makes ``model`` compute single tokens in a compiled graph; longer inputs run as before.
 
@@ -214,7 +235,7 @@ def compile_decoding(model: nn.Module) -> None:
     """
     eager = getattr(model.forward, EAGER, model.forward)
     options = graph_options(model)
-    graph = torch.compile(eager, fullgraph=True, dynamic=False, options=options or None)
+    graph = _graph(model, eager, options) if options else torch.compile(eager, fullgraph=True, dynamic=False)
 
     @functools.wraps(eager)
     def forward(input_ids=None, **kwargs):

@@ -2,7 +2,8 @@
 
 Each takes a packed weight as plain tensors: ``weight`` (N, lanes), int16, and its ``companions`` in the order of
 :meth:`Format.suffixes`, with the text of the format, which makes them traceable by ``torch.compile`` and exportable.
-They pick a kernel through :mod:`.backends`; autograd keeps packed tensors only.
+They pick a kernel through :mod:`.backends`; autograd keeps packed tensors only. ``linears`` and ``linears_int8``,
+several products of one ``x`` one after the other in one tensor, are for graphs of :mod:`.compiled`, without gradients.
 
 Torch's dispatcher takes 10 to 20 microseconds for an op that is written in Python, as long as a kernel takes for the
 layers of a small model. So where nothing needs it, a call goes straight to its kernel (:func:`_direct`).
@@ -24,6 +25,9 @@ _SCHEMAS = {
     " str backend) -> Tensor",
     "linear_int8": "(Tensor x, Tensor weight, Tensor[] companions, Tensor? bias, str format, int in_features,"
     " str backend) -> Tensor",
+    "linears": "(Tensor x, Tensor[] weights, Tensor[] companions, str format, int in_features, str backend) -> Tensor",
+    "linears_int8": "(Tensor x, Tensor[] weights, Tensor[] companions, str format, int in_features, str backend)"
+    " -> Tensor",
     "input_gradient": "(Tensor gradient, Tensor weight, Tensor[] companions, str format, int in_features,"
     " str backend) -> Tensor",
     "dequantize": "(Tensor weight, Tensor[] companions, str format, int in_features, ScalarType dtype,"
@@ -54,6 +58,21 @@ def _linear_int8(x, weight, companions, bias, format, in_features, backend):
     return kernel.run(x, weight, companions, bias, format, in_features)
 
 
+def _joined(product, x, weights, companions, format, in_features, backend):
+    each = len(companions) // max(1, len(weights))
+    parts = [companions[i * each : (i + 1) * each] for i in range(len(weights))]
+    pairs = zip(weights, parts, strict=True)
+    return torch.cat([product(x, weight, own, None, format, in_features, backend) for weight, own in pairs], -1)
+
+
+def _linears(x, weights, companions, format, in_features, backend):
+    return _joined(_linear, x, weights, companions, format, in_features, backend)
+
+
+def _linears_int8(x, weights, companions, format, in_features, backend):
+    return _joined(_linear_int8, x, weights, companions, format, in_features, backend)
+
+
 def _input_gradient(gradient, weight, companions, format, in_features, backend):
     kernel = select("input_gradient", format, gradient.device.type, gradient.dtype, backend)
     return kernel.run(gradient, weight, companions, format, in_features)
@@ -75,7 +94,7 @@ def _rotate(x, inverse, backend):
     return select("rotate", TRANSFORMS[0], x.device.type, x.dtype, wanted).run(x, inverse)
 
 
-for _run in (_linear, _linear_int8, _input_gradient, _dequantize, _embedding, _rotate):
+for _run in (_linear, _linear_int8, _linears, _linears_int8, _input_gradient, _dequantize, _embedding, _rotate):
     torch.library.impl(f"lowbit::{_run.__name__[1:]}", "CompositeExplicitAutograd", _run)
 
 
@@ -89,6 +108,13 @@ def _(x, inverse, backend):
 def _(x, weight, companions, bias, format, in_features, backend):
     _check_features(x, in_features)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("lowbit::linears_int8")
+@torch.library.register_fake("lowbit::linears")
+def _(x, weights, companions, format, in_features, backend):
+    _check_features(x, in_features)
+    return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))
 
 
 @torch.library.register_fake("lowbit::input_gradient")

@@ -15,12 +15,14 @@ from conftest import inputs, load
 from peft import LoraConfig, get_peft_model
 from test_native import DTYPES, FORMATS, INT4, packed
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import StaticCache
 from transformers.utils import logging
 
-from hf_lowbit import LowBitConfig, compiled, ops
+from hf_lowbit import LowBitConfig, compiled, ops, repeated
 from hf_lowbit import native_backend as native
 from hf_lowbit.formats import parse_format
+from hf_lowbit.graph_passes import join_products
 from hf_lowbit.linear import LowBitLinear
 
 needs_library = pytest.mark.skipif(native.unavailable() is not None, reason=f"the CPU kernels: {native.unavailable()}")
@@ -92,6 +94,98 @@ def test_functions_for_graphs_are_the_ops(spec, activations):
         got, expected = call(layer, x), layer(x)
         assert got.dtype == dtype and got.shape == expected.shape
         assert torch.equal(got, expected)
+
+
+def call_joined(layers: list[LowBitLinear], x: torch.Tensor) -> torch.Tensor:
+    """What a graph gets from the library for ``layers`` in one."""
+    per_layer = [compiled._as_op(layer.companions(), layer.spec) for layer in layers]
+    companions, spec = [c for own, _ in per_layer for c in own], per_layer[0][1]
+    function = getattr(
+        native.library(), f"lowbit_graph_{'linears_int8' if layers[0].activations == 'int8' else 'linears'}"
+    )
+    tensors = [x, *(layer.weight.detach() for layer in layers), *(t.detach() for t in companions)]
+    handles = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)
+    pointers = [pointer(handle).value for handle in handles]
+    many, out = len(layers), ctypes.c_void_p()
+    result = function(
+        ctypes.c_void_p(pointers[0]), (ctypes.c_void_p * many)(*pointers[1 : 1 + many]), ctypes.c_int64(many),
+        (ctypes.c_void_p * len(companions))(*pointers[1 + many :]), ctypes.c_int64(len(companions)), spec.encode(),
+        ctypes.c_int64(layers[0].in_features), b"auto", ctypes.byref(out),
+    )  # fmt: skip
+    torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(handles)
+    if result:
+        raise RuntimeError(f"error {result}")
+    return torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(capsule(out))
+
+
+@needs_library
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@pytest.mark.parametrize("spec", FORMATS)
+@torch.no_grad()
+def test_joined_products_are_the_single_ones(spec, activations):
+    """Also where rows are left to other kernels, and with threads."""
+    layers = [layer_of(spec, rows, 577, bias=False, activations=activations) for rows in (65, 8, 1)]
+    known(*layers)
+    for dtype, shape in zip(DTYPES, [(1, 1, 577), (1, 577), (577,)], strict=True):
+        x = torch.randn(shape).to(dtype)
+        weird = x.clone().fill_(float("nan"))
+        for each in (x, weird):
+            got, expected = call_joined(layers, each), torch.cat([layer(each) for layer in layers], -1)
+            assert got.dtype == dtype and torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@needs_library
+@torch.no_grad()
+def test_joined_products_share_threads():
+    layers = [layer_of(INT4, rows, 576, bias=False) for rows in (1536, 100, 1536)]
+    known(*layers)
+    x, before = torch.randn(1, 576), torch.get_num_threads()
+    expected = torch.cat([layer(x) for layer in layers], -1)
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(call_joined(layers, x), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_library
+def test_what_cannot_be_joined():
+    layers, other = [layer_of(INT4, 16, 64, bias=False) for _ in range(2)], layer_of(INT4, 16, 96, bias=False)
+    known(*layers, other)
+    for given, x in (
+        (layers, torch.randn(2, 64)),  # rows
+        ([layers[0], other], torch.randn(1, 64)),
+        (layers * 9, torch.randn(1, 64)),  # more than 16
+        ([layers[0], layer_of(INT4, 16, 64)], torch.randn(1, 64)),  # no layer of a compiled model
+    ):
+        with pytest.raises(RuntimeError, match="error 1"):
+            call_joined(given, x)
+
+
+@torch.no_grad()
+def test_products_of_one_row_are_joined_in_a_graph():
+    """Those without a bias, of one format, of weights that the graph is given; their values stay the same."""
+    one, two, biased = (layer_of(INT4, rows, 64, bias=bias) for rows, bias in ((16, False), (8, False), (4, True)))
+    other = layer_of("nf:bits=4,group_size=64", 8, 64, bias=False)
+    layers = nn.ModuleList([one, biased, two, other, one])
+
+    class All(nn.Module):
+        def forward(self, x):
+            return [layer(x) * 2 for layer in layers] + [two(x + 1)]
+
+    model = All()
+    model.layers = layers
+    parameters = dict(model.named_parameters())
+    for rows, gone in ((1, 2), (3, 0)):
+        x = torch.randn(rows, 64)
+        graph = make_fx(lambda x, p: torch.func.functional_call(model, p, x))(x, parameters)
+        assert join_products(graph.graph) == gone
+        graph.graph.lint()
+        graph.recompile()
+        for got, expected in zip(graph(x, parameters), model(x), strict=True):
+            assert torch.equal(got, expected)
+    assert join_products(make_fx(model)(torch.randn(1, 64)).graph) == 0  # weights are constants there
 
 
 @needs_library
@@ -232,8 +326,10 @@ def graphs() -> int:
 
 @needs_library
 @torch.no_grad()
-def test_a_compiled_model_gives_the_same_tokens(tiny):
-    """Also after its weights have changed, for which no other graph is needed."""
+def test_a_compiled_model_gives_the_same_tokens(tiny, monkeypatch):
+    """Also after its weights have changed, for which no other graph is needed; and most calls are repeated ones."""
+    repeats, repeat = [], repeated._Call.repeat
+    monkeypatch.setattr(repeated._Call, "repeat", lambda *args: repeats.append(1) or repeat(*args))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = load("llama", tiny("llama"), quantization_config=LowBitConfig(bits=4))
@@ -244,6 +340,7 @@ def test_a_compiled_model_gives_the_same_tokens(tiny):
     assert torch.equal(tokens(model), eager(model))
     assert not torch.equal(tokens(model), before)
     assert graphs() == 1
+    assert len(repeats) == 12  # of 3 times 5 single tokens: one to begin with for every cache
 
 
 @needs_library

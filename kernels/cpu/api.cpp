@@ -1,5 +1,6 @@
 // The C interface: checks, the choice of an instruction set, and the split of work among threads.
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <new>
@@ -20,6 +21,7 @@ constexpr int64_t PART_WEIGHTS = 32768;  // of a part: some ten microseconds, fa
 constexpr int PARTS_PER_THREAD = 4;
 // Of one row of x in integers: weights for which a thread is worth waking, and that it takes at a time, some microseconds each.
 constexpr int64_t ONE_ROW_WEIGHTS = 1 << 19, ONE_ROW_TURN = 1 << 18;
+constexpr int MOST_PRODUCTS = 16;
 constexpr int INT8_DIGITS = 1, FLOAT_DIGITS = 3;
 
 // An instruction set: the copies that serve it.
@@ -134,28 +136,45 @@ struct alignas(64) Turn {
     std::atomic<int64_t> next{0};
 };
 
-// One row of x in integers, if there are kernels that do that with such a weight and such an x; else LOWBIT_BAD_ARGUMENT, and out is not
-// touched. Every thread has a share of its own, since a new place in memory is slow to begin with, and helps others when it is done.
-int one_row(const lowbit_weight *w, const uint8_t *levels, const float *steps, const void *x, const void *bias, void *out, int64_t m, int dtype,
-            int digits, int threads) {
+// One row of x in integers times one or more weights, if there are kernels that do that with all of them and with such an x; else
+// LOWBIT_BAD_ARGUMENT, and out is not touched. Every thread has a share of its own, since a new place in memory is slow to begin with, and
+// helps others when it is done.
+int one_row(const lowbit_product *products, int64_t count, const void *x, int64_t m, int dtype, int digits, int threads) {
     const OneRowKernels *k = isa()->one_row;
-    if (!k || m != 1 || !k->serves(w, digits)) return LOWBIT_BAD_ARGUMENT;
-    const int64_t tiles = (w->rows + ONE_ROW_TILE - 1) / ONE_ROW_TILE, useful = 1 + w->rows * w->inputs / ONE_ROW_WEIGHTS;
-    const int64_t shares = threads < useful ? threads : useful, own = k->scratch_floats(w);
-    const int64_t turn = shares == 1 ? tiles : 1 + ONE_ROW_TURN / (w->inputs * ONE_ROW_TILE);
-    const Memory<uint8_t> prepared = memory<uint8_t>(k->prepared_bytes(w, digits));
+    if (!k || m != 1) return LOWBIT_BAD_ARGUMENT;
+    const int64_t inputs = products[0].weight->inputs;
+    int64_t sizes[MOST_PRODUCTS + 1] = {0}, ends[MOST_PRODUCTS + 1] = {0}, own = 0;  // bytes that are prepared, tiles; of those before
+    for (int64_t i = 0; i < count; i++) {
+        const lowbit_weight *w = products[i].weight;
+        if (!k->serves(w, digits)) return LOWBIT_BAD_ARGUMENT;
+        sizes[i + 1] = sizes[i] + (k->prepared_bytes(w, digits) + 63) / 64 * 64;
+        ends[i + 1] = ends[i] + (w->rows + ONE_ROW_TILE - 1) / ONE_ROW_TILE;
+        own = std::max(own, k->scratch_floats(w));
+    }
+    const int64_t tiles = ends[count], useful = 1 + tiles * ONE_ROW_TILE * inputs / ONE_ROW_WEIGHTS;
+    const int64_t shares = threads < useful ? threads : useful;
+    const int64_t turn = shares == 1 ? tiles : 1 + ONE_ROW_TURN / (inputs * ONE_ROW_TILE);
+    const Memory<uint8_t> prepared = memory<uint8_t>(sizes[count]);
     const Floats scratch = floats(shares * own);
     const Memory<Turn> turns = memory<Turn>(shares);
     if (!prepared || !scratch || !turns) return LOWBIT_NO_MEMORY;
-    if (!k->prepare(w, levels, steps, x, dtype, digits, prepared.get())) return LOWBIT_BAD_ARGUMENT;
+    for (int64_t i = 0; i < count; i++)
+        if (!k->prepare(products[i].weight, products[i].levels, products[i].steps, x, dtype, digits, prepared.get() + sizes[i])) return LOWBIT_BAD_ARGUMENT;
     for (int64_t i = 0; i < shares; i++) new (turns.get() + i) Turn;
+    auto some = [&](int64_t at, int64_t to, int worker) {
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t first = std::max(at, ends[i]) - ends[i], last = std::min(to, ends[i + 1]) - ends[i];
+            if (first >= last) continue;
+            const lowbit_product &p = products[i];
+            k->linear(p.weight, digits, prepared.get() + sizes[i], p.bias, p.out, dtype, first * ONE_ROW_TILE,
+                      std::min(last * ONE_ROW_TILE, p.weight->rows), scratch.get() + worker * own);
+        }
+    };
     auto body = [&](int part, int worker) {
         for (int64_t i = 0; i < shares; i++) {
             const int64_t share = (part + i) % shares, begin = tiles * share / shares, end = tiles * (share + 1) / shares;
-            for (int64_t at; (at = begin + turns.get()[share].next.fetch_add(turn, std::memory_order_relaxed)) < end;) {
-                const int64_t to = at + turn < end ? at + turn : end, last = to * ONE_ROW_TILE;
-                k->linear(w, digits, prepared.get(), bias, out, dtype, at * ONE_ROW_TILE, last < w->rows ? last : w->rows, scratch.get() + worker * own);
-            }
+            for (int64_t at; (at = begin + turns.get()[share].next.fetch_add(turn, std::memory_order_relaxed)) < end;)
+                some(at, std::min(at + turn, end), worker);
         }
     };
     lowbit::run((int)shares, (int)shares, body);
@@ -174,7 +193,8 @@ int lowbit_linear(const lowbit_weight *w, const void *x, const void *bias, void 
     if (!sound(w)) return LOWBIT_BAD_WEIGHT;
     if (!within(m, 0) || !known(dtype) || !within(threads, 1, MOST_THREADS) || (m && w->rows && (!x || !out))) return LOWBIT_BAD_ARGUMENT;
     if (m == 0 || w->rows == 0) return LOWBIT_OK;
-    const int done = one_row(w, nullptr, nullptr, x, bias, out, m, dtype, FLOAT_DIGITS, threads);
+    const lowbit_product one{w, nullptr, nullptr, bias, out};
+    const int done = one_row(&one, 1, x, m, dtype, FLOAT_DIGITS, threads);
     if (done != LOWBIT_BAD_ARGUMENT) return done;
     const Kernels *k = kernels();
     if (const Bfloat16Kernels *narrow = bfloat16_for(w, m, dtype)) {
@@ -207,7 +227,8 @@ int lowbit_linear_int8(const lowbit_weight *w, const uint8_t *levels, const floa
     if (!within(m, 0) || !known(dtype) || !within(threads, 1, MOST_THREADS) || (m && w->rows && (!x || !out))) return LOWBIT_BAD_ARGUMENT;
     if (w->table && (!levels || !steps)) return LOWBIT_BAD_ARGUMENT;
     if (m == 0 || w->rows == 0) return LOWBIT_OK;
-    const int done = one_row(w, levels, steps, x, bias, out, m, dtype, INT8_DIGITS, threads);
+    const lowbit_product one{w, levels, steps, bias, out};
+    const int done = one_row(&one, 1, x, m, dtype, INT8_DIGITS, threads);
     if (done != LOWBIT_BAD_ARGUMENT) return done;
     const Int8Kernels *k = isa()->int8;
     const int64_t stride = (w->inputs + 63) / 64 * 64, units = (stride + int8_unit(w) - 1) / int8_unit(w);
@@ -229,6 +250,28 @@ int lowbit_linear_int8(const lowbit_weight *w, const uint8_t *levels, const floa
                   scratch.get() + worker * own);
     };
     run(split, threads, multiply);
+    return LOWBIT_OK;
+}
+
+int lowbit_linears(const lowbit_product *products, int64_t count, const void *x, int64_t m, int dtype, int int8, int threads) {
+    if (!products || !within(count, 1, MOST_PRODUCTS) || !within(m, 0) || !known(dtype) || !within(threads, 1, MOST_THREADS)) return LOWBIT_BAD_ARGUMENT;
+    bool together = m == 1 && x;
+    for (int64_t i = 0; i < count; i++) {
+        const lowbit_product &p = products[i];
+        if (!sound(p.weight)) return LOWBIT_BAD_WEIGHT;
+        if (p.weight->inputs != products[0].weight->inputs) return LOWBIT_BAD_ARGUMENT;
+        together = together && p.out && !(int8 && p.weight->table && (!p.levels || !p.steps));
+    }
+    if (together) {
+        const int done = one_row(products, count, x, m, dtype, int8 ? INT8_DIGITS : FLOAT_DIGITS, threads);
+        if (done != LOWBIT_BAD_ARGUMENT) return done;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        const lowbit_product &p = products[i];
+        const int error = int8 ? lowbit_linear_int8(p.weight, p.levels, p.steps, x, p.bias, p.out, m, dtype, threads)
+                               : lowbit_linear(p.weight, x, p.bias, p.out, m, dtype, threads);
+        if (error) return error;
+    }
     return LOWBIT_OK;
 }
 

@@ -18,6 +18,7 @@
 namespace {
 
 constexpr int64_t MOST_DIMENSIONS = 8;
+constexpr int64_t MOST_PRODUCTS = 16;
 constexpr int64_t CALL_ROWS = 256;  // of a call, as in hf_lowbit/native_backend.py
 
 lowbit_torch torch;
@@ -95,24 +96,34 @@ bool find(const void *codes, const void *const *companions, int64_t count, const
     return true;
 }
 
+// The description of a weight of a graph, asked for where it is not known.
+bool look_up(void *weight, void *const *companions, int64_t count, const char *format, Known &known) {
+    const void *codes, *lie[MOST_DIMENSIONS];
+    if (!torch.get_data_ptr || count < 0 || count > MOST_DIMENSIONS || torch.get_data_ptr(weight, (void **)&codes)) return false;
+    for (int64_t i = 0; i < count; i++)
+        if (torch.get_data_ptr(companions[i], (void **)&lie[i])) return false;
+    return find(codes, lie, count, format, known) || (!torch.describe(codes) && find(codes, lie, count, format, known));
+}
+
+// Of a tensor, its number in lowbit_dtype and in torch.
+bool dtype_of(void *tensor, int &dtype, int32_t &has) {
+    if (torch.get_dtype(tensor, &has)) return false;
+    dtype = 0;
+    while (dtype < 3 && torch.dtypes[dtype] != has) dtype++;
+    return dtype < 3;
+}
+
 template <class Run>
 int32_t product(void *x, void *weight, void *const *companions, int64_t count, void **bias, const char *format, int64_t inputs, void **out,
                 const Run &run) {
-    const void *codes, *lie[MOST_DIMENSIONS];
-    if (!torch.get_data_ptr || count < 0 || count > MOST_DIMENSIONS || torch.get_data_ptr(weight, (void **)&codes)) return 1;
-    for (int64_t i = 0; i < count; i++)
-        if (torch.get_data_ptr(companions[i], (void **)&lie[i])) return 1;
     Known known;
-    if (!find(codes, lie, count, format, known) && (torch.describe(codes) || !find(codes, lie, count, format, known))) return 1;
-
     int32_t has;
-    if (torch.get_dtype(x, &has)) return 1;
-    int dtype = 0;
-    while (dtype < 3 && torch.dtypes[dtype] != has) dtype++;
+    int dtype;
+    if (!look_up(weight, companions, count, format, known) || !dtype_of(x, dtype, has)) return 1;
     Own x_copy, bias_copy;
     Shape shape, of_bias;
     void *from, *add = nullptr, *to;
-    if (dtype == 3 || !elements(x, has, x_copy, shape, &from)) return 1;
+    if (!elements(x, has, x_copy, shape, &from)) return 1;
     if (shape.dimensions < 1 || shape.sizes[shape.dimensions - 1] != inputs || known.weight.inputs != inputs) return 1;
     if (bias && !elements(*bias, has, bias_copy, of_bias, &add)) return 1;
     int64_t m = 1;
@@ -123,6 +134,37 @@ int32_t product(void *x, void *weight, void *const *companions, int64_t count, v
     if (torch.get_num_threads(&threads) || !shape.make(has, out)) return 1;
     if (torch.get_data_ptr(*out, &to)) return 1;
     return run(known, from, add, to, m, dtype, (int)threads) != LOWBIT_OK;
+}
+
+int32_t products(void *x, void *const *weights, int64_t count, void *const *companions, int64_t companion_count, const char *format,
+                 int64_t inputs, int int8, void **out) {
+    if (count < 1 || count > MOST_PRODUCTS || companion_count % count) return 1;
+    const int64_t each = companion_count / count;
+    Known known[MOST_PRODUCTS];
+    lowbit_product all[MOST_PRODUCTS];
+    int32_t has;
+    int dtype;
+    int64_t rows = 0, m = 1;
+    for (int64_t i = 0; i < count; i++) {
+        if (!look_up(weights[i], companions + i * each, each, format, known[i]) || known[i].weight.inputs != inputs) return 1;
+        all[i] = {&known[i].weight, known[i].levels, known[i].steps, nullptr, nullptr};
+        rows += known[i].weight.rows;
+    }
+    Own x_copy;
+    Shape shape;
+    void *from, *to;
+    uint32_t threads;
+    if (!dtype_of(x, dtype, has) || !elements(x, has, x_copy, shape, &from)) return 1;
+    for (int64_t d = 0; d < shape.dimensions - 1; d++) m *= shape.sizes[d];
+    if (shape.dimensions < 1 || shape.sizes[shape.dimensions - 1] != inputs || m != 1) return 1;
+    shape.sizes[shape.dimensions - 1] = rows;
+    shape.contiguous();
+    if (torch.get_num_threads(&threads) || !shape.make(has, out) || torch.get_data_ptr(*out, &to)) return 1;
+    for (int64_t i = 0; i < count; i++) {
+        all[i].out = to;
+        to = (char *)to + known[i].weight.rows * (dtype == LOWBIT_F32 ? 4 : 2);
+    }
+    return lowbit_linears(all, count, from, 1, dtype, int8, (int)threads) != LOWBIT_OK;
 }
 
 }  // namespace
@@ -168,4 +210,14 @@ int32_t lowbit_graph_linear_int8(void *x, void *weight, void *const *companions,
                    [](const Known &w, const void *from, const void *add, void *to, int64_t m, int dtype, int threads) {
                        return lowbit_linear_int8(&w.weight, w.levels, w.steps, from, add, to, m, dtype, threads);
                    });
+}
+
+int32_t lowbit_graph_linears(void *x, void *const *weights, int64_t count, void *const *companions, int64_t companion_count, const char *format,
+                             int64_t in_features, const char *, void **out) {
+    return products(x, weights, count, companions, companion_count, format, in_features, 0, out);
+}
+
+int32_t lowbit_graph_linears_int8(void *x, void *const *weights, int64_t count, void *const *companions, int64_t companion_count,
+                                  const char *format, int64_t in_features, const char *, void **out) {
+    return products(x, weights, count, companions, companion_count, format, in_features, 1, out);
 }

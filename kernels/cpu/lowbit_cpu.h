@@ -56,6 +56,18 @@ LOWBIT_EXPORT int lowbit_linear(const lowbit_weight *weight, const void *x, cons
 LOWBIT_EXPORT int lowbit_linear_int8(const lowbit_weight *weight, const uint8_t *levels, const float *steps, const void *x,
                                      const void *bias, void *out, int64_t m, int dtype, int threads);
 
+/* Products of one x (m, inputs) with up to 16 weights of the same inputs, as lowbit_linear or lowbit_linear_int8 computes each; every out
+ * (m, rows of its weight) is a place of its own. One row is multiplied by all in one piece of work. */
+typedef struct {
+    const lowbit_weight *weight;
+    const uint8_t *levels; /* for int8 */
+    const float *steps;    /* for int8 */
+    const void *bias;
+    void *out;
+} lowbit_product;
+
+LOWBIT_EXPORT int lowbit_linears(const lowbit_product *products, int64_t count, const void *x, int64_t m, int dtype, int int8, int threads);
+
 /* out (m, inputs) = gradient (m, rows) times the weight, both of one dtype, contiguous. Sums are float32. */
 LOWBIT_EXPORT int lowbit_input_gradient(const lowbit_weight *weight, const void *gradient, void *out, int64_t m, int dtype,
                                         int threads);
@@ -144,6 +156,14 @@ LOWBIT_EXPORT int32_t lowbit_graph_linear(void *x, void *weight, void *const *co
                                           int64_t in_features, const char *backend, void **out);
 LOWBIT_EXPORT int32_t lowbit_graph_linear_int8(void *x, void *weight, void *const *companions, int64_t count, void **bias,
                                                const char *format, int64_t in_features, const char *backend, void **out);
+
+/* The ops lowbit::linears and lowbit::linears_int8: one row, (1, .., inputs), by several weights of one format; `each` times as many
+ * companions as weights, those of the first weight first. *out has the rows of all one after the other. */
+LOWBIT_EXPORT int32_t lowbit_graph_linears(void *x, void *const *weights, int64_t count, void *const *companions, int64_t companion_count,
+                                           const char *format, int64_t in_features, const char *backend, void **out);
+LOWBIT_EXPORT int32_t lowbit_graph_linears_int8(void *x, void *const *weights, int64_t count, void *const *companions,
+                                                int64_t companion_count, const char *format, int64_t in_features, const char *backend,
+                                                void **out);
 
 #ifdef __cplusplus
 }
