@@ -20,6 +20,16 @@ from .storage.stream import HUGE_BYTES, Speeds, buffer_bytes
 
 SLOTS = 2
 """Buffers of the host that layers are read into."""
+QUICK_S = 2e-3
+"""Where reading a layer takes less than this there is one buffer more: handing it over, some 0.2 ms, else counts."""
+
+
+class TooSmall(ValueError):
+    """A budget that is too small; ``least`` bytes would do."""
+
+    def __init__(self, message: str, least: int):
+        super().__init__(message)
+        self.least = least
 
 
 @dataclasses.dataclass
@@ -33,6 +43,7 @@ class Placement:
         held: Bytes held, by device.
         limits: Bytes allowed, by device.
         buffers: Of the bytes held by the host, those of the buffers for reading.
+        slots: How many layers these buffers hold.
     """
 
     devices: list[str]
@@ -41,6 +52,7 @@ class Placement:
     held: dict[str, int] = dataclasses.field(default_factory=dict)
     limits: dict[str, int] = dataclasses.field(default_factory=dict)
     buffers: int = 0
+    slots: int = SLOTS
 
     @property
     def first(self) -> str:
@@ -111,9 +123,9 @@ def _ends(sizes: list[int], room: list[int]) -> list[int]:
     return [round(len(sizes) * sum(shares[: i + 1]) / total) for i in range(len(room) - 1)] + [len(sizes)]
 
 
-def _buffers(layers: Sequence[Layer], streamed: Sequence[int]) -> int:
+def _buffers(layers: Sequence[Layer], streamed: Sequence[int], slots: int = SLOTS) -> int:
     """Bytes of the host's buffers that the layers ``streamed`` are read and decoded in."""
-    return buffer_bytes([layers[i] for i in streamed], SLOTS)
+    return buffer_bytes([layers[i] for i in streamed], slots)
 
 
 def _store_on_host(layers: Sequence[Layer], found: Placement, budget: int | None) -> None:
@@ -142,11 +154,28 @@ def _stored(layers: Sequence[Layer], some: Sequence[int], room: int) -> set[int]
 
 def _on_host(layers: Sequence[Layer], others: int, budget: int, speeds: Speeds | None) -> Placement:
     """All of it in the CPU's memory, where a layer in memory needs no buffer."""
+    quick = speeds is not None and max(layer.nbytes for layer in layers) < QUICK_S * speeds.disk
+    with_more = _with_slots(layers, others, budget, speeds, SLOTS + 1)[0] if quick else None
+    found, least = _with_slots(layers, others, budget, speeds, SLOTS)
+    if found is None:
+        raise TooSmall(
+            f"max_memory_bytes={budget} ({mb(budget)}) is too small: what is outside of this model's "
+            f"{len(layers)} layers needs {mb(others)}, and buffers for {min(SLOTS, len(layers))} of them "
+            f"{mb(least - others)}; the least that would do is {least}",
+            least,
+        )
+    return with_more or found
+
+
+def _with_slots(
+    layers: Sequence[Layer], others: int, budget: int, speeds: Speeds | None, slots: int
+) -> tuple[Placement | None, int]:
+    """The placement with so many buffers, if there is one, and the bytes of the smallest that was tried."""
     best, least_time, least = None, float("inf"), others
     for count in range(len(layers), -1, -1):
         kept = spread(count, len(layers))
         streamed = [i for i in range(len(layers)) if i not in kept]
-        buffers = _buffers(layers, streamed)
+        buffers = _buffers(layers, streamed, slots)
         least = others + sum(layers[i].nbytes for i in kept) + buffers
         if least > budget:
             continue
@@ -155,19 +184,14 @@ def _on_host(layers: Sequence[Layer], others: int, budget: int, speeds: Speeds |
         seconds = read if speeds is None else speeds.seconds(read, sum(layers[i].decoded_bytes for i in streamed))
         if seconds < least_time:
             held = least + sum(layers[i].read_bytes for i in stored)
-            best = Placement([HOST] * len(layers), kept, stored, {HOST: held}, {HOST: budget}, buffers)
+            best = Placement([HOST] * len(layers), kept, stored, {HOST: held}, {HOST: budget}, buffers, slots)
             least_time = seconds
     if best is not None:
         rest = -best.buffers % HUGE_BYTES if best.buffers >= HUGE_BYTES else 0
         if best.held[HOST] + rest <= budget:  # whole huge pages, which disks like best
             best.held[HOST] += rest
             best.buffers += rest
-        return best
-    raise ValueError(
-        f"max_memory_bytes={budget} ({mb(budget)}) is too small: what is outside of this model's "
-        f"{len(layers)} layers needs {mb(others)}, and buffers for {min(SLOTS, len(layers))} of them "
-        f"{mb(least - others)}; the least that would do is {least}"
-    )
+    return best, least
 
 
 def mb(nbytes: int) -> str:

@@ -3,9 +3,9 @@
 What is outside of numbered layers (embedding, head), norms, biases and whatever is not packed stays in memory. Of the
 layers' packed weights, as many layers as fit stay there too, spread evenly over the model, so that the disk is busy
 while they are computed (:mod:`.placement` decides). The others are read when their turn comes, by
-:mod:`.storage.stream`: two buffers of one layer each count as part of the budget, and so do those that coded tensors
-are decoded from. Where a coded layer still fits as it is stored, it stays in memory like that. Activations and the
-cache of keys and values do not count.
+:mod:`.storage.stream`: two or three buffers of one layer each count as part of the budget, and so do those that coded
+tensors are decoded from. Where a coded layer still fits as it is stored, it stays in memory like that. Activations and
+the cache of keys and values do not count.
 
 Parameters of a streamed layer are views of the mapped file, which take no memory: the packed tensors, or the coded ones
 as they are stored, which ``save_pretrained`` writes as they are. Whatever computes asks the stream for the layer.
@@ -35,7 +35,7 @@ from transformers.utils import logging
 from . import budgets
 from .linear import LowBitLinear
 from .ops import input_gradient
-from .placement import SLOTS, Placement, mb, place
+from .placement import Placement, mb, place
 from .plan import names
 from .storage.content import places_in
 from .storage.headers import Entry, read_headers
@@ -131,8 +131,9 @@ class Streaming:
     def start(self, model: nn.Module) -> None:
         """Puts what stays into memory, and the stream behind the other layers of the loaded ``model``."""
         # Again: a tie that the checkpoint does not have makes a model larger.
-        coded = next((layer for layer in self.layers if layer.coded), None)
-        speeds = None if coded is None or self.placed.first != budgets.HOST else measure(coded)
+        speeds = None
+        if self.placed.first == budgets.HOST and len(self.placed.kept) < len(self.layers):
+            speeds = measure(next((layer for layer in self.layers if layer.coded), self.layers[0]))
         self.placed = placed = place(self.layers, _other_bytes(model, self.fields), self.limits, speeds)
         devices = {layer.name: budgets.torch_device(d) for layer, d in zip(self.layers, placed.devices, strict=True)}
         first = budgets.torch_device(placed.first)
@@ -158,7 +159,7 @@ class Streaming:
             return
         _map(model, [self.layers[i] for i in streamed])
         stored = [number for number, i in enumerate(streamed) if i in placed.stored]
-        self._stream = LayerStream([self.layers[i] for i in streamed], SLOTS, stored, placed.buffers)
+        self._stream = LayerStream([self.layers[i] for i in streamed], placed.slots, stored, placed.buffers)
         targets = self._targets(placed, streamed)
         for number, index in enumerate(streamed):
             layer, target = self.layers[index], targets.get(placed.devices[index])

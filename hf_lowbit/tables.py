@@ -130,6 +130,14 @@ def compress(console: Console, result: dict, arguments: dict) -> None:
         soft_wrap=True,
         highlight=False,
     )
+    if "fraction" in result:
+        console.print(
+            f"{result['fraction']:.0%} of what coding makes smaller in layers is coded: the disk was read at "
+            f"{result['disk'] / 1e9:.2f} GB/s, {result['decoding'] / 1e9:.2f} GB/s were decoded, and computing a token "
+            f"took {1e3 * result['computing_s']:.0f} ms",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 decompress = compress

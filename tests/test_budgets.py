@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
-from hf_lowbit import LowBitConfig, budgets, quantizer
+from hf_lowbit import LowBitConfig, budgets, placement, quantizer
 from hf_lowbit.adapters import lora
 from hf_lowbit.budgets import check_present, read_budgets
 from hf_lowbit.convert import quantize_folder
@@ -127,7 +127,8 @@ def test_runs_are_in_proportion_and_the_host_takes_what_fits():
         place(layers, others, in_blocks({"cuda:0": 45, "cpu": 19}))
 
 
-def test_coded_layers_stay_as_stored_or_decoded_by_what_a_pass_takes():
+def test_coded_layers_stay_as_stored_or_decoded_by_what_a_pass_takes(monkeypatch):
+    monkeypatch.setattr(placement, "QUICK_S", 0)
     layers = [layer(i, 10, 5) for i in range(12)]
     buffers = 2 * 10 + (decoders() + 1) * 5
     budget = in_blocks({"cpu": buffers + 40})

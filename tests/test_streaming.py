@@ -21,7 +21,7 @@ from conftest import _TEXT, inputs, logits
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 
-from hf_lowbit import LowBitConfig
+from hf_lowbit import LowBitConfig, placement
 from hf_lowbit.compress import compress_folder
 from hf_lowbit.convert import quantize_folder
 from hf_lowbit.storage import stream
@@ -35,6 +35,12 @@ from hf_lowbit.streaming import Streaming
 LAYERS = 8
 LORA = {"r": 4, "lora_dropout": 0.0, "target_modules": "all-linear", "init_lora_weights": False}
 CONFIG = LowBitConfig(bits=4, method="rtn", method_options={"range": "minmax"})
+
+
+@pytest.fixture(autouse=True)
+def two_buffers(monkeypatch):
+    """Not a third one, which depends on how quick the disk is."""
+    monkeypatch.setattr(placement, "QUICK_S", 0)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +174,32 @@ def test_int8_activations_are_streamed_too(packed):
     model = load(packed / "raw", max_memory_bytes=least, activations="int8")
     unlimited = load(packed / "raw", activations="int8")
     assert torch.equal(model(**inputs("llama")).logits, unlimited(**inputs("llama")).logits)
+
+
+def test_a_quick_disk_gets_a_buffer_more_where_it_fits(packed, monkeypatch):
+    monkeypatch.setattr(placement, "QUICK_S", 10**6)
+    least = smallest_budget(packed / "raw")
+    for budget, slots in ((least, 2), (least + 10**5, 3)):
+        model = load(packed / "raw", max_memory_bytes=budget)
+        assert len(model.hf_quantizer.streaming._stream.buffers) == slots and report(model).held_bytes <= budget
+        assert torch.equal(generate(model), generate(load(packed / "raw")))
+
+
+def test_a_buffer_is_free_after_as_many_uses_as_the_last_time(tmp_path):
+    layers, _ = made_stream(tmp_path, 6, 2)
+
+    def walk(uses):
+        for index in range(6):
+            for _ in range(uses):
+                with layers.use(index):
+                    held = [slot.layer for slot in layers._state.slots]
+                    assert index in held
+        return sorted(slot.layer for slot in layers._state.slots)
+
+    assert walk(3) == [0, 5]  # nobody knows yet that the last layer is not used again
+    assert walk(3) == [0, 1]
+    assert walk(4) == [0, 5]  # whose last use found it gone, and waited for it
+    assert walk(4) == [0, 1]
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

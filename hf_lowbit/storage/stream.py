@@ -11,7 +11,8 @@ Coded tensors are read into buffers of their own, from where other threads decod
 ones are read. There is one such buffer more than there are decoders, which bounds what waits for them.
 
 A layer is used inside ``with stream.use(i) as buffer``, by one thread at a time. Its buffer may be filled with another
-layer as soon as another one is used: whoever wants a tensor for longer has to copy it, or to ask again.
+layer as soon as another one is used, or after as many uses in a row as it had the last time: whoever wants a tensor for
+longer has to copy it, or to ask again.
 
 Files are read past the system's cache where that is possible: a file larger than memory would push everything else out
 of it and find nothing of itself there in the next cycle, and copying out of it takes processors from the model. Reads
@@ -56,7 +57,7 @@ class Speeds:
     """Bytes a second: read from the disk, and decoded by one thread."""
 
     disk: float
-    decoding: float
+    decoding: float = float("inf")
 
     def seconds(self, read: int, decoded: int) -> float:
         """What reading and decoding so many bytes takes, side by side and with all decoders."""
@@ -243,9 +244,13 @@ def read_layer(layer: Layer, buffer: torch.Tensor, threads: int | None = None) -
 
 
 def measure(layer: Layer) -> Speeds:
-    """The speeds of reading and decoding ``layer``, which has coded tensors, by doing it once."""
-    counts = read_layer(layer, allocate(layer.nbytes), 1)
-    return Speeds(counts.bytes_read / counts.reading_s, counts.bytes_decoded / counts.decoding_s)
+    """The speeds of reading and decoding ``layer``: the best of three times of a small one, the only of a large one."""
+    buffer, found = allocate(layer.nbytes), Speeds(0.0, 0.0)
+    for _ in range(3 if layer.nbytes <= 2 * PIECE_BYTES else 1):
+        counts = read_layer(layer, buffer, 1)
+        decoding = counts.bytes_decoded / counts.decoding_s if counts.bytes_decoded else float("inf")
+        found = Speeds(max(found.disk, counts.bytes_read / counts.reading_s), max(found.decoding, decoding))
+    return found
 
 
 class _Slot:
@@ -425,7 +430,9 @@ class LayerStream:
         self._in_use = threading.RLock()
         self._previous: int | None = None
         self._current: int | None = None
+        self._released, self._uses = False, 0
         self._follows: dict[tuple[int | None, int], int] = {}
+        self._lasts: dict[tuple[int | None, int], int] = {}  # how many uses in a row a layer had after another
         self._slot = 0
         runs = [state.run_reader] + [state.run_decoder] * (decoders() if state.decodes else 0)
         self._threads = [threading.Thread(target=run, name=f"hf_lowbit {run.__name__}", daemon=True) for run in runs]
@@ -462,33 +469,25 @@ class LayerStream:
             RuntimeError: in a process that was forked, where there is no thread to read.
         """
         with self._in_use:
-            if index != self._current:
+            if index != self._current or self._released:
                 self._go_to(index)
+            self._uses += 1
             yield self._slot
+            if self._uses == self._lasts.get((self._previous, index)):
+                self._released = True
+                with self._state.lock:
+                    self._assign(self._expected(self._previous, index, [], len(self._state.slots)))
 
     def _go_to(self, index: int) -> None:
-        state, wanted = self._state, self._expected(index)
-        if self._current is not None:
-            self._follows[self._previous, self._current] = index
+        state = self._state
+        if index != self._current:
+            if self._current is not None:
+                self._follows[self._previous, self._current] = index
+                self._lasts[self._previous, self._current] = self._uses
+            self._previous, self._uses = self._current, 0
+        self._current, self._released = None, False
         with state.lock:
-            self._previous, self._current = self._current, None
-            for slot in state.slots:
-                if slot.failure is not None:  # try again
-                    slot.layer, slot.failure, slot.turn = None, None, slot.turn + 1
-            free = [slot for slot in state.slots if slot.layer not in wanted]
-            for layer in wanted:
-                if state.slot_of(layer) is None:
-                    slot = free.pop()
-                    if slot.ready and not slot.used:
-                        state.counts.wasted_bytes += state.layers[slot.layer or 0].read_bytes
-                    slot.layer, slot.turn, slot.used = layer, slot.turn + 1, False
-                    slot.left = len(state.layers[layer].extents)
-                    state.order(layer, slot)
-            for slot in free:
-                if not slot.ready:
-                    slot.layer, slot.turn = None, slot.turn + 1
-            entries = [entry for entry in state.queue if entry[1].turn == entry[2]]
-            state.queue = sorted(entries, key=lambda entry: wanted.index(entry[0]))
+            self._assign(self._expected(self._previous, index, [index], len(state.slots)))
             found = state.slot_of(index)
             assert found is not None
             if not found.ready and found.failure is None:
@@ -497,6 +496,28 @@ class LayerStream:
                 raise found.failure
             found.used = True
         self._slot, self._current = state.slots.index(found), index
+
+    def _assign(self, wanted: list[int]) -> None:
+        """Gives every layer of ``wanted``, the most urgent one first, a buffer, and has it read; the lock is held."""
+        state = self._state
+        for slot in state.slots:
+            if slot.failure is not None:  # try again
+                slot.layer, slot.failure, slot.turn = None, None, slot.turn + 1
+        free = [slot for slot in state.slots if slot.layer not in wanted]
+        free.sort(key=lambda slot: slot.ready and not slot.used)  # what was read stays as long as it can
+        for layer in wanted:
+            if state.slot_of(layer) is None:
+                slot = free.pop(0)
+                if slot.ready and not slot.used:
+                    state.counts.wasted_bytes += state.layers[slot.layer or 0].read_bytes
+                slot.layer, slot.turn, slot.used = layer, slot.turn + 1, False
+                slot.left = len(state.layers[layer].extents)
+                state.order(layer, slot)
+        for slot in free:
+            if not slot.ready:
+                slot.layer, slot.turn = None, slot.turn + 1
+        entries = [entry for entry in state.queue if entry[1].turn == entry[2]]
+        state.queue = sorted(entries, key=lambda entry: wanted.index(entry[0]))
 
     def _wait(self, slot: _Slot) -> None:
         start = time.perf_counter()
@@ -509,14 +530,13 @@ class LayerStream:
         self._state.counts.waits += 1
         self._state.counts.waiting_s += time.perf_counter() - start
 
-    def _expected(self, index: int) -> list[int]:
-        """``index`` and the layers that are likely to follow it, as many as there are buffers."""
-        count, previous, found = len(self._state.layers), self._current, [index]
-        for _ in range(2 * len(self._state.slots)):  # a layer may come twice
-            if len(found) == len(self._state.slots):
+    def _expected(self, previous: int | None, index: int, found: list[int], number: int) -> list[int]:
+        """``found`` and the layers likely to follow ``index``, which was used after ``previous``, up to ``number``."""
+        for _ in range(2 * number):  # a layer may come twice
+            if len(found) == number:
                 break
             backwards = previous is not None and index == previous - 1
-            following = (index + (-1 if backwards else 1)) % count
+            following = (index + (-1 if backwards else 1)) % len(self._state.layers)
             following = self._follows.get((previous, index), following)
             previous, index = index, following
             if index not in found:
