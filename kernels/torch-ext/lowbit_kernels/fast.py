@@ -155,7 +155,8 @@ def fast_tiles(M: int, layout: Layout) -> FastTiles:
     """
     table = layout.table != "none" and layout.name != "fp4"
     if M <= 4:
-        few = (layout.group, layout.bits) == (16, 7) or (M > 2 and (layout.group, layout.bits) == (32, 8))
+        full = layout.group == 32 and (layout.bits == 8 or layout.table != "none")
+        few = (layout.group, layout.bits) == (16, 7) or (M > 2 and full)
         blocks, spans = 2 if few else 4, 1
     else:
         blocks = 1 if 0 < layout.group <= 64 and 1 not in layout.planes else 2
