@@ -4,6 +4,7 @@
     python benchmarks/streaming.py --small                # SmolLM2-135M
     python benchmarks/streaming.py --bits 3               # at 3 bits instead of 4
     python benchmarks/streaming.py --small --bits-stored 3   # rate-aware codes, of which coding leaves 3 bits
+    python benchmarks/streaming.py --bits-stored 3           # the same of the large model
     python benchmarks/streaming.py --disks 1000 --only ours --tokens 4
 
 Rows are written over those of the same model and disk, and beside the others that are on record for the same weights
@@ -17,8 +18,12 @@ above what is mapped after loading.
 
 Disks are simulated: every read takes its bytes divided by the speed, in ours where a piece is read and in
 accelerate's disk offload where a tensor is. "none" is the disk as it is, without the system's cache, which a limited
-memory would not have: pages are dropped after they were read, in offload before each tensor. Such rows compare with
-the speed of the same reads without a model.
+memory would not have: ours reads past it, and in offload pages are dropped before each tensor. Such rows compare with
+the speed of the same reads without a model, the median of five passes. "coded in part" is what
+`hf-lowbit compress --fraction auto` made of the packed model by the speed of that disk, so it has no rows for others.
+
+"times that" is a token's time over that of reading its bytes. Where computing takes longer than reading, that is no
+bound; "times the longer" compares with the longer of reading and the time of a token with all in memory.
 """
 
 import argparse
@@ -26,6 +31,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -43,6 +49,7 @@ CONTESTANTS = {
     "ours, all in memory": ("packed", "memory"),
     "ours, streamed": ("packed", "stream"),
     "ours, streamed, coded": ("coded", "stream"),
+    "ours, streamed, coded in part": ("auto", "stream"),
     "disk offload, packed": ("packed", "offload"),
     "disk offload, bf16": ("float", "offload in bf16"),
 }
@@ -187,15 +194,19 @@ def child(folder, how, budget, constant, speed, tokens, threads) -> dict:
 
 def disk_speed(layers) -> float:
     """Bytes a second of the same reads without a model, one after another."""
+    from hf_lowbit.storage.layers import BLOCK_BYTES
     from hf_lowbit.storage.stream import Counts, Files, allocate, read_extent
 
-    counts, files = Counts(), Files([extent.file for layer in layers for extent in layer.extents])
-    buffer = allocate(max(extent.nbytes for layer in layers for extent in layer.extents))
-    start = time.perf_counter()
-    for layer in layers:
-        for extent in layer.extents:
-            read_extent(files, layer, extent, buffer, counts, lambda: True)
-    return counts.bytes_read / (time.perf_counter() - start)
+    files = Files([extent.file for layer in layers for extent in layer.extents])
+    buffer, speeds = allocate(max(max(layer.nbytes, layer.staged_bytes) for layer in layers)), []
+    for _ in range(5):
+        counts, start = Counts(), time.perf_counter()
+        for layer in layers:
+            for extent in layer.extents:
+                place = extent.begin % BLOCK_BYTES if extent.parts else extent.offset
+                read_extent(files, layer, extent, buffer, place, counts, lambda: True)
+        speeds.append(counts.bytes_read / (time.perf_counter() - start))
+    return statistics.median(speeds)
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------
@@ -212,13 +223,16 @@ def packed(source: str, name: str, bits_stored: float | None) -> str:
     return str(FOLDER / name)
 
 
-def coded_folder(packed: str) -> str:
-    """``packed`` with entropy-coded tensors, made once."""
-    folder = Path(packed + "-coded")
-    if not folder.exists():
-        from hf_lowbit.compress import compress_folder
+def coded_folder(packed: str, fraction: float | str = 1.0) -> str:
+    """``packed`` with entropy-coded tensors, made once, or each time where speeds decide what is coded."""
+    from hf_lowbit.compress import compress_folder
 
-        compress_folder(packed, folder, "entropy")
+    folder = Path(packed + ("-coded" if fraction == 1.0 else f"-coded-{fraction}"))
+    if fraction != 1.0:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+        found = compress_folder(packed, folder, "entropy", fraction=fraction, progress=False)
+        print(found, flush=True)
     return str(folder)
 
 
@@ -273,18 +287,26 @@ def main():
     folders["coded"] = coded_folder(folders["packed"])
     if args.prepare:
         return
+    torch.set_num_threads(args.threads)
+    if "none" in args.disks.split(",") and re.search(args.only, "ours, streamed, coded in part"):
+        folders["auto"] = coded_folder(folders["packed"], "auto")
     size = sum(file.stat().st_size for file in Path(folders["packed"]).glob("*.safetensors"))
     fraction = args.fraction or (1 / 2 if args.small else 1 / 3)  # whose embedding alone is nearly a third
-    budget, rows, reference = int(fraction * size), [], None
+    budget, rows, reference, computing = int(fraction * size), [], None, None
     for disk in args.disks.split(","):
         speed = None if disk == "none" else float(disk) * 1e6
         for name, (what, how) in CONTESTANTS.items():
             if not re.search(args.only, name) or (how == "memory" and reference is not None):
                 continue
+            if what == "auto" and speed is not None:
+                continue
             constant = args.constant * 10**6
             found = run(folders[what], how, budget, constant, speed, args.tokens, args.threads)
             tokens = found.pop("tokens", None)
-            reference = tokens if how == "memory" else reference
+            if how == "memory":
+                reference, computing = tokens, found.get("s/token")
+            if computing is not None and found.get("times that") is not None:
+                found["times the longer"] = found["s/token"] / max(found["MB/token / speed"], computing)
             row = {"model": name, "disk MB/s": "" if how == "memory" else disk, "tokens": args.tokens, **found}
             if what != "float" and tokens is not None and reference is not None:
                 row["same tokens"] = tokens == reference
