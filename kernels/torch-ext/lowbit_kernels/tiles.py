@@ -78,13 +78,12 @@ def grouped_tiles(
     The exceptions were found by counting in compiled code; nothing here was timed.
     """
     tiles = replace(linear_tiles(M, N, K, layout, warp, full), split=1)
-    if not 0 < layout.group <= SMALL_GROUP:
-        return tiles
-    rdna, gemv = not nvidia and warp == 32, M <= GEMV_ROWS
+    small, rdna, gemv = 0 < layout.group <= SMALL_GROUP, not nvidia and warp == 32, M <= GEMV_ROWS
     exceptions = {
-        (7, nvidia and not gemv and not full): {"outputs": 128, "warps": 8, "stages": 2},
-        (3, rdna and gemv): {"outputs": 32, "warps": 4},
-        (7, rdna and gemv): vars(replace(linear_tiles(GEMV_ROWS + 1, N, K, layout, warp, full), split=1)),
+        (7, small and nvidia and not gemv and not full): {"outputs": 128, "warps": 8, "stages": 2},
+        (3, small and rdna and gemv): {"outputs": 32, "warps": 4},
+        (7, not small and rdna and gemv): {"outputs": 32, "warps": 4},
+        (7, small and rdna and gemv): vars(replace(linear_tiles(GEMV_ROWS + 1, N, K, layout, warp, full), split=1)),
     }
     return replace(tiles, **exceptions.get((layout.bits, True), {}))
 
