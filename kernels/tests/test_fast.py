@@ -35,6 +35,8 @@ CASES = [
         for M, d in ((1, FP16), (7, BF16))
     ),
     ("nf:bits=4,group_size=32", 2, 192, FP16, None),
+    ("nf:bits=4,group_size=32", 4, 192, FP16, None),
+    ("fp4:bits=4", 3, 320, BF16, None),
     ("fp4:bits=4,group_size=16,scale_dtype=e4m3", 2, 192, FP16, None),
     *((f"codebook:bits={b},group_size=-1,codebook=row", 2, 200, FP16, None) for b in (3, 4)),
 ]
