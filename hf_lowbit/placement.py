@@ -42,6 +42,7 @@ class Placement:
         stored: Numbers of those in the host's memory as they are stored; the others are read in each pass.
         held: Bytes held, by device.
         limits: Bytes allowed, by device.
+        extents: Reads of other layers whose bytes stay in the host's memory, too, as (layer, number).
         buffers: Of the bytes held by the host, those of the buffers for reading.
         slots: How many layers these buffers hold.
     """
@@ -53,6 +54,7 @@ class Placement:
     limits: dict[str, int] = dataclasses.field(default_factory=dict)
     buffers: int = 0
     slots: int = SLOTS
+    extents: set[tuple[int, int]] = dataclasses.field(default_factory=set)
 
     @property
     def first(self) -> str:
@@ -152,6 +154,17 @@ def _stored(layers: Sequence[Layer], some: Sequence[int], room: int) -> set[int]
     return set()
 
 
+def _extents(layers: Sequence[Layer], some: Sequence[int], room: int) -> tuple[set[tuple[int, int]], int]:
+    """Coded reads of the layers ``some`` that fit into ``room``, the largest first, and what is left of it."""
+    found = set()
+    reads = [(extent.nbytes, i, n) for i in some for n, extent in enumerate(layers[i].extents) if extent.parts]
+    for nbytes, i, number in sorted(reads, key=lambda read: -read[0]):
+        if nbytes <= room:
+            found.add((i, number))
+            room -= nbytes
+    return found, room
+
+
 def _on_host(layers: Sequence[Layer], others: int, budget: int, speeds: Speeds | None) -> Placement:
     """All of it in the CPU's memory, where a layer in memory needs no buffer."""
     quick = speeds is not None and max(layer.nbytes for layer in layers) < QUICK_S * speeds.disk
@@ -179,18 +192,19 @@ def _with_slots(
         least = others + sum(layers[i].nbytes for i in kept) + buffers
         if least > budget:
             continue
-        stored = _stored(layers, [i for i in streamed if layers[i].coded], budget - least)
-        read = sum(layers[i].read_bytes for i in streamed if i not in stored)
+        if buffers >= HUGE_BYTES and least + -buffers % HUGE_BYTES <= budget:  # whole huge pages, if there is room
+            least, buffers = least + -buffers % HUGE_BYTES, buffers + -buffers % HUGE_BYTES
+        room = budget - least
+        stored = _stored(layers, [i for i in streamed if layers[i].coded], room)
+        room -= sum(layers[i].read_bytes for i in stored)
+        others_read = [i for i in streamed if i not in stored]
+        extents, rest = _extents(layers, others_read, room)
+        read = sum(layers[i].read_bytes for i in others_read) - (room - rest)
         seconds = read if speeds is None else speeds.seconds(read, sum(layers[i].decoded_bytes for i in streamed))
         if seconds < least_time:
-            held = least + sum(layers[i].read_bytes for i in stored)
-            best = Placement([HOST] * len(layers), kept, stored, {HOST: held}, {HOST: budget}, buffers, slots)
+            held, limits = {HOST: budget - rest}, {HOST: budget}
+            best = Placement([HOST] * len(layers), kept, stored, held, limits, buffers, slots, extents)
             least_time = seconds
-    if best is not None:
-        rest = -best.buffers % HUGE_BYTES if best.buffers >= HUGE_BYTES else 0
-        if best.held[HOST] + rest <= budget:  # whole huge pages, which disks like best
-            best.held[HOST] += rest
-            best.buffers += rest
     return best, least
 
 

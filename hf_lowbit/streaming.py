@@ -57,7 +57,8 @@ class StreamingReport(Counts):
         layers_coded: Layers in the host's memory as they are stored, which are decoded, or copied to the device that
             computes them, in each pass.
         layers_streamed: Layers read from disk in each pass.
-        pass_bytes: Bytes of one pass over the streamed layers.
+        pass_bytes: Bytes that one pass over the streamed layers reads, less than they have where parts of them are in
+            memory.
         coded_ratio: Of layers with coded tensors, their bytes as stored over those in a buffer.
     """
 
@@ -159,7 +160,8 @@ class Streaming:
             return
         _map(model, [self.layers[i] for i in streamed])
         stored = [number for number, i in enumerate(streamed) if i in placed.stored]
-        self._stream = LayerStream([self.layers[i] for i in streamed], placed.slots, stored, placed.buffers)
+        extents = [(streamed.index(i), number) for i, number in placed.extents]
+        self._stream = LayerStream([self.layers[i] for i in streamed], placed.slots, stored, extents, placed.buffers)
         targets = self._targets(placed, streamed)
         for number, index in enumerate(streamed):
             layer, target = self.layers[index], targets.get(placed.devices[index])
@@ -213,7 +215,8 @@ class Streaming:
             layers_kept=len(placed.kept),
             layers_coded=len(placed.stored),
             layers_streamed=len(streamed),
-            pass_bytes=sum(layer.read_bytes for layer in streamed),
+            pass_bytes=sum(layer.read_bytes for layer in streamed)
+            - sum(self.layers[i].extents[number].nbytes for i, number in placed.extents),
             coded_ratio=sum(layer.read_bytes for layer in coded) / sum(layer.nbytes for layer in coded)
             if coded
             else 1.0,

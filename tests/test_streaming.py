@@ -202,6 +202,29 @@ def test_a_buffer_is_free_after_as_many_uses_as_the_last_time(tmp_path):
     assert walk(4) == [0, 1]
 
 
+def test_parts_of_coded_layers_fill_what_is_left_of_a_budget(packed, tmp_path, monkeypatch):
+    from hf_lowbit.storage import layers
+
+    monkeypatch.setattr(layers, "STAGED_BYTES", (0, 2**22))  # a run for each tensor, as in large layers
+    monkeypatch.setattr("hf_lowbit.streaming.measure", lambda layer: stream.Speeds(disk=1.0))
+    least = smallest_budget(packed / "entropy")
+    first = load(packed / "entropy", max_memory_bytes=least).hf_quantizer.streaming.layers[0]
+    room = first.read_bytes + max(extent.nbytes for extent in first.extents) + 500
+    model = load(packed / "entropy", max_memory_bytes=least + room)
+    placed, found = model.hf_quantizer.streaming.placed, report(model)
+    assert placed.extents and not {i for i, _ in placed.extents} & (placed.kept | placed.stored)
+    assert found.budget_bytes - room < found.held_bytes <= found.budget_bytes
+    expected = load(packed / "raw")
+    model(**inputs("llama"))
+    before = report(model)
+    assert torch.equal(generate(model), generate(expected))
+    after = report(model)
+    read = after.bytes_read - after.wasted_bytes - before.bytes_read + before.wasted_bytes
+    whole = sum(x.read_bytes for i, x in enumerate(model.hf_quantizer.streaming.layers) if i not in placed.kept)
+    assert found.pass_bytes < whole
+    assert 5 * found.pass_bytes <= read <= 7 * found.pass_bytes
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 

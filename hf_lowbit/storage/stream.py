@@ -278,7 +278,7 @@ def _is_free(slot: _Slot) -> bool:
 class _State:
     """What the threads and the user of a stream share; it knows nothing of the stream, which can so be deleted."""
 
-    def __init__(self, layers: Sequence[Layer], slots: int, kept: Collection[int], nbytes: int):
+    def __init__(self, layers: Sequence[Layer], slots: int, kept: Collection[tuple[int, int]], nbytes: int):
         self.layers, self.counts = layers, Counts()
         self.files = Files([extent.file for layer in layers for extent in layer.extents])
         size, staged = _buffer_sizes(layers)
@@ -294,17 +294,20 @@ class _State:
         self.to_read, self.to_decode, self.to_use = (threading.Condition(self.lock) for _ in range(3))
         self.staging = [memory[i * staged : (i + 1) * staged] for i in range(decoders() + 1 if staged else 0)]
         self.kept: dict[tuple[int, int], torch.Tensor] = {}  # stored extents that stay, by layer and number
-        for index in kept:
-            for number, extent in enumerate(layers[index].extents):
-                self.kept[index, number] = kept_bytes = allocate(extent.nbytes)
-                read_extent(self.files, layers[index], extent, kept_bytes, 0, Counts(), lambda: True)
+        for index, number in kept:
+            extent = layers[index].extents[number]
+            self.kept[index, number] = kept_bytes = allocate(extent.nbytes)
+            read_extent(self.files, layers[index], extent, kept_bytes, 0, Counts(), lambda: True)
+        self.whole = {
+            i for i, layer in enumerate(layers) if all((i, n) in self.kept for n in range(len(layer.extents)))
+        }
 
     def slot_of(self, layer: int) -> _Slot | None:
         return next((slot for slot in self.slots if slot.layer == layer), None)
 
     def order(self, index: int, slot: _Slot) -> None:
         """Has the layer ``index`` put into ``slot``: by the decoders if it is in memory, else by the reader."""
-        if self.decodes and (index, 0) in self.kept and not slot.busy:
+        if self.decodes and index in self.whole and not slot.busy:
             for number, extent in enumerate(self.layers[index].extents):
                 job = (self.layers[index], slot, slot.turn, extent, self.kept[index, number], False)
                 self.stored_jobs.append(job)
@@ -416,6 +419,7 @@ class LayerStream:
         layers: In the order of use.
         slots: Buffers, two or more (fewer layers need no more than one each).
         kept: Numbers of layers whose stored bytes are kept in memory, so that they are only decoded.
+        extents: The same of single extents of other layers, as (layer, number).
         nbytes: Of all buffers together, where they may take more than :func:`buffer_bytes`: whole huge pages.
 
     Attributes:
@@ -425,8 +429,16 @@ class LayerStream:
         OSError: for a file that cannot be opened.
     """
 
-    def __init__(self, layers: Sequence[Layer], slots: int = 2, kept: Collection[int] = (), nbytes: int = 0):
-        self._state = state = _State(layers, min(slots, len(layers)), kept, nbytes)
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        slots: int = 2,
+        kept: Collection[int] = (),
+        extents: Collection[tuple[int, int]] = (),
+        nbytes: int = 0,
+    ):
+        all_kept = [*((index, n) for index in kept for n in range(len(layers[index].extents))), *extents]
+        self._state = state = _State(layers, min(slots, len(layers)), all_kept, nbytes)
         self._in_use = threading.RLock()
         self._previous: int | None = None
         self._current: int | None = None
@@ -509,7 +521,7 @@ class LayerStream:
             if state.slot_of(layer) is None:
                 slot = free.pop(0)
                 if slot.ready and not slot.used:
-                    state.counts.wasted_bytes += state.layers[slot.layer or 0].read_bytes
+                    state.counts.wasted_bytes += state.read_bytes[slot.layer or 0]
                 slot.layer, slot.turn, slot.used = layer, slot.turn + 1, False
                 slot.left = len(state.layers[layer].extents)
                 state.order(layer, slot)
