@@ -167,6 +167,7 @@ class Transformers:
 
         loading = {"quantization_config": LowBitConfig(**options)} if options else {}
         self.model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **loading)
+        self.model.generation_config.eos_token_id = None  # all tokens are wanted, as llama.cpp's ignore_eos does it
         self.cache = None
         if compiled:
             from transformers import StaticCache
@@ -182,10 +183,7 @@ class Transformers:
     def decode(self, ids: list[int], tokens: int) -> None:
         if self.cache is not None:
             self.cache.reset()
-        self.model.generate(
-            torch.tensor([ids]), past_key_values=self.cache, max_new_tokens=tokens, min_new_tokens=tokens,
-            do_sample=False,
-        )  # fmt: skip
+        self.model.generate(torch.tensor([ids]), past_key_values=self.cache, max_new_tokens=tokens, do_sample=False)
 
 
 class LlamaCpp:

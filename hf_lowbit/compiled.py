@@ -8,7 +8,8 @@ Of a token's time in a small model most is Python: transformers' modules, torch'
 wrapper calls a packed layer by a function of the library (``kernels/cpu/graph.cpp``), with no Python and no dispatcher
 between; and guards on scales, zero points and tables are left out, which with those on this package's modules take
 most of the time of all guards, two milliseconds a token in a model of 30 layers: the library looks at what it is given.
-All other guards stay, so that a model that is changed (by an adapter, for instance) is compiled again.
+All other guards stay, so that a model that is changed (by an adapter, for instance) is compiled again, but are asked
+only where something has changed (:mod:`.repeated`). Products that share their input are one call (:mod:`.graph_passes`).
 
 Elsewhere it is plain ``torch.compile``. Left out: graphs for prompts, whose time is in the products.
 """
@@ -228,7 +229,7 @@ def compile_decoding(model: nn.Module) -> None:
     The graph is compiled at the first token, which takes about a minute for a small model on a CPU, and is found in
     ``TORCHINDUCTOR_CACHE_DIR`` by later processes. ``generate`` wants a ``StaticCache`` of one length: another length
     is compiled again. ``del model.forward`` undoes it; do so before ``copy.deepcopy``, whose result would compute with
-    this model.
+    this model. What the last call was given, its cache included, stays in memory until the next one.
 
     Args:
         model: A causal model of transformers, packed or not.
