@@ -8,8 +8,8 @@ Of a token's time in a small model most is Python: transformers' modules, torch'
 wrapper calls a packed layer by a function of the library (``kernels/cpu/graph.cpp``), with no Python and no dispatcher
 between; and guards on scales, zero points and tables are left out, which with those on this package's modules take
 most of the time of all guards, two milliseconds a token in a model of 30 layers: the library looks at what it is given.
-All other guards stay, so that a model that is changed (by an adapter, for instance) is compiled again, but are asked
-only where something has changed (:mod:`.repeated`). Products that share their input are one call (:mod:`.graph_passes`).
+All other guards stay, so that a model that is changed (by an adapter, for instance) is compiled again; they are asked
+where something has changed (:mod:`.repeated`). Products that share their input are one call (:mod:`.graph_passes`).
 
 Elsewhere it is plain ``torch.compile``. Left out: graphs for prompts, whose time is in the products.
 """
