@@ -298,9 +298,9 @@ class _State:
             extent = layers[index].extents[number]
             self.kept[index, number] = kept_bytes = allocate(extent.nbytes)
             read_extent(self.files, layers[index], extent, kept_bytes, 0, Counts(), lambda: True)
-        self.whole = {
-            i for i, layer in enumerate(layers) if all((i, n) in self.kept for n in range(len(layer.extents)))
-        }
+        read = [[e.nbytes for n, e in enumerate(x.extents) if (i, n) not in self.kept] for i, x in enumerate(layers)]
+        self.read_bytes = [sum(sizes) for sizes in read]  # by layer
+        self.whole = {i for i, sizes in enumerate(read) if not sizes}
 
     def slot_of(self, layer: int) -> _Slot | None:
         return next((slot for slot in self.slots if slot.layer == layer), None)
