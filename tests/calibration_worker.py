@@ -32,6 +32,8 @@ def calls():
 JOBS = {
     "llama": (lambda: LowBitConfig(bits=3, method="gptq"), text),
     "t5": (lambda: LowBitConfig(bits=3, method="signround", method_options={"steps": 3}), calls),
+    "qwen3": (lambda: LowBitConfig(bits=3, method="gptq", transform="hadamard-folded"), text),
+    "gemma3": (lambda: LowBitConfig(bits=3, method="awq", method_options={"fold": "all"}), text),
 }
 
 
