@@ -4,7 +4,7 @@
     python benchmarks/streaming.py --small                # SmolLM2-135M
     python benchmarks/streaming.py --bits 3               # at 3 bits instead of 4
     python benchmarks/streaming.py --small --bits-stored 3   # rate-aware codes, of which coding leaves 3 bits
-    python benchmarks/streaming.py --bits-stored 3           # the same of the large model
+    python benchmarks/streaming.py --bits-stored 2.8         # the same of the large model
     python benchmarks/streaming.py --disks 1000 --only ours --tokens 4
 
 Rows are written over those of the same model and disk, and beside the others that are on record for the same weights

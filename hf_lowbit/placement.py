@@ -20,6 +20,8 @@ from .storage.stream import HUGE_BYTES, Speeds, buffer_bytes
 
 SLOTS = 2
 """Buffers of the host that layers are read into."""
+SMALL_PART = 64
+"""A read of this part of its layer, or less, is a small one."""
 QUICK_S = 2e-3
 """Where reading a layer takes less than this there is one buffer more: handing it over, some 0.2 ms, else counts."""
 
@@ -155,10 +157,16 @@ def _stored(layers: Sequence[Layer], some: Sequence[int], room: int) -> set[int]
 
 
 def _extents(layers: Sequence[Layer], some: Sequence[int], room: int) -> tuple[set[tuple[int, int]], int]:
-    """Coded reads of the layers ``some`` that fit into ``room``, the largest first, and what is left of it."""
-    found = set()
-    reads = [(extent.nbytes, i, n) for i in some for n, extent in enumerate(layers[i].extents) if extent.parts]
-    for nbytes, i, number in sorted(reads, key=lambda read: -read[0]):
+    """Reads of the layers ``some`` that fit into ``room`` as they are stored, and what is left of it.
+
+    Small ones come first, whose time is that of asking for them, then the largest coded ones.
+    """
+    found, reads = set(), []
+    for i in some:
+        small = layers[i].read_bytes // SMALL_PART
+        numbered = [(e.nbytes, i, n) for n, e in enumerate(layers[i].extents) if e.parts or e.nbytes <= small]
+        reads += [(nbytes > small, nbytes, i, n) for nbytes, i, n in numbered]
+    for _, nbytes, i, number in sorted(reads, key=lambda read: (read[0], -read[1])):
         if nbytes <= room:
             found.add((i, number))
             room -= nbytes

@@ -244,9 +244,9 @@ def read_layer(layer: Layer, buffer: torch.Tensor, threads: int | None = None) -
 
 
 def measure(layer: Layer) -> Speeds:
-    """The speeds of reading and decoding ``layer``: the best of three times of a small one, the only of a large one."""
+    """The speeds of reading and decoding ``layer``: the best of two times, or four of a small one."""
     buffer, found = allocate(layer.nbytes), Speeds(0.0, 0.0)
-    for _ in range(3 if layer.nbytes <= 2 * PIECE_BYTES else 1):
+    for _ in range(4 if layer.nbytes <= 2 * PIECE_BYTES else 2):  # the first may load the CPU kernels
         counts = read_layer(layer, buffer, 1)
         decoding = counts.bytes_decoded / counts.decoding_s if counts.bytes_decoded else float("inf")
         found = Speeds(max(found.disk, counts.bytes_read / counts.reading_s), max(found.decoding, decoding))
