@@ -43,6 +43,7 @@ FUNCTIONS = (
     "get_data_ptr", "get_dim", "get_sizes", "get_strides", "get_dtype", "empty_strided", "copy_",
     "delete_tensor_object",
 )  # fmt: skip
+CHUNK = 4096  # elements of a loop for each thread, at least: a microsecond, which is what waking a thread takes
 DTYPES = ("float32", "float16", "bfloat16")
 # What the C++ wrapper sees. Its name for an op is torch's; the label says which function of the library that is.
 DECLARATION = (
@@ -182,6 +183,7 @@ def graph_options(model: nn.Module) -> dict:
         "size_asserts": False,  # guards and the library look at sizes
         "aot_inductor.custom_ops_to_c_shims": _Functions(VERSION),
         "post_grad_custom_post_pass": Passes(),
+        "cpp.min_chunk_size": CHUNK,
         "guard_filter_fn": _guard_filter(packed),
     }
 
