@@ -139,7 +139,7 @@ def _portable(case: Case, layout, M: int) -> Launch:
     else:
         dtype = torch.float32 if full else torch.float16
         size = _tiles(_device(case.target), layout, M, 4096, K, dtype)
-    gemv, most = size.rows <= tiles.GEMV_ROWS, most if tiles.wants_registers(size.rows, layout) else None
+    gemv, most = size.rows <= tiles.GEMV_ROWS, most if tiles.wants_registers(size.rows, layout, full) else None
     own |= {"BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCK_L": size.inputs}
     if grouping:
         kernel, own["GEMV"] = grouped.grouped_linear_kernel, gemv

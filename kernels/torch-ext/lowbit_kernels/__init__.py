@@ -150,7 +150,7 @@ def _portable(x, weight, companions, bias, layout, K, tiles, device) -> torch.Te
         BLOCK_L=tiles.inputs,
         num_warps=tiles.warps,
         **tiles.pipelined,
-        **(device.registers if wants_registers(tiles.rows, layout) else {}),
+        **(device.registers if wants_registers(tiles.rows, layout, x.dtype == torch.float32) else {}),
     )
     if tiles.split > 1:
         grid = (triton.cdiv(M * N, _ADD_BLOCK),)

@@ -223,7 +223,7 @@ def grouped_linear(
             BLOCK_L=tiles.inputs,
             num_warps=tiles.warps,
             **tiles.pipelined,
-            **(device.registers if wants_registers(tiles.rows, layout) else {}),
+            **(device.registers if wants_registers(tiles.rows, layout, x.dtype == torch.float32) else {}),
         )
     return out
 

@@ -10,8 +10,8 @@ Matrix-vector multiplies in float32, the weight unrounded; tiles round the weigh
 layer's weight would be.
 
 Fields are taken one after another in straight code, except where that needs more registers than there are: products of
-float32, that most targets compute without tensor cores, and more than one row of x with sums of planes that end in one
-bit. There the fields are a loop, as long as something says that the compiler does not know, or it would be none.
+float32, that most targets compute without tensor cores, and more than one row of x with planes of one bit. There the
+fields are a loop, as long as something says that the compiler does not know, or it would be none.
 """
 
 import triton
@@ -133,8 +133,8 @@ def _sum(
 
 @triton.constexpr_function
 def _many_registers(rows, layout):
-    """Whether straight code takes more registers than there are: with several rows, for a 1-bit plane after others."""
-    return rows > 1 and layout.bits in (3, 5, 7)
+    """Whether straight code takes more registers than there are: with several rows, for codes with a 1-bit plane."""
+    return rows > 1 and layout.bits in (1, 3, 5, 7)
 
 
 @triton.jit

@@ -44,9 +44,9 @@ class Tiles:
         return {} if self.stages is None else {"num_stages": self.stages}
 
 
-def wants_registers(rows: int, layout: Layout) -> bool:
+def wants_registers(rows: int, layout: Layout, full: bool = False) -> bool:
     """Whether a product with ``rows`` of x a program, left to NVIDIA's assembler, saves registers and spills a few."""
-    return rows <= GEMV_ROWS or layout.ternary or 0 < layout.group <= SMALL_GROUP
+    return rows <= GEMV_ROWS or layout.ternary or 0 < layout.group <= SMALL_GROUP or (full and layout.bits == 7)
 
 
 def _power(n: int, low: int, high: int) -> int:
