@@ -168,13 +168,14 @@ class Transformers:
         loading = {"quantization_config": LowBitConfig(**options)} if options else {}
         self.model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **loading)
         self.model.generation_config.eos_token_id = None  # all tokens are wanted, as llama.cpp's ignore_eos does it
-        self.cache = None
+        self.cache, self.loop = None, {}
         if compiled:
             from transformers import StaticCache
 
-            from hf_lowbit import compile_decoding
+            from hf_lowbit import compile_decoding, decode
 
             compile_decoding(self.model)
+            self.loop = {"custom_generate": decode}
             self.cache = StaticCache(config=self.model.config, max_cache_len=PROMPT + tokens)
 
     def prefill(self, ids: list[int]) -> None:
@@ -183,7 +184,8 @@ class Transformers:
     def decode(self, ids: list[int], tokens: int) -> None:
         if self.cache is not None:
             self.cache.reset()
-        self.model.generate(torch.tensor([ids]), past_key_values=self.cache, max_new_tokens=tokens, do_sample=False)
+        options = {"past_key_values": self.cache, "max_new_tokens": tokens, "do_sample": False, **self.loop}
+        self.model.generate(torch.tensor([ids]), **options)
 
 
 class LlamaCpp:

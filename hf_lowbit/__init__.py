@@ -20,6 +20,7 @@ _PUBLIC = {
     "LowBitEmbedding": "embedding",
     "quantize": "quantization",
     "compile_decoding": "compiled",
+    "decode": "decoding",
 }
 __all__ = [*_PUBLIC, "__version__", "register"]
 

@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from . import ops  # noqa: F401 (defines the ops)
 from .backends import select
+from .decoding import GRAPH
 from .formats.columns import PREFIX
 from .formats.outliers import PREFIX as OUTLIERS
 from .formats.rotated import PREFIX as ROTATED
@@ -245,5 +246,5 @@ def compile_decoding(model: nn.Module) -> None:
         single = input_ids is not None and input_ids.shape[1] == 1
         return (graph if single else eager)(input_ids=input_ids, **kwargs)
 
-    vars(forward)[EAGER] = eager
+    vars(forward).update({EAGER: eager, GRAPH: graph} if options else {EAGER: eager})
     model.forward = forward

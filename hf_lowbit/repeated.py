@@ -236,6 +236,15 @@ class Repeated:
             self._call = self._repeatable(arguments, pictures, settings, result, *ran[0])
         return result
 
+    def repeater(self, arguments: dict) -> Callable[[dict], Any] | None:
+        """What repeats the last call without looking for changes, for a loop that makes none but of tensors' values.
+
+        Args:
+            arguments: As in the calls that will be repeated.
+        """
+        call = self._call
+        return call.repeat if call is not None and call.again(arguments) else None
+
     def _repeatable(self, arguments, pictures, settings, result, run, flat, outputs) -> "_Call | None":
         """The call that was just done, if it can be repeated."""
         reached = set().union(*(picture.tensors for picture in pictures))
