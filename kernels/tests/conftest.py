@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "torch-ext")]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "torch-ext"), str(HERE.parent / "benchmarks")]
 
 
 def pytest_configure(config):

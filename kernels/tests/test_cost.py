@@ -14,18 +14,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import count_tiles
 import pytest
+import sass_report
+import sass_tables
 import triton
+from sass_cases import AMD, FAST, NVIDIA, SMALL, Case, cases
+from sass_code import find_loops, per_weight, products
+from sass_report import KEYS
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import count_tiles  # noqa: E402
-import sass_report  # noqa: E402
-import sass_tables  # noqa: E402
-from sass_cases import AMD, FAST, NVIDIA, SMALL, Case, cases  # noqa: E402
-from sass_code import find_loops, per_weight, products  # noqa: E402
-from sass_report import KEYS  # noqa: E402
-
 pytestmark = pytest.mark.skipif(triton.__version__ != "3.9.0", reason="counts are those of Triton 3.9.0")
 _COUNT = """
 import json, sys

@@ -8,15 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import count_tiles
 import lowbit_kernels
 import pytest
 import torch
 from lowbit_kernels import forms, parse, tuning
 from lowbit_kernels.fast import fast_tiles
 from lowbit_kernels.tiles import fast_split, linear_tiles
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import count_tiles
 
 INT4 = parse("int:bits=4,group_size=64")
 ENTRY = {
