@@ -92,7 +92,7 @@ def simulate_disk(speed: float | None) -> None:
     """Makes every read of ours and of accelerate take its bytes divided by ``speed``, in bytes a second."""
     from accelerate.utils import OffloadedWeightsLoader
 
-    from hf_lowbit.storage.stream import Files
+    from hf_lowbit.storage.reading import Files
 
     read, item = Files.read, OffloadedWeightsLoader.__getitem__
 
@@ -195,7 +195,7 @@ def child(folder, how, budget, constant, speed, tokens, threads) -> dict:
 def disk_speed(layers) -> float:
     """Bytes a second of the same reads without a model, one after another."""
     from hf_lowbit.storage.layers import BLOCK_BYTES
-    from hf_lowbit.storage.stream import Counts, Files, allocate, read_extent
+    from hf_lowbit.storage.reading import Counts, Files, allocate, read_extent
 
     files = Files([extent.file for layer in layers for extent in layer.extents])
     buffer, speeds = allocate(max(max(layer.nbytes, layer.staged_bytes) for layer in layers)), []

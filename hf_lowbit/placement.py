@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 
 from .budgets import HOST
 from .storage.layers import Layer, spread
-from .storage.stream import HUGE_BYTES, Speeds, buffer_bytes
+from .storage.reading import HUGE_BYTES, Speeds
+from .storage.stream import buffer_bytes
 
 SLOTS = 2
 """Buffers of the host that layers are read into."""

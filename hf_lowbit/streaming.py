@@ -40,7 +40,8 @@ from .plan import names
 from .storage.content import places_in
 from .storage.headers import Entry, read_headers
 from .storage.layers import Layer, Stored, by_layer, lay_out_layer, layer_of
-from .storage.stream import Counts, LayerStream, allocate, decoders, measure, read_layer
+from .storage.reading import Counts, allocate, decoders, measure, read_layer
+from .storage.stream import LayerStream
 
 logger = logging.get_logger("transformers.hf_lowbit")
 

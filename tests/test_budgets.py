@@ -17,7 +17,7 @@ from hf_lowbit.budgets import check_present, read_budgets
 from hf_lowbit.convert import quantize_folder
 from hf_lowbit.placement import place
 from hf_lowbit.storage.layers import BLOCK_BYTES, Extent, Field, Layer
-from hf_lowbit.storage.stream import HUGE_BYTES, Speeds, decoders
+from hf_lowbit.storage.reading import HUGE_BYTES, Speeds, decoders
 
 LAYERS = 6
 CONFIG = LowBitConfig(bits=4, method="rtn", method_options={"range": "minmax"})

@@ -24,12 +24,13 @@ from safetensors import safe_open
 from hf_lowbit import LowBitConfig, placement
 from hf_lowbit.compress import compress_folder
 from hf_lowbit.convert import quantize_folder
-from hf_lowbit.storage import stream
+from hf_lowbit.storage import reading
 from hf_lowbit.storage.content import Place
 from hf_lowbit.storage.entropy import is_coded
 from hf_lowbit.storage.layers import BLOCK_BYTES, Extent, Field, Layer, Stored, lay_out_layer
+from hf_lowbit.storage.reading import HUGE_BYTES, Counts, Files, Speeds, allocate, decoders, read_extent
 from hf_lowbit.storage.shards import Layout
-from hf_lowbit.storage.stream import HUGE_BYTES, Counts, Files, LayerStream, allocate, decoders, read_extent
+from hf_lowbit.storage.stream import LayerStream
 from hf_lowbit.streaming import Streaming
 
 LAYERS = 8
@@ -206,7 +207,7 @@ def test_parts_of_coded_layers_fill_what_is_left_of_a_budget(packed, tmp_path, m
     from hf_lowbit.storage import layers
 
     monkeypatch.setattr(layers, "STAGED_BYTES", (0, 2**22))  # a run for each tensor, as in large layers
-    monkeypatch.setattr("hf_lowbit.streaming.measure", lambda layer: stream.Speeds(disk=1.0))
+    monkeypatch.setattr("hf_lowbit.streaming.measure", lambda layer: Speeds(disk=1.0))
     least = smallest_budget(packed / "entropy")
     first = load(packed / "entropy", max_memory_bytes=least).hf_quantizer.streaming.layers[0]
     room = first.read_bytes + max(extent.nbytes for extent in first.extents) + 500
@@ -422,7 +423,7 @@ def test_threads_end_with_the_model(packed):
 INTERRUPTED = """
 import signal, sys, time, torch, transformers
 from hf_lowbit import LowBitConfig
-from hf_lowbit.storage.stream import Files
+from hf_lowbit.storage.reading import Files
 model = transformers.AutoModelForCausalLM.from_pretrained(
     sys.argv[1], quantization_config=LowBitConfig(max_memory_bytes=int(sys.argv[2]))
 )
@@ -518,7 +519,7 @@ def test_whole_blocks_are_read_past_the_cache_and_else_through_it(packed, monkey
 
     forgotten, forget = [], Files.forget
     monkeypatch.setattr(Files, "forget", lambda self, *place: forgotten.append(place) or forget(self, *place))
-    monkeypatch.setattr(stream, "_open_direct", refuse_direct)  # at once, as some file systems do
+    monkeypatch.setattr(reading, "_open_direct", refuse_direct)  # at once, as some file systems do
     model = streamed(packed / "raw", 1)
     seen.clear()
     assert torch.equal(generate(model), expected) and {direct for *_, direct in seen} == {False} and forgotten

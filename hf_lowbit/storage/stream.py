@@ -5,7 +5,7 @@ cache of the layers used last would hit nothing; what can be done is to read the
 So there are few buffers, two by default: one is in use, the others are filled by a thread of the stream. Which
 layer comes next is learned: what followed this pair of layers the last time, or else the next one in the same
 direction, from the last layer to the first. A wrong guess costs what had been read of it, at most one piece of
-:data:`PIECE_BYTES` after it was found wrong.
+:data:`.reading.PIECE_BYTES` after it was found wrong.
 
 Coded tensors are read into buffers of their own, from where other threads decode them into the layer's while the next
 ones are read. There is one such buffer more than there are decoders, which bounds what waits for them.
@@ -14,19 +14,11 @@ A layer is used inside ``with stream.use(i) as buffer``, by one thread at a time
 layer as soon as another one is used, or after as many uses in a row as it had the last time: whoever wants a tensor for
 longer has to copy it, or to ask again.
 
-Files are read past the system's cache where that is possible: a file larger than memory would push everything else out
-of it and find nothing of itself there in the next cycle, and copying out of it takes processors from the model. Reads
-are then of whole blocks, into huge pages where the system has them, of which a disk gets long requests. Elsewhere
-pages that were read are given back to the system.
+How files are read and tensors decoded is in :mod:`.reading`.
 """
 
-import contextlib
 import dataclasses
-import errno
 import functools
-import io
-import mmap
-import os
 import threading
 import time
 import weakref
@@ -36,32 +28,8 @@ from contextlib import contextmanager
 
 import torch
 
-from . import entropy
 from .layers import BLOCK_BYTES, Extent, Layer, aligned
-
-PIECE_BYTES = 2**22
-"""Of one read: large enough for the disk's full speed, small enough to stop soon."""
-HUGE_BYTES = 2**21
-"""Of a huge page."""
-MOST_DECODERS = 4
-
-
-def decoders() -> int:
-    """Threads that decode: one for each processor that this process may use, up to :data:`MOST_DECODERS`."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_DECODERS, usable)
-
-
-@dataclasses.dataclass(frozen=True)
-class Speeds:
-    """Bytes a second: read from the disk, and decoded by one thread."""
-
-    disk: float
-    decoding: float = float("inf")
-
-    def seconds(self, read: int, decoded: int) -> float:
-        """What reading and decoding so many bytes takes, side by side and with all decoders."""
-        return max(read / self.disk, decoded / (self.decoding * decoders()))
+from .reading import Counts, Files, allocate, decode_extent, decoders, read_extent
 
 
 def buffer_bytes(layers: Collection[Layer], slots: int) -> int:
@@ -74,183 +42,6 @@ def _buffer_sizes(layers: Collection[Layer]) -> tuple[int, int]:
     """Bytes of a buffer for a layer, and for what is decoded."""
     size = aligned(max((layer.nbytes for layer in layers), default=0), BLOCK_BYTES)
     return size, max((layer.staged_bytes for layer in layers), default=0)
-
-
-@dataclasses.dataclass
-class Counts:
-    """What a stream has done.
-
-    Attributes:
-        bytes_read: Bytes read from disk.
-        wasted_bytes: Of these, those of layers that were not used then.
-        bytes_decoded: Bytes that coded tensors became.
-        layers_read: Layers read whole.
-        waits: How often a layer had to be waited for.
-        waiting_s: Time that this took, in s.
-        reading_s: Time that the reader spent in reads, in s.
-        decoding_s: Time that the decoders spent, together, in s.
-    """
-
-    bytes_read: int = 0
-    wasted_bytes: int = 0
-    bytes_decoded: int = 0
-    layers_read: int = 0
-    waits: int = 0
-    waiting_s: float = 0.0
-    reading_s: float = 0.0
-    decoding_s: float = 0.0
-
-
-class Files:
-    """Files kept open, read by one thread at a time; closed by :meth:`close`, or when nobody uses this any more."""
-
-    def __init__(self, names: Sequence[str]):
-        self.handles: dict[tuple[str, bool], io.FileIO] = {}  # by name, and whether past the system's cache
-        self.close = weakref.finalize(self, _close, self.handles)
-        for name in dict.fromkeys(names):
-            self.handles[name, False] = open(name, "rb", buffering=0)  # noqa: SIM115 (until close)
-            with contextlib.suppress(OSError):  # file systems without that refuse to open
-                self.handles[name, True] = open(name, "rb", buffering=0, opener=_open_direct)  # noqa: SIM115
-
-    def direct(self, name: str) -> bool:
-        """Whether whole blocks of ``name`` are read past the system's cache."""
-        return (name, True) in self.handles
-
-    def read(self, name: str, into: memoryview, begin: int) -> int:
-        """Reads into the whole of ``into`` from ``begin`` on, or less where the file ends; bytes read."""
-        if self.direct(name) and not (begin % BLOCK_BYTES or len(into) % BLOCK_BYTES):
-            try:
-                self.handles[name, True].seek(begin)
-                return self.handles[name, True].readinto(into)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                self.handles.pop((name, True)).close()  # its blocks are larger
-        self.handles[name, False].seek(begin)
-        return self.handles[name, False].readinto(into)
-
-    def forget(self, name: str, begin: int, end: int) -> None:
-        """Tells the system that these bytes of ``name`` need not stay in its cache."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.handles[name, False].fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
-
-
-def _open_direct(name: str, flags: int) -> int:
-    if not hasattr(os, "O_DIRECT"):
-        raise OSError(errno.EINVAL, "no reads past the cache", name)
-    return os.open(name, flags | os.O_DIRECT)
-
-
-def _close(handles: dict[tuple[str, bool], io.FileIO]) -> None:
-    while handles:
-        handles.popitem()[1].close()
-
-
-def allocate(nbytes: int) -> torch.Tensor:
-    """``nbytes`` of uint8, uninitialised, that begin at a block, and are huge pages as far as these fill it."""
-    huge = nbytes // HUGE_BYTES * HUGE_BYTES
-    if not (huge and hasattr(mmap, "MADV_HUGEPAGE")):
-        raw = torch.empty(nbytes + BLOCK_BYTES, dtype=torch.uint8, device="cpu")
-        start = -raw.data_ptr() % BLOCK_BYTES
-    else:
-        memory = mmap.mmap(-1, nbytes + HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        raw = torch.frombuffer(memory, dtype=torch.uint8)
-        start = -raw.data_ptr() % HUGE_BYTES
-        with contextlib.suppress(OSError):  # a system built without them
-            memory.madvise(mmap.MADV_HUGEPAGE, start, huge)
-    return raw[start : start + nbytes]
-
-
-def read_extent(
-    files: Files, layer: Layer, extent: Extent, buffer: torch.Tensor, place: int, counts: Counts,
-    wanted: Callable[[], bool],
-) -> bool:  # fmt: skip
-    """Reads ``extent`` of ``layer`` to ``buffer[place:]``, uint8, in pieces, for as long as ``wanted()``.
-
-    Where the rest of its first and last block has room there, ``place`` being where in a block of memory the extent is
-    in one of its file, these are overwritten, too.
-
-    Returns:
-        Whether it was read whole.
-
-    Raises:
-        OSError: naming the file, the layer and the place, if the disk or the file's end is the reason.
-    """
-    target, (at, end) = memoryview(buffer.numpy()), extent.blocks  # type: ignore[arg-type]
-    start = place - (extent.begin - at)
-    whole = start >= 0 and start + end - at <= len(target) and (buffer.data_ptr() + start) % BLOCK_BYTES == 0
-    if not whole:
-        start, at, end = place, extent.begin, extent.end
-    offset = start - at
-    while at < extent.end:
-        if not wanted():
-            return False
-        piece = target[offset + at : offset + min(at + PIECE_BYTES, end)]
-        clock = time.perf_counter()
-        try:
-            found = files.read(extent.file, piece, at)
-        except OSError as error:
-            message = f"{layer.name} cannot be read from byte {at} of {extent.file}: {error.strerror or error}"
-            raise OSError(error.errno, message) from error
-        if not found:
-            raise OSError(f"{extent.file} ends at byte {at}, inside {layer.name}: it was truncated")
-        counts.reading_s += time.perf_counter() - clock
-        counts.bytes_read += max(0, min(at + found, extent.end) - max(at, extent.begin))
-        at += found
-    if not (whole and files.direct(extent.file)):
-        files.forget(extent.file, extent.begin, extent.end)
-    return True
-
-
-def decode_extent(
-    layer: Layer, extent: Extent, staged: torch.Tensor, buffer: torch.Tensor, threads: int | None
-) -> tuple[int, float]:
-    """Decodes the tensors of ``extent``, whose bytes ``staged`` begins with, into the layer's ``buffer``.
-
-    An extent that is not coded is copied.
-
-    Returns:
-        How many bytes came out, and the time that it took, in s.
-
-    Raises:
-        ValueError: for damaged data, naming the tensor and the file.
-    """
-    start, nbytes = time.perf_counter(), 0
-    if not extent.parts:
-        buffer[extent.offset : extent.offset + extent.nbytes] = staged
-    for name, first, last in extent.parts:
-        field = layer.fields[name]
-        try:
-            entropy.decode(staged[first:last], field.view(buffer), threads)
-        except ValueError as error:
-            raise ValueError(f"{name} in {extent.file} cannot be decoded: {error}") from error
-        nbytes += field.nbytes
-    return nbytes, time.perf_counter() - start
-
-
-def read_layer(layer: Layer, buffer: torch.Tensor, threads: int | None = None) -> Counts:
-    """Reads ``layer`` into ``buffer``, uint8, at once, and says what that took; errors as in :func:`read_extent`."""
-    files, counts = Files([extent.file for extent in layer.extents]), Counts()
-    staged = allocate(layer.staged_bytes)
-    for extent in layer.extents:
-        place = extent.begin % BLOCK_BYTES if extent.parts else extent.offset
-        read_extent(files, layer, extent, staged if extent.parts else buffer, place, counts, lambda: True)
-        if extent.parts:
-            nbytes, seconds = decode_extent(layer, extent, staged[place:], buffer, threads)
-            counts.bytes_decoded += nbytes
-            counts.decoding_s += seconds
-    files.close()
-    return counts
-
-
-def measure(layer: Layer) -> Speeds:
-    """The speeds of reading and decoding ``layer``: the best of two times, or four of a small one."""
-    buffer, found = allocate(layer.nbytes), Speeds(0.0, 0.0)
-    for _ in range(4 if layer.nbytes <= 2 * PIECE_BYTES else 2):  # the first may load the CPU kernels
-        counts = read_layer(layer, buffer, 1)
-        decoding = counts.bytes_decoded / counts.decoding_s if counts.bytes_decoded else float("inf")
-        found = Speeds(max(found.disk, counts.bytes_read / counts.reading_s), max(found.decoding, decoding))
-    return found
 
 
 class _Slot:

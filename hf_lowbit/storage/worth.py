@@ -29,9 +29,9 @@ import torch
 from . import entropy
 from .content import Place
 from .layers import BLOCK_BYTES, Extent, Layer, layer_of, natural, spread
+from .reading import PIECE_BYTES, Counts, Files, allocate, decoders, read_extent
 from .shards import Reader
 from .stored import store
-from .stream import PIECE_BYTES, Counts, Files, allocate, decoders, read_extent
 
 SHARE = 0.8
 """Of the time of reading, the part that computing and decoding may take."""

@@ -19,7 +19,7 @@ from hf_lowbit.convert import quantize_folder
 from hf_lowbit.storage import worth
 from hf_lowbit.storage.entropy import is_coded
 from hf_lowbit.storage.layers import layer_of
-from hf_lowbit.storage.stream import PIECE_BYTES
+from hf_lowbit.storage.reading import PIECE_BYTES
 from hf_lowbit.storage.worth import SHARE, Kind, choose, disk_speed
 
 KINDS = st.lists(
