@@ -46,7 +46,7 @@ class Tiles:
 
 def wants_registers(rows: int, layout: Layout, full: bool = False) -> bool:
     """Whether a product with ``rows`` of x a program, left to NVIDIA's assembler, saves registers and spills a few."""
-    return rows <= GEMV_ROWS or layout.ternary or 0 < layout.group <= SMALL_GROUP or (full and layout.bits == 7)
+    return rows <= GEMV_ROWS or layout.ternary or 0 < layout.group <= SMALL_GROUP or (full and layout.bits in (5, 7))
 
 
 def _power(n: int, low: int, high: int) -> int:
