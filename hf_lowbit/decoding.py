@@ -48,41 +48,37 @@ def decode(
             f"decode: num_beams is {generation_config.num_beams}, and this loop follows one beam: leave out "
             "custom_generate, or set num_beams=1"
         )
-    longest = stopping_criteria.max_length
     more = (
         generation_config.return_dict_in_generate or generation_config.is_assistant or model.config.is_encoder_decoder
     )
-    if more or synced_gpus or longest is None or "inputs_embeds" in model_kwargs:
+    if more or synced_gpus or "inputs_embeds" in model_kwargs:
         return model._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
         )
-    batch, length = input_ids.shape
-    ids = input_ids.new_empty(batch, max(longest, length + 1))
-    ids[:, :length] = input_ids
-    unfinished = torch.ones(batch, dtype=torch.long, device=ids.device)
+    ids = input_ids
+    unfinished = torch.ones(len(ids), dtype=torch.long, device=ids.device)
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad = generation_config._pad_token_tensor.to(ids.device) if ends else None
     step = _Step(model, model_kwargs)
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     while True:
-        scores = logits_processor(ids[:, :length], outputs.logits[:, -1].to(ids.device, torch.float32))
+        scores = logits_processor(ids, outputs.logits[:, -1].to(ids.device, torch.float32))
         if generation_config.do_sample:
             tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
         else:
             tokens = scores.argmax(-1)
         if pad is not None:
             tokens = tokens * unfinished + pad * (1 - unfinished)
-        ids[:, length] = tokens
-        length += 1
+        ids = torch.cat([ids, tokens[:, None]], -1)
         if streamer is not None:
             streamer.put(tokens.cpu())
-        unfinished = unfinished & ~stopping_criteria(ids[:, :length], None)
+        unfinished = unfinished & ~stopping_criteria(ids, None)
         if not unfinished.any():
             break
-        outputs = step(outputs, ids[:, :length])
+        outputs = step(outputs, ids)
     if streamer is not None:
         streamer.end()
-    return ids[:, :length].clone()
+    return ids
 
 
 class _Step:
