@@ -191,3 +191,24 @@ def python():
         return result
 
     return run
+
+
+@pytest.fixture(scope="module")
+def varied(request, tmp_path_factory):
+    """As ``tiny``, and those in ``MORE`` of the module, with norms and biases that are not 1 and 0."""
+
+    @functools.cache
+    def folder(name):
+        path = make_tiny(name, tmp_path_factory.mktemp(name))
+        model = load(name, path)
+        generator = torch.Generator().manual_seed(3)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(path)
+        return str(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, made in request.module.MORE.items():
+            patch.setitem(TINY, name, made)
+        yield folder

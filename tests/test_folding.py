@@ -1,6 +1,5 @@
 """Factors go into what makes a layer's inputs where that changes nothing, in any architecture, and nowhere else."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -74,27 +73,6 @@ FOUND = {
         "mlp.fc1": "layernorm_after",
     },
 }
-
-
-@pytest.fixture(scope="module")
-def varied(tmp_path_factory):
-    """As ``tiny``, more of them, with norms and biases that are not 1 and 0."""
-
-    @functools.cache
-    def folder(name):
-        path = conftest.make_tiny(name, tmp_path_factory.mktemp(name))
-        model = load(name, path)
-        generator = torch.Generator().manual_seed(3)
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-        model.save_pretrained(path)
-        return str(path)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, made in MORE.items():
-            patch.setitem(conftest.TINY, name, made)
-        yield folder
 
 
 def awq(bits=4, fold="all", **options):

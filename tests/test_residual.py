@@ -1,6 +1,5 @@
 """A decoder with a rotated residual stream is the same model, packs and loads as any, and others are refused."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -39,27 +38,6 @@ READERS = [f"model.layers.*.self_attn.{n}_proj" for n in "qkv"] + [
     f"model.layers.*.mlp.{n}_proj" for n in ("gate", "up")
 ]
 WRITERS = ["model.layers.*.self_attn.o_proj", "model.layers.*.mlp.down_proj"]
-
-
-@pytest.fixture(scope="module")
-def varied(tmp_path_factory):
-    """As ``tiny``, more of them, with norms and biases that are not 1 and 0."""
-
-    @functools.cache
-    def folder(name):
-        path = conftest.make_tiny(name, tmp_path_factory.mktemp(name))
-        model = load(name, path)
-        generator = torch.Generator().manual_seed(3)
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-        model.save_pretrained(path)
-        return str(path)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, made in MORE.items():
-            patch.setitem(conftest.TINY, name, made)
-        yield folder
 
 
 @pytest.fixture(autouse=True)
