@@ -158,7 +158,8 @@ def main():
         f"Linear layers of {described(args.model)}; {args.windows} calibration windows "
         f"of {args.length} tokens, news and docs mixed; {args.evaluate} windows of 512 tokens of each text for "
         f"evaluation, of other documents. Quantizing: a process of its own, {torch.get_num_threads()} threads; seconds "
-        "and peak memory with everything, the CPU seconds for 10^9 weights too."
+        "and peak memory with everything, the CPU seconds for 10^9 weights too. Where other work ran on the machine, "
+        "CPU seconds say more than seconds."
     )
     rows = earlier_rows(result, command)
     for name, options in settings().items():
