@@ -173,6 +173,8 @@ class Streaming:
                 buffers = self._stream.buffers if target is None else [target.buffer]
                 views = [[field.view(buffer) for field in fields] for buffer in buffers]
                 module.streamed = StreamedWeight(self._stream, number, views, target)
+                if target is not None:
+                    module.qweight = target.buffer  # PEFT asks this name first where a quantized layer's adapter goes
         homes = list(dict.fromkeys([first, *devices.values()]))
         apply = functools.partial(_apply_streamed, weakref.ref(model), homes)
         model._apply = apply  # type: ignore[method-assign]

@@ -265,6 +265,8 @@ def test_everything_that_computes_is_on_its_device(packed, stand_in, monkeypatch
     monkeypatch.setattr(lora, "note_layer", lambda *arguments: None)  # which looks at values
     peft = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     assert {p.device.type for n, p in peft.named_parameters() if "lora_" in n} == {"meta"}
+    layers = [m for m in peft.modules() if isinstance(m, lora.LoraLowBitLinear)]
+    assert {m.weight.device.type for m in layers} == {"meta"}  # by which PEFT places adapters, but never those on meta
 
 
 def test_inputs_follow_their_layers_from_device_to_device(packed, stand_in):
