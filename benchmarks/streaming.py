@@ -94,12 +94,17 @@ def simulate_disk(speed: float | None) -> None:
 
     from hf_lowbit.storage.reading import Files
 
-    read, item = Files.read, OffloadedWeightsLoader.__getitem__
+    read, write, item = Files.read, Files.write, OffloadedWeightsLoader.__getitem__
 
     def slow_read(self, name, into, begin):
         found = read(self, name, into, begin)
         disk.take(found)
         return found
+
+    def slow_write(self, name, data, begin):
+        done = write(self, name, data, begin)
+        disk.take(done)
+        return done
 
     def slow_item(self, key):
         tensor = item(self, key)
@@ -116,7 +121,7 @@ def simulate_disk(speed: float | None) -> None:
         OffloadedWeightsLoader.__getitem__ = uncached_item
     else:
         disk = Disk(speed)
-        Files.read, OffloadedWeightsLoader.__getitem__ = slow_read, slow_item
+        Files.read, Files.write, OffloadedWeightsLoader.__getitem__ = slow_read, slow_write, slow_item
 
 
 def load(folder: str, how: str, budget: int, offload_to: str):
@@ -184,20 +189,22 @@ def child(folder, how, budget, constant, speed, tokens, threads) -> dict:
                 "MB/token": report.pass_bytes / 1e6,
                 "waiting s/token": report.waiting_s / tokens,
                 "decoding s/token": report.decoding_s / tokens,
+                "laid decoded": report.layers_laid,
+                "MB written": report.bytes_written / 1e6,
             }
         )
-        reads = speed or disk_speed(model.hf_quantizer.streaming.layers)
+        reads = speed or disk_speed(model.hf_quantizer.streaming.stream)
         found["MB/token / speed"] = report.pass_bytes / reads
         found["times that"] = found["s/token"] / found["MB/token / speed"] if report.pass_bytes else None
     return found
 
 
-def disk_speed(layers) -> float:
-    """Bytes a second of the same reads without a model, one after another."""
+def disk_speed(stream) -> float:
+    """Bytes a second of the same reads as those of ``stream`` without a model, one after another."""
     from hf_lowbit.storage.layers import BLOCK_BYTES
-    from hf_lowbit.storage.reading import Counts, Files, allocate, read_extent
+    from hf_lowbit.storage.reading import Counts, allocate, read_extent
 
-    files = Files([extent.file for layer in layers for extent in layer.extents])
+    files, layers = stream.files, stream.forms
     buffer, speeds = allocate(max(max(layer.nbytes, layer.staged_bytes) for layer in layers)), []
     for _ in range(5):
         counts, start = Counts(), time.perf_counter()

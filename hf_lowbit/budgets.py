@@ -1,11 +1,16 @@
-"""Budgets of memory by device: ``max_memory_bytes``, read and checked; :mod:`.placement` decides what stays where."""
+"""Budgets of memory by device: ``max_memory_bytes``, read and checked (:mod:`.placement` decides what stays where), and
+``offload_folder``, checked."""
 
+import os
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from accelerate.utils import convert_file_size_to_int
 
 HOST = "cpu"
+Folder = str | os.PathLike | Literal[False] | None
+"""What ``offload_folder=`` takes: a folder's path, False for none, None for the default."""
 
 
 def read_budgets(wanted: int | str | Mapping[int | str, int | str] | None) -> dict[str, int]:
@@ -78,3 +83,16 @@ def check_present(names: Sequence[str]) -> None:
 def torch_device(name: str) -> torch.device:
     """The device that the model's tensors are then on."""
     return torch.device(name)
+
+
+def check_folder(option: Folder) -> None:
+    """Refuses what is no value of ``offload_folder=``.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    if option is not None and option is not False and not (isinstance(option, (str, os.PathLike)) and str(option)):
+        raise ValueError(
+            f"offload_folder={option!r} is no folder: give the path of one on a disk, False to write nothing, or leave "
+            "it out for the default, beside the Hub's cache"
+        )

@@ -11,7 +11,7 @@ from typing import Any
 from transformers.utils.quantization_config import MetalConfig
 
 from .backends import check_backend
-from .budgets import read_budgets
+from .budgets import Folder, check_folder, read_budgets
 from .compensation import resolve_compensation
 from .formats import FORMATS, Format, OutlierFormat, RotatedFormat, parse_format
 from .formats.nested import SMALLEST
@@ -21,7 +21,7 @@ from .methods import BEST, BlockMethod, Method, make_method, method_options, met
 from .version import __version__
 
 QUANT_METHOD = "lowbit"
-LOADING_OPTIONS = ("dequantize", "backend", "activations", "storage", "max_memory_bytes", "load_bits")
+LOADING_OPTIONS = ("dequantize", "backend", "activations", "storage", "max_memory_bytes", "offload_folder", "load_bits")
 ACTIVATIONS = ("float", "int8")
 BUDGETED = ("int", "nf", "codebook")  # formats whose width a budget may choose
 STORAGES = ("raw", "entropy", "zstd")
@@ -156,6 +156,9 @@ class LowBitConfig(MetalConfig):
         max_memory_bytes: Loading option for a packed repo: the most that its weights may take in memory, in bytes or as
             "300MB", or by device, ``{"cpu": "300MB", 0: "2GB"}``, to compute on accelerators. Decoder layers that do
             not fit are read from disk when their turn comes: see ``docs/streaming.md``.
+        offload_folder: Loading option beside ``max_memory_bytes``: where coded layers may be laid decoded, for as long
+            as the model lives, if this disk gives them sooner than they can be decoded. By default a folder beside the
+            Hub's cache; False writes nothing.
 
     Loading options are honoured for a packed repo; everything else then comes from the repo, and a contradiction is
     an error.
@@ -193,6 +196,7 @@ class LowBitConfig(MetalConfig):
         activations: str | None = None,
         storage: str | None = None,
         max_memory_bytes: int | str | dict[int | str, int | str] | None = None,
+        offload_folder: Folder = None,
         load_bits: int | None = None,
         **kwargs: Any,
     ):
@@ -244,7 +248,7 @@ class LowBitConfig(MetalConfig):
         self.backend = check_backend(backend or "auto")
         self.activations = activations or "float"
         self.storage = storage or "raw"
-        self.max_memory_bytes = max_memory_bytes
+        self.max_memory_bytes, self.offload_folder = max_memory_bytes, offload_folder
         self.load_bits = load_bits
         self.post_init()
 
@@ -267,6 +271,9 @@ class LowBitConfig(MetalConfig):
         if self.dequantize and self.max_memory_bytes is not None:
             raise ValueError("max_memory_bytes= keeps weights packed on disk: drop it, or dequantize=True")
         read_budgets(self.max_memory_bytes)
+        check_folder(self.offload_folder)
+        if self.offload_folder is not None and self.max_memory_bytes is None:
+            raise ValueError("offload_folder= is for models under max_memory_bytes=: give that too, or leave it out")
         if self.embeddings != "float":
             if self.embeddings not in range(1, 9) or isinstance(self.embeddings, bool):
                 raise ValueError(f"embeddings={self.embeddings!r} is not possible: use 1 to 8 bits, or 'float'")

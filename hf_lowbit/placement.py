@@ -70,6 +70,7 @@ def place(
     others: Mapping[str | None, int],
     budgets: Mapping[str, int],
     speeds: Speeds | None = None,
+    lays: bool = False,
 ) -> Placement:
     """Decides what stays where.
 
@@ -78,13 +79,14 @@ def place(
         others: Bytes of what is not streamed, by the layer's name, None for what is in no layer.
         budgets: As :func:`read_budgets` gives them.
         speeds: Of reading and decoding, where coded layers are to be placed by them; else by the bytes to read.
+        lays: Whether what is read may lie decoded on disk (:mod:`.storage.laying`).
 
     Raises:
         ValueError: for a budget that is too small, naming its device and the least that would do.
     """
     accelerators = [name for name in budgets if name != HOST]
     if not accelerators:
-        return _on_host(layers, sum(others.values()), budgets[HOST], speeds)
+        return _on_host(layers, sum(others.values()), budgets[HOST], speeds, lays)
     sizes = [layer.nbytes + others.get(layer.name, 0) for layer in layers]
     outside = sum(others.values()) - sum(others.get(layer.name, 0) for layer in layers)
     room = [budgets[name] - (0 if number else outside) for number, name in enumerate(accelerators)]
@@ -174,11 +176,11 @@ def _extents(layers: Sequence[Layer], some: Sequence[int], room: int) -> tuple[s
     return found, room
 
 
-def _on_host(layers: Sequence[Layer], others: int, budget: int, speeds: Speeds | None) -> Placement:
+def _on_host(layers: Sequence[Layer], others: int, budget: int, speeds: Speeds | None, lays: bool) -> Placement:
     """All of it in the CPU's memory, where a layer in memory needs no buffer."""
     quick = speeds is not None and max(layer.nbytes for layer in layers) < QUICK_S * speeds.disk
-    with_more = _with_slots(layers, others, budget, speeds, SLOTS + 1)[0] if quick else None
-    found, least = _with_slots(layers, others, budget, speeds, SLOTS)
+    with_more = _with_slots(layers, others, budget, speeds, lays, SLOTS + 1)[0] if quick else None
+    found, least = _with_slots(layers, others, budget, speeds, lays, SLOTS)
     if found is None:
         raise TooSmall(
             f"max_memory_bytes={budget} ({mb(budget)}) is too small: what is outside of this model's "
@@ -190,7 +192,7 @@ def _on_host(layers: Sequence[Layer], others: int, budget: int, speeds: Speeds |
 
 
 def _with_slots(
-    layers: Sequence[Layer], others: int, budget: int, speeds: Speeds | None, slots: int
+    layers: Sequence[Layer], others: int, budget: int, speeds: Speeds | None, lays: bool, slots: int
 ) -> tuple[Placement | None, int]:
     """The placement with so many buffers, if there is one, and the bytes of the smallest that was tried."""
     best, least_time, least = None, float("inf"), others
@@ -209,7 +211,10 @@ def _with_slots(
         others_read = [i for i in streamed if i not in stored]
         extents, rest = _extents(layers, others_read, room)
         read = sum(layers[i].read_bytes for i in others_read) - (room - rest)
-        seconds = read if speeds is None else speeds.seconds(read, sum(layers[i].decoded_bytes for i in streamed))
+        seconds = float(read)
+        if speeds is not None:
+            raw = sum(layers[i].nbytes for i in others_read) if lays else None
+            seconds = speeds.seconds(read, sum(layers[i].decoded_bytes for i in streamed), raw)
         if seconds < least_time:
             held, limits = {HOST: budget - rest}, {HOST: budget}
             best = Placement([HOST] * len(layers), kept, stored, held, limits, buffers, slots, extents)

@@ -175,9 +175,11 @@ class LowBitHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             leave_unread(model, self.plan)
         if budgets := read_budgets(self.quantization_config.max_memory_bytes):
+            from .storage.scratch import find_folder
             from .streaming import Streaming
 
-            self.streaming = Streaming(model, checkpoint_files, budgets)
+            folder = find_folder(self.quantization_config.offload_folder)
+            self.streaming = Streaming(model, checkpoint_files, budgets, folder)
         return model
 
     def _spend_budget(self, model, checkpoint_files) -> None:

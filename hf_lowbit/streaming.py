@@ -58,6 +58,7 @@ class StreamingReport(Counts):
         layers_coded: Layers in the host's memory as they are stored, which are decoded, or copied to the device that
             computes them, in each pass.
         layers_streamed: Layers read from disk in each pass.
+        layers_laid: Of these, coded layers that are read decoded, from a scratch file.
         pass_bytes: Bytes that one pass over the streamed layers reads, less than they have where parts of them are in
             memory.
         coded_ratio: Of layers with coded tensors, their bytes as stored over those in a buffer.
@@ -69,6 +70,7 @@ class StreamingReport(Counts):
     layers_kept: int = 0
     layers_coded: int = 0
     layers_streamed: int = 0
+    layers_laid: int = 0
     pass_bytes: int = 0
     coded_ratio: float = 1.0
 
@@ -88,10 +90,12 @@ class StreamingReport(Counts):
         devices = f" ({', '.join(f'{name} {mb(held)}' for name, held in self.held.items())})"
         return (
             f"{self.layers_kept} layers in memory, {self.layers_coded} there as stored, {self.layers_streamed} read in "
-            f"each pass ({mb(self.pass_bytes)}); held {mb(self.held_bytes)} of {mb(self.budget_bytes)}"
+            f"each pass ({mb(self.pass_bytes)}), {self.layers_laid} of them laid decoded; "
+            f"held {mb(self.held_bytes)} of {mb(self.budget_bytes)}"
             f"{devices if len(self.held) > 1 else ''}; read "
             f"{mb(self.bytes_read)} in {self.reading_s:.2f} s ({mb(self.wasted_bytes)} for nothing), decoded "
-            f"{mb(self.bytes_decoded)} in {self.decoding_s:.2f} s, waited {self.waiting_s:.2f} s in {self.waits} waits"
+            f"{mb(self.bytes_decoded)} in {self.decoding_s:.2f} s, wrote "
+            f"{mb(self.bytes_written)} in {self.writing_s:.2f} s, waited {self.waiting_s:.2f} s in {self.waits} waits"
         )
 
 
@@ -102,10 +106,12 @@ class Streaming:
         model: With packed modules in place, possibly on ``meta``.
         files: The checkpoint's files.
         limits: Bytes by device, as :func:`.budgets.read_budgets` gives them.
+        folder: For decoded layers (:mod:`.storage.laying`), or None to have none.
 
     Attributes:
         layers: Every layer with packed linears, in order.
         placed: Where they are.
+        stream: That reads those that are not in memory, or None.
         fields: Names of all their tensors.
 
     Raises:
@@ -113,8 +119,10 @@ class Streaming:
             with the least that would do.
     """
 
-    def __init__(self, model: nn.Module, files: Iterable[str] | None, limits: dict[str, int]):
-        self.limits = limits
+    def __init__(
+        self, model: nn.Module, files: Iterable[str] | None, limits: dict[str, int], folder: Path | None = None
+    ):
+        self.limits, self.folder = limits, folder
         files = list(files or ())
         for file in files:
             if not str(file).endswith(".safetensors"):
@@ -126,7 +134,7 @@ class Streaming:
             lay_out_layer(layer, _stored(model, modules, entries)) for layer, modules in self._modules.items()
         ]
         self.fields = {name for layer in self.layers for name in layer.fields}
-        self._stream: LayerStream | None = None
+        self.stream: LayerStream | None = None
         self.placed = place(self.layers, _other_bytes(model, self.fields), limits)
 
     @torch.no_grad()
@@ -136,7 +144,9 @@ class Streaming:
         speeds = None
         if self.placed.first == budgets.HOST and len(self.placed.kept) < len(self.layers):
             speeds = measure(next((layer for layer in self.layers if layer.coded), self.layers[0]))
-        self.placed = placed = place(self.layers, _other_bytes(model, self.fields), self.limits, speeds)
+        self.placed = placed = place(
+            self.layers, _other_bytes(model, self.fields), self.limits, speeds, self.folder is not None
+        )
         devices = {layer.name: budgets.torch_device(d) for layer, d in zip(self.layers, placed.devices, strict=True)}
         first = budgets.torch_device(placed.first)
         owners = _owners(model)
@@ -162,7 +172,9 @@ class Streaming:
         _map(model, [self.layers[i] for i in streamed])
         stored = [number for number, i in enumerate(streamed) if i in placed.stored]
         extents = [(streamed.index(i), number) for i, number in placed.extents]
-        self._stream = LayerStream([self.layers[i] for i in streamed], placed.slots, stored, extents, placed.buffers)
+        layers = [self.layers[i] for i in streamed]
+        disk = None if speeds is None else speeds.disk
+        self.stream = LayerStream(layers, placed.slots, stored, extents, placed.buffers, self.folder, disk)
         targets = self._targets(placed, streamed)
         for number, index in enumerate(streamed):
             layer, target = self.layers[index], targets.get(placed.devices[index])
@@ -170,9 +182,9 @@ class Streaming:
                 module = model.get_submodule(name)
                 assert isinstance(module, LowBitLinear)
                 fields = [layer.fields[f"{name}.{tensor}"] for tensor in module.packed_names]
-                buffers = self._stream.buffers if target is None else [target.buffer]
+                buffers = self.stream.buffers if target is None else [target.buffer]
                 views = [[field.view(buffer) for field in fields] for buffer in buffers]
-                module.streamed = StreamedWeight(self._stream, number, views, target)
+                module.streamed = StreamedWeight(self.stream, number, views, target)
                 if target is not None:
                     module.qweight = target.buffer  # PEFT asks this name first where a quantized layer's adapter goes
         homes = list(dict.fromkeys([first, *devices.values()]))
@@ -197,7 +209,7 @@ class Streaming:
     @property
     def streams(self) -> bool:
         """Whether any layer is streamed."""
-        return self._stream is not None
+        return self.stream is not None
 
     def placeholder(self, name: str) -> Tensor:
         """What loading puts in the place of the layers' coded tensor ``name``: its shape and dtype without memory."""
@@ -206,7 +218,7 @@ class Streaming:
 
     def report(self) -> StreamingReport:
         """Counts and sizes so far."""
-        counts = Counts() if self._stream is None else self._stream.counts
+        counts = Counts() if self.stream is None else self.stream.counts
         placed = self.placed
         streamed = [layer for i, layer in enumerate(self.layers) if i not in placed.kept and i not in placed.stored]
         coded = [layer for layer in self.layers if layer.coded]
@@ -218,8 +230,8 @@ class Streaming:
             layers_kept=len(placed.kept),
             layers_coded=len(placed.stored),
             layers_streamed=len(streamed),
-            pass_bytes=sum(layer.read_bytes for layer in streamed)
-            - sum(self.layers[i].extents[number].nbytes for i, number in placed.extents),
+            layers_laid=0 if self.stream is None else self.stream.layers_laid,
+            pass_bytes=0 if self.stream is None else self.stream.pass_bytes,
             coded_ratio=sum(layer.read_bytes for layer in coded) / sum(layer.nbytes for layer in coded)
             if coded
             else 1.0,
@@ -227,8 +239,8 @@ class Streaming:
 
     def reset(self) -> None:
         """Sets the counts to zero."""
-        if self._stream is not None:
-            self._stream.reset()
+        if self.stream is not None:
+            self.stream.reset()
 
 
 def _stored(model: nn.Module, modules: list[str], entries: dict[str, Entry]) -> dict[str, Stored]:

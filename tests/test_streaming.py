@@ -59,6 +59,8 @@ def packed(tmp_path_factory):
 
 
 def load(folder, **options):
+    if "max_memory_bytes" in options:
+        options.setdefault("offload_folder", False)  # see test_streaming_laying.py
     config = {"quantization_config": LowBitConfig(**options)} if options else {}
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **config)
 
@@ -182,7 +184,7 @@ def test_a_quick_disk_gets_a_buffer_more_where_it_fits(packed, monkeypatch):
     least = smallest_budget(packed / "raw")
     for budget, slots in ((least, 2), (least + 10**5, 3)):
         model = load(packed / "raw", max_memory_bytes=budget)
-        assert len(model.hf_quantizer.streaming._stream.buffers) == slots and report(model).held_bytes <= budget
+        assert len(model.hf_quantizer.streaming.stream.buffers) == slots and report(model).held_bytes <= budget
         assert torch.equal(generate(model), generate(load(packed / "raw")))
 
 
@@ -281,7 +283,7 @@ def test_nothing_of_a_streamed_layer_is_kept_for_the_backward(packed):
     get_peft_model(model, LoraConfig(**LORA))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         model(**inputs("llama"))
-    buffers = model.hf_quantizer.streaming._stream.buffers
+    buffers = model.hf_quantizer.streaming.stream.buffers
     places = [(b.data_ptr(), b.data_ptr() + b.nbytes) for b in buffers]
     assert saved and not [t for t in saved if any(first <= t.data_ptr() < last for first, last in places)]
 
@@ -411,7 +413,7 @@ def test_a_flipped_bit_of_a_coded_layer_is_named(packed, tmp_path):
 
 def test_threads_end_with_the_model(packed):
     model = streamed(packed / "entropy", 1)
-    threads = model.hf_quantizer.streaming._stream._threads
+    threads = model.hf_quantizer.streaming.stream._threads
     assert len(threads) >= 2 and all(thread.is_alive() for thread in threads)
     model(**inputs("llama"))
     del model

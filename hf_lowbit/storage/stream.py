@@ -25,10 +25,12 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from .layers import BLOCK_BYTES, Extent, Layer, aligned
+from .laying import Laying
 from .reading import Counts, Files, allocate, decode_extent, decoders, read_extent
 
 
@@ -50,9 +52,10 @@ class _Slot:
     def __init__(self, buffer: torch.Tensor):
         self.buffer = buffer
         self.layer: int | None = None
+        self.form: Layer | None = None  # what is read for it
         self.turn = 0  # counts the layers that were assigned to it
         self.left = 0  # extents that are not there yet
-        self.busy = 0  # decoders that are writing into it
+        self.busy = 0  # decoders that are writing into it, and whether it is being written to a scratch file
         self.used = False
         self.failure: Exception | None = None
 
@@ -62,14 +65,22 @@ class _Slot:
 
 
 def _is_free(slot: _Slot) -> bool:
-    """Whether no decoder writes into it what belongs to a layer before."""
+    """Whether nobody needs what is in it for a layer before."""
     return not slot.busy
 
 
 class _State:
     """What the threads and the user of a stream share; it knows nothing of the stream, which can so be deleted."""
 
-    def __init__(self, layers: Sequence[Layer], slots: int, kept: Collection[tuple[int, int]], nbytes: int):
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        slots: int,
+        kept: Collection[tuple[int, int]],
+        nbytes: int,
+        folder: Path | None,
+        disk: float | None,
+    ):
         self.layers, self.counts = layers, Counts()
         self.files = Files([extent.file for layer in layers for extent in layer.extents])
         size, staged = _buffer_sizes(layers)
@@ -82,19 +93,34 @@ class _State:
         self.decodes, self.stopped = any(layer.coded for layer in layers), False
         # One lock, and who waits for what, so that nobody is woken for nothing.
         self.lock = threading.Lock()
-        self.to_read, self.to_decode, self.to_use = (threading.Condition(self.lock) for _ in range(3))
+        self.to_read, self.to_decode, self.to_use, self.to_write = (threading.Condition(self.lock) for _ in range(4))
         self.staging = [memory[i * staged : (i + 1) * staged] for i in range(decoders() + 1 if staged else 0)]
         self.kept: dict[tuple[int, int], torch.Tensor] = {}  # stored extents that stay, by layer and number
         for index, number in kept:
             extent = layers[index].extents[number]
             self.kept[index, number] = kept_bytes = allocate(extent.nbytes)
             read_extent(self.files, layers[index], extent, kept_bytes, 0, Counts(), lambda: True)
-        read = [[e.nbytes for n, e in enumerate(x.extents) if (i, n) not in self.kept] for i, x in enumerate(layers)]
-        self.read_bytes = [sum(sizes) for sizes in read]  # by layer
-        self.whole = {i for i, sizes in enumerate(read) if not sizes}
+        self.whole = {i for i, x in enumerate(layers) if all((i, n) in self.kept for n in range(len(x.extents)))}
+        laying = Laying(layers, self.kept, folder, self.files, disk) if folder is not None else None
+        self.laying = laying if laying is not None and laying.cuts else None
+        self.writing: tuple[int, _Slot] | None = None  # to the scratch file: a layer, and what it is in
 
     def slot_of(self, layer: int) -> _Slot | None:
         return next((slot for slot in self.slots if slot.layer == layer), None)
+
+    def assign(self, index: int, slot: _Slot) -> None:
+        """Has the layer ``index`` put into ``slot``, in the form in which it is best read now; the lock is held."""
+        slot.form = self.layers[index] if self.laying is None else self.laying.form(index)
+        slot.layer, slot.turn, slot.used, slot.left = index, slot.turn + 1, False, len(slot.form.extents)
+        self.order(index, slot)
+
+    def bytes_of(self, index: int, form: Layer) -> int:
+        """Bytes that are read for the layer ``index`` in ``form``."""
+        return sum(e.nbytes for n, e in enumerate(form.extents) if self.kept_bytes(index, n, e) is None)
+
+    def kept_bytes(self, index: int, number: int, extent: Extent) -> torch.Tensor | None:
+        """What is in memory of the layer ``index`` as its extent ``number``, which may also be one to read decoded."""
+        return self.kept.get((index, number)) if extent is self.layers[index].extents[number] else None
 
     def order(self, index: int, slot: _Slot) -> None:
         """Has the layer ``index`` put into ``slot``: by the decoders if it is in memory, else by the reader."""
@@ -120,6 +146,15 @@ class _State:
             self.counts.layers_read += slot.ready and slot.failure is None
             if slot.ready or slot.failure is not None:
                 self.to_use.notify_all()
+            if slot.ready and slot.failure is None:
+                self.offer(slot)
+
+    def offer(self, slot: _Slot) -> None:
+        """Has the layer in ``slot`` written to the scratch file if it is to be and none is; the lock is held."""
+        if self.laying is None or self.writing is not None or slot.layer is None or not self.laying.wants(slot.layer):
+            return
+        self.writing, slot.busy = (slot.layer, slot), slot.busy + 1
+        self.to_write.notify()
 
     def run_reader(self) -> None:
         """The thread that reads."""
@@ -128,18 +163,19 @@ class _State:
                 if not self.wait_for(self.to_read, lambda: self.queue):
                     return
                 index, slot, turn = self.queue.pop(0)
-                counts = self.counts
+                layer, counts = slot.form or self.layers[index], self.counts
                 before = counts.bytes_read
                 if not self.wait_for(self.to_read, functools.partial(_is_free, slot)):
                     return
-            for number, extent in enumerate(self.layers[index].extents):
-                if not self.read(index, number, extent, slot, turn):
+            for number in range(len(layer.extents)):
+                if not self.read(index, layer, number, slot, turn):
                     counts.wasted_bytes += counts.bytes_read - before
                     break
 
-    def read(self, index: int, number: int, extent: Extent, slot: _Slot, turn: int) -> bool:
+    def read(self, index: int, layer: Layer, number: int, slot: _Slot, turn: int) -> bool:
         """Reads one extent and hands it to the decoders where it is coded; whether to go on."""
-        layer, kept = self.layers[index], self.kept.get((index, number))
+        extent = layer.extents[number]
+        kept, laid = self.kept_bytes(index, number, extent), extent is not self.layers[index].extents[number]
         staged, failure = kept, None
         if extent.parts and kept is None:
             with self.lock:
@@ -156,6 +192,11 @@ class _State:
         except Exception as error:  # raised where the layer is used
             whole, failure = False, error
         with self.lock:
+            if laid and isinstance(failure, OSError) and self.laying is not None:
+                self.laying.give_back(index, failure)
+                if slot.turn == turn:  # again, as it is stored
+                    self.assign(index, slot)
+                return False
             if extent.parts and whole:
                 self.jobs.append((layer, slot, turn, extent, staged, kept is None))
                 self.to_decode.notify()
@@ -165,6 +206,22 @@ class _State:
             if whole or failure is not None:
                 self.finish(slot, turn, failure)
         return whole
+
+    def run_writer(self) -> None:
+        """The thread that writes decoded layers to the scratch file."""
+        while True:
+            with self.lock:
+                if not self.wait_for(self.to_write, lambda: self.writing) or self.writing is None:
+                    return
+                index, slot = self.writing
+            assert self.laying is not None
+            start = time.perf_counter()
+            written = self.laying.write(index, slot.buffer, lambda: not self.stopped)
+            with self.lock:
+                self.counts.bytes_written += written
+                self.counts.writing_s += time.perf_counter() - start
+                self.writing, slot.busy = None, slot.busy - 1
+                self.to_read.notify()  # who may wait for the slot
 
     def run_decoder(self) -> None:
         """A thread that decodes."""
@@ -195,7 +252,7 @@ class _State:
 def _stop(state: _State, threads: list[threading.Thread]) -> None:
     with state.lock:
         state.stopped = True
-        for waiting in (state.to_read, state.to_decode, state.to_use):
+        for waiting in (state.to_read, state.to_decode, state.to_use, state.to_write):
             waiting.notify_all()
     for thread in threads:
         if thread is not threading.current_thread():
@@ -212,6 +269,8 @@ class LayerStream:
         kept: Numbers of layers whose stored bytes are kept in memory, so that they are only decoded.
         extents: The same of single extents of other layers, as (layer, number).
         nbytes: Of all buffers together, where they may take more than :func:`buffer_bytes`: whole huge pages.
+        folder: For a scratch file, from which coded layers are read decoded where that is faster (:mod:`.laying`).
+        disk: Bytes a second that were read without anything beside it, if that was measured.
 
     Attributes:
         buffers: The buffers, uint8.
@@ -227,9 +286,11 @@ class LayerStream:
         kept: Collection[int] = (),
         extents: Collection[tuple[int, int]] = (),
         nbytes: int = 0,
+        folder: Path | None = None,
+        disk: float | None = None,
     ):
         all_kept = [*((index, n) for index in kept for n in range(len(layers[index].extents))), *extents]
-        self._state = state = _State(layers, min(slots, len(layers)), all_kept, nbytes)
+        self._state = state = _State(layers, min(slots, len(layers)), all_kept, nbytes, folder, disk)
         self._in_use = threading.RLock()
         self._previous: int | None = None
         self._current: int | None = None
@@ -238,6 +299,7 @@ class LayerStream:
         self._lasts: dict[tuple[int | None, int], int] = {}  # how many uses in a row a layer had after another
         self._slot = 0
         runs = [state.run_reader] + [state.run_decoder] * (decoders() if state.decodes else 0)
+        runs += [state.run_writer] if state.laying is not None else []
         self._threads = [threading.Thread(target=run, name=f"hf_lowbit {run.__name__}", daemon=True) for run in runs]
         for thread in self._threads:
             thread.start()
@@ -254,6 +316,27 @@ class LayerStream:
         return [slot.buffer for slot in self._state.slots]
 
     @property
+    def files(self) -> Files:
+        """The files that are read, open."""
+        return self._state.files
+
+    @property
+    def forms(self) -> list[Layer]:
+        """The layers as they are to be read now."""
+        laying, layers = self._state.laying, self._state.layers
+        return list(layers) if laying is None else [laying.form(i) for i in range(len(layers))]
+
+    @property
+    def layers_laid(self) -> int:
+        """How many of them are read decoded, or a part of them is, from the scratch file."""
+        return sum(form is not layer for form, layer in zip(self.forms, self._state.layers, strict=True))
+
+    @property
+    def pass_bytes(self) -> int:
+        """Bytes that are read for all layers, once."""
+        return sum(map(self._state.bytes_of, range(len(self._state.layers)), self.forms))
+
+    @property
     def counts(self) -> Counts:
         """What was done so far, a copy."""
         return dataclasses.replace(self._state.counts)
@@ -261,6 +344,8 @@ class LayerStream:
     def reset(self) -> None:
         """Sets all counts to zero."""
         self._state.counts = Counts()
+        if self._state.laying is not None:
+            self._state.laying.uses = 0
 
     @contextmanager
     def use(self, index: int) -> Iterator[int]:
@@ -284,6 +369,8 @@ class LayerStream:
     def _go_to(self, index: int) -> None:
         state = self._state
         if index != self._current:
+            if state.laying is not None:
+                state.laying.note_use(state.counts)
             if self._current is not None:
                 self._follows[self._previous, self._current] = index
                 self._lasts[self._previous, self._current] = self._uses
@@ -311,11 +398,9 @@ class LayerStream:
         for layer in wanted:
             if state.slot_of(layer) is None:
                 slot = free.pop(0)
-                if slot.ready and not slot.used:
-                    state.counts.wasted_bytes += state.read_bytes[slot.layer or 0]
-                slot.layer, slot.turn, slot.used = layer, slot.turn + 1, False
-                slot.left = len(state.layers[layer].extents)
-                state.order(layer, slot)
+                if slot.ready and not slot.used and slot.layer is not None and slot.form is not None:
+                    state.counts.wasted_bytes += state.bytes_of(slot.layer, slot.form)
+                state.assign(layer, slot)
         for slot in free:
             if not slot.ready:
                 slot.layer, slot.turn = None, slot.turn + 1

@@ -1,0 +1,246 @@
+"""What of the coded layers of a stream is read decoded, from a scratch file (:mod:`.scratch`) that it is laid in.
+
+Decoding takes processors, and a disk may give the decoded bytes sooner. So after every pass over the layers the balance
+is struck anew, by what that pass took: the longer of reading, and of computing and decoding one after the other, is to
+be short. Computing is the time in which the model did not wait. Reading gets slower by decoding beside it, where the
+system needs processors for it too, so that its speed is taken to fall with the part that is decoded, from that of the
+trial at loading to what was measured. Each layer is then read in two parts: what stays coded first, so that it is
+decoded while the other part, already decoded, is read.
+
+That part has to lie there first. What two passes in a row asked for is written as it comes out of the decoders, from
+the buffer in which the layer is used, so that no further memory is needed, and one layer at a time, so that reading
+goes on beside it. What is on disk in both forms is read in the one that the last pass asks for: a long prompt, which
+needs the processors for itself, and the single tokens after it want different parts.
+
+Errors of the scratch file are no errors of the model: the layers are then read as they are stored.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from .layers import BLOCK_BYTES, Extent, Layer, aligned
+from .reading import Counts, Files, decoders
+from .scratch import Scratch
+
+logger = logging.get_logger("transformers.hf_lowbit")
+SHARE = 0.9
+"""Of the time of reading, the part that computing and decoding may take; the rest is for threads waiting for others."""
+STEPS = 16
+"""Parts of the layers, all but this many, of which the best is chosen."""
+ENOUGH = 1.03
+"""Less is decoded where a pass takes at most so many times as long."""
+NEWEST, FAR, FORGOTTEN = 0.25, 1.25, 0.005
+"""What is known of the disk is by the first part that of the newest pass, of which at most so many times the speed that
+was expected is believed; passes that decode little forget the last part of how decoding slows it down."""
+
+
+class _Cuts:
+    """Where a layer may be cut: its first extents are read as they are stored, and the rest of it decoded.
+
+    Args:
+        layer: As it is stored.
+        sizes: What is read for each of its extents, 0 for those in memory.
+
+    Attributes:
+        offsets: By the number of extents before the cut, where the rest begins in the layer's buffer.
+        read: By the same, bytes that are read.
+        decoded: By the same, bytes that are decoded.
+        place: Of the layer in the scratch file, or None.
+        laid: The first cut whose rest lies there.
+        asked, target: The cut to read by, and the one to write.
+    """
+
+    def __init__(self, layer: Layer, sizes: Sequence[int]):
+        self.layer, self.offsets, self.read, self.decoded = layer, [0], [layer.nbytes], [0]
+        for number in range(1, len(layer.extents) + 1):
+            made = sum(layer.fields[name].nbytes for name, *_ in layer.extents[number - 1].parts)
+            self.decoded.append(self.decoded[-1] + made)
+            rest = layer.extents[number:]
+            first = [layer.fields[rest[0].parts[0][0]].offset if rest[0].parts else rest[0].offset] if rest else []
+            self.offsets.append(first[0] if first else layer.nbytes)
+            self.read.append(sum(sizes[:number]) + layer.nbytes - self.offsets[number])
+        self.laid = self.asked = self.target = len(layer.extents)
+        self.place: int | None = None
+
+    def form(self, file: str) -> Layer:
+        """How the layer is to be read now."""
+        number = max(self.asked, self.laid)
+        if self.place is None or number == len(self.layer.extents):
+            return self.layer
+        offset = self.offsets[number]
+        rest = Extent(file, self.place + offset, self.place + self.layer.nbytes, offset)
+        return dataclasses.replace(self.layer, extents=(*self.layer.extents[:number], rest))
+
+    def nearest(self, nbytes: float) -> int:
+        """The cut before which about ``nbytes`` are decoded."""
+        return min(range(len(self.decoded)), key=lambda i: abs(self.decoded[i] - nbytes))
+
+
+class Laying:
+    """The choice for the layers of one stream; changed by the thread that uses it and the one that writes.
+
+    Args:
+        layers: Of the stream, as they are stored.
+        kept: Their extents that are in memory, as (layer, number).
+        folder: For the scratch file, which is made when it is first needed.
+        files: Those of the stream.
+        disk: Bytes a second with no decoders beside it, or None where that was not measured.
+
+    Attributes:
+        cuts: Of the coded layers that are read from disk, by number.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        kept: Mapping[tuple[int, int], object],
+        folder: Path,
+        files: Files,
+        disk: float | None,
+    ):
+        self.layers, self.folder, self.files = layers, folder, files
+        sizes = [[0 if (i, n) in kept else e.nbytes for n, e in enumerate(x.extents)] for i, x in enumerate(layers)]
+        self.cuts = {i: _Cuts(layer, sizes[i]) for i, layer in enumerate(layers) if layer.coded and any(sizes[i])}
+        # What is read and decoded however the choice is.
+        self.others_read = sum(sum(sizes[i]) for i in range(len(layers)) if i not in self.cuts)
+        self.others_decoded = sum(layer.decoded_bytes for i, layer in enumerate(layers) if i not in self.cuts)
+        self.fraction = 1.0  # of the other bytes, what is to be decoded in the next pass
+        self.scratch: Scratch | None = None
+        self.end, self.failed = 0, False
+        self.decoding_s = 0.0  # for a byte, by all decoders, the last time that any was decoded
+        self.speeds: list[float | None] = [disk, None]  # of the disk, with nothing and with everything decoded
+        self.passes = self.planned = self.uses = 0
+        self.since, self.before = 0.0, Counts()
+
+    def form(self, index: int) -> Layer:
+        """The layer ``index`` as it is to be read now."""
+        if index not in self.cuts or self.scratch is None:
+            return self.layers[index]
+        return self.cuts[index].form(self.scratch.name)
+
+    def wants(self, index: int) -> bool:
+        """Whether something of the layer ``index`` is to be written once it is decoded."""
+        return not self.failed and index in self.cuts and self.cuts[index].target < self.cuts[index].laid
+
+    def note_use(self, counts: Counts) -> None:
+        """Another layer is used; ``counts`` are those of the stream."""
+        now = time.perf_counter()
+        if self.uses == len(self.layers):
+            names = [field.name for field in dataclasses.fields(Counts)]
+            passed = Counts(**{name: getattr(counts, name) - getattr(self.before, name) for name in names})
+            # The first pass, and those beside which was written, took longer than the next one will.
+            if self.passes and passed.bytes_read > 0 and not passed.bytes_written:
+                self.plan(passed, now - self.since)
+            self.passes += 1
+            self.uses = 0
+        if not self.uses:
+            self.since, self.before = now, dataclasses.replace(counts)
+        self.uses += 1
+
+    def plan(self, passed: Counts, seconds: float) -> None:
+        """Chooses for the next pass after one that took ``seconds`` and did what ``passed`` says."""
+        if passed.bytes_decoded:
+            self.decoding_s = passed.decoding_s / passed.bytes_decoded / decoders()
+        total = sum(cuts.decoded[-1] for cuts in self.cuts.values())
+        done = min(1.0, max(0.0, (passed.bytes_decoded - self.others_decoded) / total))
+        idle, loaded = self._note_speed(done, passed.bytes_read / passed.reading_s)
+        # Threads that share processors take each longer; together they did not take longer than the pass.
+        busy_s = min(seconds - passed.waiting_s, seconds - self.decoding_s * passed.bytes_decoded)
+        busy_s += self.decoding_s * self.others_decoded
+        raw = self.others_read + sum(cuts.read[0] for cuts in self.cuts.values())
+        saved = sum(cuts.read[0] - cuts.read[-1] for cuts in self.cuts.values())
+        self.planned += 1
+        times = {}
+        for step in range(STEPS + 1):
+            part = step / STEPS
+            reading_s = (raw - part * saved) / (idle + part * (loaded - idle))
+            times[part] = max(reading_s, (busy_s + part * total * self.decoding_s) / SHARE)
+        self._choose(next(part for part, taken in times.items() if taken <= ENOUGH * min(times.values())))
+
+    def _choose(self, fraction: float) -> None:
+        """Has about ``fraction`` of the bytes decoded in the next pass, and the rest read as it lies, or laid."""
+        if (lasting := max(fraction, self.fraction)) < 1 and not self.failed:
+            if self.scratch is None:
+                self._open()
+            for cuts, asked in zip(self.cuts.values(), self._spread(lasting), strict=True):
+                cuts.target = min(cuts.target, asked)
+        self.fraction = fraction
+        for cuts, asked in zip(self.cuts.values(), self._spread(fraction), strict=True):
+            cuts.asked = asked
+
+    def _note_speed(self, part: float, speed: float) -> tuple[float, float]:
+        """Its speeds with nothing and with all decoded; ``speed`` is the last one, with ``part`` of it decoded."""
+        idle, loaded = (speed if known is None else known for known in self.speeds)
+        known, weight = idle + part * (loaded - idle), max(NEWEST, 1 / (1 + self.planned))
+        if self.planned > 1:
+            speed = min(max(speed, known / FAR), known * FAR)
+        if part < 0.5:
+            idle += weight * ((speed - part * loaded) / (1 - part) - idle)
+            loaded += FORGOTTEN * (idle - loaded)
+        else:
+            loaded += weight * ((speed - (1 - part) * idle) / part - loaded)
+        loaded = max(min(loaded, idle), idle / 8)
+        self.speeds = [idle, loaded]
+        return idle, loaded
+
+    def _spread(self, fraction: float) -> list[int]:
+        """The cut of each layer for which about ``fraction`` is decoded of every run of layers."""
+        wanted, found = 0.0, []
+        for cuts in self.cuts.values():
+            wanted += fraction * cuts.decoded[-1]
+            found.append(cuts.nearest(wanted))
+            wanted -= cuts.decoded[found[-1]]
+        return found
+
+    def _open(self) -> None:
+        try:
+            self.scratch = Scratch(self.folder, self.files)
+        except OSError as error:
+            return self.give_up(error)
+        room = self.scratch.room / 1e6
+        logger.info("coded layers are laid decoded in %s, which may take %.0f MB", self.scratch.name, room)
+
+    def write(self, index: int, buffer: torch.Tensor, wanted: Callable[[], bool]) -> int:
+        """Writes what is to be written of the layer ``index``, which is in ``buffer``, for as long as ``wanted()``.
+
+        Called by one thread at a time.
+
+        Returns:
+            Bytes written, 0 where that did not succeed.
+        """
+        cuts, layer = self.cuts[index], self.layers[index]
+        assert self.scratch is not None
+        place, cut = self.end if cuts.place is None else cuts.place, cuts.target
+        begin = cuts.offsets[cut] // BLOCK_BYTES * BLOCK_BYTES
+        end = aligned(cuts.offsets[cuts.laid], BLOCK_BYTES)
+        try:
+            if place + end > self.scratch.room:
+                raise OSError(0, f"{self.scratch.room / 1e6:.0f} MB, half of what was free, are used up")
+            if not self.scratch.write(buffer[begin:end], place + begin, wanted):
+                return 0
+        except OSError as error:
+            self.give_up(error)
+            return 0
+        self.end = max(self.end, place + aligned(layer.nbytes, BLOCK_BYTES))
+        cuts.place, cuts.laid = place, cut
+        return end - begin
+
+    def give_up(self, error: OSError) -> None:
+        """Writes nothing more, and says why, once."""
+        if not self.failed:
+            self.failed = True
+            logger.warning(
+                "coded layers cannot %sbe laid decoded in %s (%s) and are decoded in every pass, which is slower here: "
+                "give another offload_folder=, or False to have none",
+                "all " if self.end else "", self.folder, error.strerror or error,
+            )  # fmt: skip
+
+    def give_back(self, index: int, error: OSError) -> None:
+        """Reads the layer ``index`` as it is stored from now on, since the scratch file failed."""
+        self.give_up(error)
+        self.cuts[index].laid = len(self.layers[index].extents)
