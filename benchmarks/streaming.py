@@ -10,16 +10,18 @@
 Rows are written over those of the same model and disk, and beside the others that are on record for the same weights
 and budget.
 
-Every row is a process of its own that decodes greedily with 16 tokens of prompt; its time for a token is the median.
+Every row is a process of its own that decodes greedily with 16 tokens of prompt; its time for a token is the median of
+the second half of them ("first half" is that of the first, while coded layers are laid decoded in a scratch file, from
+which the second half then reads them; rows without it are medians of all), and so are its bytes and times of waiting.
 Memory is anonymous memory above what the process had before loading, sampled every 2 ms; that of the unlimited run,
 whose weights are mapped from their file, is what computing itself needs, and the streamed runs may need it besides
 their budget. While they decode, private writable memory has a hard limit (RLIMIT_DATA) of --constant
 above what is mapped after loading.
 
-Disks are simulated: every read takes its bytes divided by the speed, in ours where a piece is read and in
-accelerate's disk offload where a tensor is. "none" is the disk as it is, without the system's cache, which a limited
-memory would not have: ours reads past it, and in offload pages are dropped before each tensor. Such rows compare with
-the speed of the same reads without a model, the median of five passes. "coded in part" is what
+Disks are simulated: every read, and every write to a scratch file, takes its bytes divided by the speed, in ours where a
+piece is read and in accelerate's disk offload where a tensor is. "none" is the disk as it is, without the system's
+cache, which a limited memory would not have: ours reads past it, and in offload pages are dropped before each tensor.
+Such rows compare with the speed of the same reads without a model, the median of five passes. "coded in part" is what
 `hf-lowbit compress --fraction auto` made of the packed model by the speed of that disk, so it has no rows for others.
 
 "times that" is a token's time over that of reading its bytes. Where computing takes longer than reading, that is no
@@ -161,9 +163,12 @@ def child(folder, how, budget, constant, speed, tokens, threads) -> dict:
         limit = status("VmData") + constant
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     times: list[float] = []
+    marks = []
 
     def note(input_ids, scores):
         times.append(time.perf_counter())
+        if how == "stream":
+            marks.append(model.hf_quantizer.streaming.report())
         return scores
 
     ids = torch.randint(10, 40000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
@@ -172,8 +177,10 @@ def child(folder, how, budget, constant, speed, tokens, threads) -> dict:
     out = model.generate(ids, logits_processor=processors, **options)
     peak.ended.set()
     peak.join()
+    taken, half = [b - a for a, b in itertools.pairwise(times)], tokens // 2
     found = {
-        "s/token": statistics.median(b - a for a, b in itertools.pairwise(times)),
+        "s/token": statistics.median(taken[half:] or taken),
+        "first half": statistics.median(taken[:half] or taken),
         "anonymous MB": (peak.nbytes - before) / 1e6,
         "hard limit": limit is not None,
         "tokens": out[0, PROMPT:].tolist(),
@@ -181,21 +188,27 @@ def child(folder, how, budget, constant, speed, tokens, threads) -> dict:
     if how == "stream":
         report = model.hf_quantizer.streaming.report()
         print(report, file=sys.stderr)
+        first, last = marks[min(half, tokens - 2)], marks[-1]
+
+        def each(key):
+            return (getattr(last, key) - getattr(first, key)) / (tokens - 1 - min(half, tokens - 2))
+
+        nbytes = each("bytes_read") - each("wasted_bytes")
         found.update(
             {
                 "held MB": report.held_bytes / 1e6,
                 "layers in memory": report.layers_kept + report.layers_coded,
                 "layers read": report.layers_streamed,
-                "MB/token": report.pass_bytes / 1e6,
-                "waiting s/token": report.waiting_s / tokens,
-                "decoding s/token": report.decoding_s / tokens,
                 "laid decoded": report.layers_laid,
                 "MB written": report.bytes_written / 1e6,
+                "MB/token": nbytes / 1e6,
+                "waiting s/token": each("waiting_s"),
+                "decoding s/token": each("decoding_s"),
             }
         )
         reads = speed or disk_speed(model.hf_quantizer.streaming.stream)
-        found["MB/token / speed"] = report.pass_bytes / reads
-        found["times that"] = found["s/token"] / found["MB/token / speed"] if report.pass_bytes else None
+        found["MB/token / speed"] = nbytes / reads
+        found["times that"] = found["s/token"] / found["MB/token / speed"] if nbytes else None
     return found
 
 

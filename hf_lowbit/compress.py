@@ -149,11 +149,11 @@ def token_seconds(folder: Path) -> float:
     if model_class is None or model_class.main_input_name != "input_ids":
         logger.warning("fraction='auto': computing is left out, since this model cannot be run on tokens here")
         return 0.0
-    least = LowBitConfig(max_memory_bytes=1)
+    least = LowBitConfig(max_memory_bytes=1, offload_folder=False)
     try:
         model = model_class.from_pretrained(folder, quantization_config=least)
     except TooSmall as error:
-        least = LowBitConfig(max_memory_bytes=error.least)
+        least = LowBitConfig(max_memory_bytes=error.least, offload_folder=False)
         model = model_class.from_pretrained(folder, quantization_config=least)
     inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
     if model.config.is_encoder_decoder:
