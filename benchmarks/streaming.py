@@ -18,8 +18,8 @@ whose weights are mapped from their file, is what computing itself needs, and th
 their budget. While they decode, private writable memory has a hard limit (RLIMIT_DATA) of --constant
 above what is mapped after loading.
 
-Disks are simulated: every read, and every write to a scratch file, takes its bytes divided by the speed, in ours where a
-piece is read and in accelerate's disk offload where a tensor is. "none" is the disk as it is, without the system's
+Disks are simulated: every read, and every write to a scratch file, takes its bytes divided by the speed, in ours where
+a piece is read and in accelerate's disk offload where a tensor is. "none" is the disk as it is, without the system's
 cache, which a limited memory would not have: ours reads past it, and in offload pages are dropped before each tensor.
 Such rows compare with the speed of the same reads without a model, the median of five passes. "coded in part" is what
 `hf-lowbit compress --fraction auto` made of the packed model by the speed of that disk, so it has no rows for others.
