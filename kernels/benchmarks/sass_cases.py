@@ -3,7 +3,7 @@
 For every kernel, target and dtype, with the sizes that are taken by default for a weight of 4096 x 4096:
 
 - the form that a device takes by default, of all widths with zero points and all tables, in groups of 128 (FP4: 32) and
-  of 32, and of ternary rows (of 5120 inputs, which have whole 8 lanes);
+  of 32, and of ternary rows: those of 4096 inputs have 410 lanes, each 4th begins at 16 bytes; those of 5120 all do;
 - the portable form in float16 also where a fast form goes before it, but for 2 to 4 rows; ``lop3``, which no device
   takes by default, in 4 and 7 bits.
 
@@ -36,6 +36,7 @@ FAST = {"fp16": "subnormal", "bf16": "magic"}
 UNLOOPED = ("dequantize", "embedding", "hadamard")
 HADAMARD = (64, 1024, 4096)  # lengths of a run
 TERNARY = "ternary:bits=1.58"
+TERNARY_EVEN = f"{TERNARY},group_size=-1"  # the same, for rows of 5120 inputs
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,15 @@ def formats(group: int = 128) -> list[str]:
 
 FULLEST = ("int:bits=1,", "int:bits=3,", "int:bits=5,", "int:bits=7,", "nf:")  # how they begin
 SMALL = (*(f"int:bits={bits},group_size=32" for bits in range(1, 9)), "nf:bits=4,group_size=32")
+# What the package packs integers as unless told otherwise; in fast forms alone.
+DEFAULTS = tuple(f"int:bits={bits},group_size=32,scale_dtype=log8" for bits in range(1, 9))
 
 
 def cases() -> list[Case]:
     """The whole matrix."""
     read = [*formats(), *SMALL]
-    portable = [f for f in read if "symmetric=True" not in f] + [TERNARY]
+    ternary = [TERNARY, TERNARY_EVEN]
+    portable = [f for f in read if "symmetric=True" not in f] + ternary
     fullest = [f for f in portable if f.startswith((*FULLEST, TERNARY))]
     few = [f for f in portable if f.startswith(("int:bits=7,", TERNARY))]
     symmetric = [f for f in read if f.startswith("int:bits=7,") and "symmetric=True" in f]
@@ -76,13 +80,14 @@ def cases() -> list[Case]:
     for target in (*NVIDIA, *AMD):
         if target in NVIDIA:
             products = [kernel for kernel in PRODUCTS if kernel != "gemm64"]
-            found += [Case(target, k, f, dtype, form) for dtype, form in FAST.items() for k in products for f in read]
+            asked = [*read, *DEFAULTS]
+            found += [Case(target, k, f, dtype, form) for dtype, form in FAST.items() for k in products for f in asked]
             asked = [f for f in portable if f.startswith(("int:bits=4,", "int:bits=7,"))]
             found += [Case(target, k, f, "fp16", "lop3") for k in ("gemv", "gemm16") for f in asked]
         for kernel in (*PRODUCTS, *OTHERS):
             half, brain = [*portable, *symmetric], fullest if target in AMD else few
             if target in NVIDIA and kernel in PRODUCTS:
-                half, brain = [TERNARY] if kernel == "gemv4" else half, [TERNARY]
+                half, brain = ternary if kernel == "gemv4" else half, ternary
             lists = {"fp16": half, "bf16": brain, "fp32": full if kernel != "gemm64" else []}
             found += [Case(target, kernel, f, dtype, "portable") for dtype, texts in lists.items() for f in texts]
         found += [Case(target, "hadamard", f"block={n}", d, "portable") for n in HADAMARD for d in FAST]
@@ -114,16 +119,19 @@ def _portable(case: Case, layout, M: int) -> Launch:
     """As :func:`launch_of`, for the portable kernels."""
     import torch
     from lowbit_kernels import _tiles, fast, grouped, matmul, rows, tiles
+    from lowbit_kernels import layout as layouts
 
-    warp, own, full = AMD.get(case.target, 32), {}, case.dtype == "fp32"
+    warp, full = AMD.get(case.target, 32), case.dtype == "fp32"
+    in_lane = layout.fields if layout.ternary else 1
     most, place = fast.REGISTERS if case.target in NVIDIA else None, (warp, case.target in NVIDIA, full)
-    K = 5120 if layout.ternary else 4096
+    K = 5120 if case.format == TERNARY_EVEN else 4096
+    own = {"EVEN": layouts.even(K, layout, 4096)}
     if case.kernel.startswith("grouped"):
-        own = {"RANGE": 2 if layout.scale == "log8" else 0, "TABLE": 0, "BLOCK_E": 256}
+        own |= {"RANGE": 2 if layout.scale == "log8" else 0, "TABLE": 0, "BLOCK_E": 256}
     if case.kernel in UNLOOPED:
         size = tiles.row_tiles(M, K, layout, *place)
-        own = {"BLOCK_R": size.rows, "BLOCK_K": size.inputs}
-        return Launch(rows.rows_kernel, own, size.warps, size.rows * size.inputs)
+        own |= {"BLOCK_R": size.rows, "BLOCK_K": size.inputs}
+        return Launch(rows.rows_kernel, own, size.warps, size.rows * size.inputs * in_lane)
     if "gradient" in case.kernel:
         rule = tiles.grouped_gradient_tiles if case.kernel.startswith("grouped") else tiles.gradient_tiles
         size = rule(M, 4096, K, layout, *(place if case.kernel.startswith("grouped") else (warp, full)))
@@ -132,7 +140,7 @@ def _portable(case: Case, layout, M: int) -> Launch:
             grouped.grouped_input_gradient_kernel if case.kernel.startswith("grouped") else rows.input_gradient_kernel
         )
         turns = 4 if not layout.ternary and (full or layout.planes[-1] == 1) and size.outputs >= 64 else 1
-        return Launch(kernel, own, size.warps, size.outputs * size.inputs, turns, most)
+        return Launch(kernel, own, size.warps, size.outputs * size.inputs * in_lane, turns, most)
     grouping = case.kernel.startswith("grouped")
     if grouping:
         size = tiles.grouped_tiles(M, 4096, K, layout, *place)
@@ -189,13 +197,14 @@ def compiled(case: Case, launch: Launch):
 
     kernel, layout = launch.kernel, layout_of(case)
     types = {"x": f"*{case.dtype}", "gradient": f"*{case.dtype}", "weight": "*i16", "ends": "*i32", "bias": None}
-    types |= {"out": "*fp32" if "SPLIT" in launch.constants else f"*{case.dtype}", **dict.fromkeys("MNKER", "i32")}
+    shares = "SPLIT" in launch.constants or ("gradient" in case.kernel and launch.constants["EVEN"] > 1)
+    types |= {"out": "*fp32" if shares else f"*{case.dtype}", **dict.fromkeys("MNKER", "i32")}
     types |= {"index": "*i64" if case.kernel == "embedding" else None, "rows": "i32", "scale": "fp32"}
     types |= {"stream": "*u8", **dict.fromkeys(("starts", "sizes", "counts", "places"), "*i64")}
     types |= dict.fromkeys(("table", "sound"), "*i32")
     constants = dict(launch.constants)
     if layout is not None:
-        constants |= {"LAYOUT": layout, **({"EVEN": True} if "EVEN" in kernel.arg_names else {})}
+        constants |= {"LAYOUT": layout}
         stored = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "none": None}
         types["scales"] = stored.get(layout.scale, "*u8")
         types["scale_range"] = "*fp32" if layout.scale in ("log8", "e4m3") else None

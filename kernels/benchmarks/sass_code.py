@@ -26,9 +26,9 @@ def _lines_of(*functions) -> set[tuple[str, int]]:
 
 def _weight_lines() -> set[tuple[str, int]]:
     """Source lines of functions that load packed weights and nothing else; of kernels that load values or bytes."""
-    from lowbit_kernels import decode, entropy, fast_fields, hadamard, natural
+    from lowbit_kernels import decode, entropy, fast_fields, hadamard
 
-    planes = (decode.load_lanes, decode.load_last, decode._plane, natural.ternary_values)
+    planes = (decode.load_lanes, decode.load_last, decode._plane)
     return _lines_of(fast_fields._words, *planes, hadamard.butterfly_kernel, entropy.entropy_kernel)
 
 

@@ -86,13 +86,16 @@ def _problems():
         add("input_gradient", format, 3, 33, 193, BF16)
         add("dequantize", format, 0, 9, 193, FP32)
         add("embedding", format, 3, 9, 193, FP16)
-    # Ternary rows of whole 8 lanes, which are loaded 16 bytes at a time; the last inputs of the last field are missing.
-    for format in ("ternary:bits=1.58", "ternary:bits=1.58,group_size=32"):
-        add("linear", format, 3, 33, 315, FP16)
-        add("linear", format, 5, 33, 315, BF16)
-        add("input_gradient", format, 3, 35, 315, BF16)
-        add("dequantize", format, 0, 9, 315, FP32)
-        add("embedding", format, 3, 9, 315, FP16)
+    # Ternary rows of 32, 20, 22 and 13 lanes: all, each 2nd, 4th or 8th begin at 16 bytes, and so much is loaded at a
+    # time. The last inputs of the last field are missing.
+    for K in (315, 193, 213, 121):
+        for format in ("ternary:bits=1.58", "ternary:bits=1.58,group_size=32"):
+            add("linear", format, 3, 72, K, FP16)
+            add("linear", format, 5, 40, K, BF16)
+            add("input_gradient", format, 3, 40, K, BF16)
+            add("input_gradient", format, 5, 296, K, FP32)
+            add("dequantize", format, 0, 8, K, FP32)
+            add("embedding", format, 3, 16, K, FP16)
     # The smallest, the edges of a block and of a tile, and enough lanes that programs share the inputs.
     for N, K in ((1, 1), (16, 64), (17, 65), (64, 63)):
         for M in (1, 4, 5, 16):

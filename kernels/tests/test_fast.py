@@ -28,6 +28,8 @@ CASES = [
     ("int:bits=4,group_size=32,symmetric=True", 2, 512, FP16, "lop3"),
     *((f"int:bits={b},group_size=32", 2, 512, FP16, "lop3") for b in (2, 5)),
     ("int:bits=4,group_size=64,scale_dtype=log8,symmetric=True", 1, 512, FP16, None),
+    *((f"int:bits={b},group_size=32,scale_dtype=log8", 2, K, FP16, None) for b, K in ((2, 512), (3, 330), (4, 512))),
+    ("int:bits=7,group_size=32,scale_dtype=log8", 4, 512, BF16, None),
     ("int:bits=4,group_size=64,zeros=float", 1, 512, FP16, None),
     *(
         (f, M, 256, d, None)
@@ -36,6 +38,7 @@ CASES = [
     ),
     ("nf:bits=4,group_size=32", 2, 192, FP16, None),
     ("nf:bits=4,group_size=32", 4, 192, FP16, None),
+    ("nf:bits=4,group_size=32", 2, 512, BF16, None),
     ("fp4:bits=4", 3, 320, BF16, None),
     ("fp4:bits=4,group_size=16,scale_dtype=e4m3", 2, 192, FP16, None),
     *((f"codebook:bits={b},group_size=-1,codebook=row", 2, 200, FP16, None) for b in (3, 4)),

@@ -1,7 +1,5 @@
 """Every kernel against its plain twin, on every problem of the list; :mod:`support.tolerance` says how far off."""
 
-import itertools
-
 import lowbit_kernels
 import pytest
 import torch
@@ -107,6 +105,18 @@ def test_an_index_outside_the_table_is_an_error(row, device):
         lowbit_kernels.embedding(torch.tensor([row]), *packed(format, 7, 65, device), format.spec, 65, FP32)
 
 
+@pytest.mark.parametrize("format", ["int:bits=4", "ternary:bits=1.58"])
+def test_rows_outside_the_table_are_nan_and_others_are_whole(format, device, buffers):
+    """What a GPU computes before its assertion is seen: nothing outside is read, and all is written."""
+    format, K = parse_format(format), 121
+    weight, companions = packed(format, 16, K, device)
+    index = torch.tensor([-1, 5, 16, -3, 15], device=device)
+    found = lowbit_kernels._rows(index, weight, companions, format.spec, K, FP32, None)
+    whole = lowbit_kernels.dequantize(weight, companions, format.spec, K, FP32)
+    assert found[[0, 2, 3]].isnan().all() and torch.equal(found[[1, 4]], whole[[5, 15]])
+    assert all(intact(b) for b in buffers)
+
+
 def test_the_check_would_see_one_weight_off_by_one_code(device):
     """The tolerances of the list above are tight enough to see the smallest error there can be, in 8 bits."""
     format = parse_format("int:bits=8,symmetric=True,scale_dtype=float32")
@@ -133,5 +143,20 @@ def test_the_list_covers_what_the_kernels_read():
     assert {l.group for l in layouts} == {0, *(2**i for i in range(4, 11))}
     assert {l.zeros for l in layouts} == {"int", "float", "fixed"}
     for op in ("linear", "input_gradient", "embedding"):
-        read = [(lowbit_kernels.parse(parse_format(p.format).spec), p.K) for p in PROBLEMS if p.op == op]
-        assert {(l.ternary, layout.even(K, l)) for l, K in read} == set(itertools.product((True, False), repeat=2))
+        read = [(lowbit_kernels.parse(parse_format(p.format).spec), p) for p in PROBLEMS if p.op == op]
+        assert {layout.even(p.K, l, p.N) for l, p in read if not l.ternary} == {0, 1}
+        assert {layout.even(p.K, l, p.N) for l, p in read if l.ternary} == {0, 1, 2, 4, 8}
+
+
+@pytest.mark.parametrize("K", [315, 121])
+def test_a_gradient_of_many_rows_takes_them_in_parts(K, device, buffers, monkeypatch):
+    """Shares of sums, of ternary rows that begin anywhere, take memory: only so much at a time."""
+    format = parse_format("ternary:bits=1.58")
+    weight, companions = packed(format, 16, K, device)
+    gradient = random(70, 16, dtype=FP16, device=device)
+    whole = lowbit_kernels.input_gradient(gradient, weight, companions, format.spec, K)
+    monkeypatch.setattr(lowbit_kernels, "SHARED_VALUES", 8 * 40 * K)
+    buffers.clear()
+    assert torch.equal(lowbit_kernels.input_gradient(gradient, weight, companions, format.spec, K), whole)
+    shared = [tuple(b.shape) for b in buffers[1:]]
+    assert shared == ([(8, 40, K), (8, 30, K)] if K == 121 else []) and all(intact(b) for b in buffers)

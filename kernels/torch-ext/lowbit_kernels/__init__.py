@@ -19,11 +19,13 @@ from .fast import FastTiles, fast_linear, fast_tiles
 from .forms import Device
 from .grouped import grouped_input_gradient, grouped_linear
 from .layout import Layout, even, name_tensors, on_device, parse
-from .matmul import add_kernel, gemm_kernel, gemv_kernel
+from .matmul import add_shares, gemm_kernel, gemv_kernel
 from .rows import input_gradient_kernel, rows_kernel
 from .tiles import (
     GEMV_ROWS,
     Tiles,
+    along,
+    along_inputs,
     at_most,
     fast_split,
     gradient_tiles,
@@ -48,7 +50,7 @@ __all__ = [
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 UNPACKED_WEIGHTS = 2**25  # of these at most are written out at a time
-_ADD_BLOCK = 1024
+SHARED_VALUES = 2**24  # of shares of gradients at most are kept at a time, or those of one tile
 
 
 def linear(
@@ -137,12 +139,13 @@ def _portable(x, weight, companions, bias, layout, K, tiles, device) -> torch.Te
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     target = torch.empty((tiles.split, M, N), dtype=torch.float32, device=x.device) if tiles.split > 1 else out
-    across, along = triton.cdiv(M, tiles.rows), triton.cdiv(N, tiles.outputs)
+    apart = even(K, layout, N)
+    across, grid = triton.cdiv(M, tiles.rows), (along(N, tiles.outputs, apart), tiles.split)
     gemv = M <= GEMV_ROWS and across == 1
-    kernel, grid = (gemv_kernel, (along, tiles.split)) if gemv else (gemm_kernel, (across, along, tiles.split))
+    kernel, grid = (gemv_kernel, grid) if gemv else (gemm_kernel, (across, *grid))
     kernel[grid](
         *(rows, *packed, bias, target, M, N, K),
-        EVEN=even(K, layout),
+        EVEN=apart,
         LAYOUT=layout,
         SPLIT=tiles.split,
         BLOCK_M=tiles.rows,
@@ -153,8 +156,7 @@ def _portable(x, weight, companions, bias, layout, K, tiles, device) -> torch.Te
         **(device.registers if wants_registers(tiles.rows, layout, x.dtype == torch.float32) else {}),
     )
     if tiles.split > 1:
-        grid = (triton.cdiv(M * N, _ADD_BLOCK),)
-        add_kernel[grid](target, bias, out, M, N, SPLIT=tiles.split, BLOCK=_ADD_BLOCK)
+        add_shares(target, bias, out)
     return out.view(*x.shape[:-1], N)
 
 
@@ -176,17 +178,26 @@ def input_gradient(
         return out.view(*gradient.shape[:-1], K)
     device = forms.describe(gradient.device)
     tiles = tiles or gradient_tiles(M, N, K, layout, device.warp, gradient.dtype == torch.float32)
+    apart = even(K, layout, N)
+    step = max(tiles.rows, SHARED_VALUES // (apart * K)) if apart > 1 else M
     with on_device(gradient.device):
-        input_gradient_kernel[(triton.cdiv(M, tiles.rows), triton.cdiv(K, tiles.inputs))](
-            *(rows, *packed, out, M, N, K),
-            EVEN=even(K, layout),
-            LAYOUT=layout,
-            BLOCK_M=tiles.rows,
-            BLOCK_N=tiles.outputs,
-            BLOCK_K=tiles.inputs,
-            num_warps=tiles.warps,
-            **device.registers,
-        )
+        for part, target in zip(rows.split(step), out.split(step), strict=True):
+            m = part.shape[0]
+            shares = torch.empty((apart, m, K), dtype=torch.float32, device=out.device) if apart > 1 else target
+            input_gradient_kernel[
+                (triton.cdiv(m, tiles.rows), along_inputs(K, tiles.inputs, layout, apart), max(1, apart))
+            ](
+                *(part, *packed, shares, m, N, K),
+                EVEN=apart,
+                LAYOUT=layout,
+                BLOCK_M=tiles.rows,
+                BLOCK_N=tiles.outputs,
+                BLOCK_K=tiles.inputs,
+                num_warps=tiles.warps,
+                **device.registers,
+            )
+            if apart > 1:
+                add_shares(shares, None, target)
     return out.view(*gradient.shape[:-1], K)
 
 
@@ -198,11 +209,11 @@ def _rows(index, weight, companions, format, K, dtype, tiles) -> torch.Tensor:
     if out.numel():
         device = forms.describe(weight.device)
         place = (device.warp, device.vendor == "nvidia", dtype == torch.float32)
-        tiles = tiles or row_tiles(R, K, layout, *place)
+        tiles, apart = tiles or row_tiles(R, K, layout, *place), even(K, layout, N)
         with on_device(weight.device):
-            rows_kernel[(triton.cdiv(R, tiles.rows), triton.cdiv(K, tiles.inputs))](
+            rows_kernel[(triton.cdiv(R, tiles.rows), along_inputs(K, tiles.inputs, layout, apart))](
                 *(index, *packed, out, R, N, K),
-                EVEN=even(K, layout),
+                EVEN=apart,
                 LAYOUT=layout,
                 BLOCK_R=tiles.rows,
                 BLOCK_K=tiles.inputs,

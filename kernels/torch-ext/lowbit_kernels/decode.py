@@ -5,7 +5,8 @@ A packed weight can be walked in two orders with the same functions, because the
 - *lane order*: load a tile of 16-bit lanes once and take field 0, 1, 2, ... of all of them (``field`` a constant). One
   shift and one mask give a tile of values. Kernels that sum over the inputs use it: the order of a sum is free.
 - *natural order*: a tile of lanes is spread over a dimension of fields (``field`` a tensor), and the dimensions blocks,
-  fields and lanes together run along the inputs. Kernels whose output does too use it (:mod:`.natural`).
+  fields and lanes together run along the inputs. Kernels whose output does too use it (:mod:`.natural`), but for
+  ternary rows.
 
 A width that is a sum of planes is walked by the lanes of its first plane. Those of the others are fewer: they are
 loaded once, spread over the lanes they go with, and shifted so that the field's index alone says where the bits are.
@@ -29,14 +30,43 @@ def input_index(lane, field, lanes, LAYOUT: tl.constexpr):
 
 @triton.jit
 def row_lanes(K, EVEN: tl.constexpr, LAYOUT: tl.constexpr):
-    """Lanes of the first plane in a row; ``EVEN`` promises that they come in pieces of 16 bytes."""
+    """Lanes of the first plane in a row; if ``EVEN`` is 1, they come in pieces of 16 bytes."""
     if LAYOUT.ternary:
         lanes = (K + 9) // 10
-        if EVEN:
+        if EVEN == 1:
             lanes = tl.multiple_of(lanes, 8)
     else:
         lanes = _blocks(K, EVEN) * LAYOUT.lanes
     return lanes
+
+
+@triton.jit
+def lanes_before(row, K, EVEN: tl.constexpr, LAYOUT: tl.constexpr):
+    """Lanes of other rows in the 16 bytes that a ternary row begins in, int32; the same for each ``EVEN``-th row."""
+    if LAYOUT.ternary and EVEN > 1:
+        before = (row & 7).to(tl.int32) * (row_lanes(K, EVEN, LAYOUT) % 8) % 8
+    else:
+        before = 0
+    return before
+
+
+@triton.jit
+def outputs_of(program, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, LAYOUT: tl.constexpr):
+    """Rows of W (BLOCK_N,) of a program: neighbours, or those :func:`lanes_before` which are as many."""
+    if LAYOUT.ternary and EVEN > 1:
+        n = program // EVEN * (EVEN * BLOCK_N) + program % EVEN + EVEN * tl.arange(0, BLOCK_N)
+    else:
+        n = program * BLOCK_N + tl.arange(0, BLOCK_N)
+    return n
+
+
+@triton.jit
+def own_lanes(lane, lanes, EVEN: tl.constexpr, LAYOUT: tl.constexpr):
+    """Which lanes are those of a row of so many ``lanes``, and not of the rows around it."""
+    own = lane < lanes
+    if LAYOUT.ternary and EVEN > 1:
+        own = own & (lane >= 0)
+    return own
 
 
 @triton.jit
@@ -57,10 +87,13 @@ def _tile_lanes(start, part, BLOCKS: tl.constexpr, LANES: tl.constexpr, PARTS: t
 
 
 @triton.jit
-def lane_tile(start, part, LAYOUT: tl.constexpr, BLOCK_L: tl.constexpr, PARTS: tl.constexpr):
-    """Numbers (1, BLOCK_L // PARTS) of the lanes of the first plane in a part of the BLOCK_L lanes from ``start``."""
+def lane_tile(start, part, before, LAYOUT: tl.constexpr, BLOCK_L: tl.constexpr, PARTS: tl.constexpr):
+    """Numbers (1, BLOCK_L // PARTS) of the lanes of the first plane in a part of the BLOCK_L lanes from ``start``.
+
+    Of ternary rows, of the BLOCK_L from ``start - before``; a column of ``before`` gives rows of numbers.
+    """
     if LAYOUT.ternary:
-        lane = start + tl.arange(0, BLOCK_L)[None, :]
+        lane = start + tl.arange(0, BLOCK_L)[None, :] - before
     else:
         BLOCKS: tl.constexpr = BLOCK_L // LAYOUT.lanes // PARTS
         lane = _tile_lanes(start // LAYOUT.lanes, part, BLOCKS, LAYOUT.lanes, PARTS)
@@ -123,6 +156,7 @@ def load_lanes(
     part,
     inside,
     K,
+    before,
     last,
     EVEN: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -132,12 +166,16 @@ def load_lanes(
     """Lanes of the first plane that :func:`lane_tile` numbers, of rows (BLOCK_N, 1), and what goes with them.
 
     Three tiles (BLOCK_N, BLOCK_L // PARTS), int16; what a format has not is the first plane again. ``last`` is this
-    part's share of :func:`load_last`.
+    part's share of :func:`load_last`. Lanes that are not :func:`own_lanes` are 0 or those of other rows.
     """
     if LAYOUT.ternary:
         lanes = row_lanes(K, EVEN, LAYOUT)
-        lane = start + tl.arange(0, BLOCK_L)[None, :]
-        first = tl.load(weight + row * lanes + lane, mask=inside & (lane < lanes), other=0)
+        place = start + tl.arange(0, BLOCK_L)[None, :]
+        begin = row * lanes
+        if EVEN > 1:
+            begin = tl.multiple_of(begin - before, [8, 1])
+            lanes = (lanes + before + 7) // 8 * 8
+        first = tl.load(weight + begin + place, mask=inside & (place < lanes), other=0)
         second = first
         third = first
     else:
@@ -192,6 +230,28 @@ def group_of(k, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def decode_scale(stored, scale_range, LAYOUT: tl.constexpr):
+    """Scales, float32, as they are ``stored``."""
+    if LAYOUT.scale == "log8":
+        low = tl.load(scale_range)
+        step = tl.load(scale_range + 1)
+        code = stored.to(tl.int32)
+        scale = tl.where(code == 0, 0.0, tl.exp2(low + step * (code - 1).to(tl.float32)))
+    elif LAYOUT.scale == "e8m0":
+        code = stored.to(tl.int32)
+        scale = tl.where(code == 0, 0x00400000, code << 23).to(tl.float32, bitcast=True)
+    elif LAYOUT.scale == "e4m3":
+        code = stored.to(tl.int32)
+        small = (code & 7).to(tl.float32) * 0.001953125  # 2**-9
+        normal = (((code & 127) << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+        magnitude = tl.where((code & 127) < 8, small, normal)
+        scale = tl.where(code < 128, magnitude, -magnitude) * tl.load(scale_range)
+    else:
+        scale = stored.to(tl.float32)
+    return scale
+
+
+@triton.jit
 def load_scale(scales, scale_range, row, group, mask, K, LAYOUT: tl.constexpr):
     """Scales, float32; 1 for a format that has none, 0 where ``mask`` is not."""
     if LAYOUT.scale == "none":
@@ -199,22 +259,7 @@ def load_scale(scales, scale_range, row, group, mask, K, LAYOUT: tl.constexpr):
     else:
         groups = group_of(K - 1, LAYOUT) + 1
         stored = tl.load(scales + row * groups + group, mask=mask, other=0)
-        if LAYOUT.scale == "log8":
-            low = tl.load(scale_range)
-            step = tl.load(scale_range + 1)
-            code = stored.to(tl.int32)
-            scale = tl.where(code == 0, 0.0, tl.exp2(low + step * (code - 1).to(tl.float32)))
-        elif LAYOUT.scale == "e8m0":
-            code = stored.to(tl.int32)
-            scale = tl.where(code == 0, 0x00400000, code << 23).to(tl.float32, bitcast=True)
-        elif LAYOUT.scale == "e4m3":
-            code = stored.to(tl.int32)
-            small = (code & 7).to(tl.float32) * 0.001953125  # 2**-9
-            normal = (((code & 127) << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-            magnitude = tl.where((code & 127) < 8, small, normal)
-            scale = tl.where(code < 128, magnitude, -magnitude) * tl.load(scale_range)
-        else:
-            scale = stored.to(tl.float32)
+        scale = decode_scale(stored, scale_range, LAYOUT)
     return scale
 
 

@@ -27,7 +27,7 @@ import triton.language as tl
 from .fast_fields import all_turns, level_tables, moved_e2m1, seen_inputs, with_step
 from .fast_grid import in_pairs, unit
 from .layout import Layout, name_tensors, on_device, parse
-from .matmul import _store, add_kernel
+from .matmul import _store, add_shares
 
 FORMS = ("subnormal", "lop3", "magic")
 # Said to the assembler, which else saves registers for occupancy and spills a few: as many as a thread can have.
@@ -221,5 +221,5 @@ def fast_linear(
             maxnreg=REGISTERS,
         )
         if split > 1:
-            add_kernel[(triton.cdiv(M * N, 1024),)](target, bias, out, M, N, SPLIT=split, BLOCK=1024)
+            add_shares(target, bias, out)
     return out.view(*x.shape[:-1], N)

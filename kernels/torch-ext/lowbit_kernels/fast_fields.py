@@ -298,7 +298,7 @@ def with_step(
     first = step * (BLOCKS * 64)
     operands = _operands(start, step, blocks, turns, LAYOUT, BLOCKS, EVEN)
     if PAIRS:
-        grid = pair_grid(scales, zeros, row, step, K, LAYOUT, FORM, WINDOW, COLUMNS, EVEN)
+        grid = pair_grid(scales, scale_range, zeros, row, step, K, LAYOUT, FORM, WINDOW, COLUMNS, EVEN)
     for part in tl.static_range(PARTS):
         sums = tl.zeros((N, R), tl.float32)
         column = tl.arange(0, COLUMNS)[None, :]

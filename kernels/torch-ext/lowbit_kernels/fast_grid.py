@@ -8,7 +8,7 @@ same code, by its bits where that is exact.
 import triton
 import triton.language as tl
 
-from .decode import load_zero
+from .decode import decode_scale, load_zero
 from .fast_asm import code_position
 
 
@@ -23,8 +23,8 @@ def unit(form, layout, window):
 
 @triton.constexpr_function
 def in_pairs(layout, columns):
-    """Whether the groups of a block are loaded together: where a step has many, whose scales are stored as numbers."""
-    return columns >= 4 and layout.group == 32 and layout.scale in ("float16", "bfloat16", "float32")
+    """Whether the groups of a block are loaded together: where a step has many."""
+    return columns >= 4 and layout.group == 32 and layout.scale in ("float16", "bfloat16", "float32", "log8")
 
 
 @triton.constexpr_function
@@ -48,6 +48,7 @@ def _shift(code, FORM: tl.constexpr):
 @triton.jit
 def pair_grid(
     scales,
+    scale_range,
     zeros,
     row,
     step,
@@ -76,7 +77,7 @@ def pair_grid(
     else:
         stored = group < groups
         scale = tl.load(scales + row * groups + group, mask=stored, other=0)
-    first, second = tl.split(scale.to(tl.float32).reshape(N, COLUMNS, 2))
+    first, second = tl.split(decode_scale(scale, scale_range, LAYOUT).reshape(N, COLUMNS, 2))
     if LAYOUT.zeros == "fixed":
         shift = tl.full((1, 1), LAYOUT.fixed_zero / UNIT + OFFSET, tl.float32)
         found = (first, second, shift, shift)

@@ -18,11 +18,12 @@ import triton
 import triton.language as tl
 
 from . import forms
-from .decode import row_lanes
+from .decode import lanes_before, outputs_of, row_lanes
 from .layout import Layout, Packed, even, name_tensors, on_device, parse
-from .matmul import gemm_sum, gemv_sum
+from .matmul import add_shares, gemm_sum, gemv_sum
 from .rows import input_gradient_sum
-from .tiles import GEMV_ROWS, Tiles, grouped_gradient_tiles, grouped_tiles, wants_registers
+from .ternary import store_ternary_gradient
+from .tiles import GEMV_ROWS, Tiles, along, along_inputs, grouped_gradient_tiles, grouped_tiles, wants_registers
 
 
 @triton.jit
@@ -75,7 +76,7 @@ def grouped_linear_kernel(
     expert, start, stop = _find(ends, E, R, BLOCK_E, BLOCK_M)
     if start < stop:
         m = (start + tl.arange(0, BLOCK_M))[:, None]
-        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        n = outputs_of(tl.program_id(1), BLOCK_N, EVEN, LAYOUT)
         lanes = tl.where(expert < E, row_lanes(K, EVEN, LAYOUT), 0)
         own = tl.minimum(expert, E - 1).to(tl.int64)
         if RANGE > 0:
@@ -84,15 +85,16 @@ def grouped_linear_kernel(
             levels += own * TABLE
         x_row = x + m.to(tl.int64) * K
         row = (own * N + n)[:, None]
+        before = lanes_before(own * N + tl.program_id(1), K, EVEN, LAYOUT)
         if GEMV:
             total = gemv_sum(
                 *(x_row, m < stop, weight, scales, scale_range, zeros, levels, row, n[:, None] < N, K),
-                *(0, lanes, EVEN, LAYOUT, BLOCK_L, BLOCK_L),
+                *(before, 0, lanes, EVEN, LAYOUT, BLOCK_L, BLOCK_L),
             )
         else:
             total = gemm_sum(
                 *(x_row, m < stop, weight, scales, scale_range, zeros, levels, row, n[:, None] < N, K),
-                *(0, lanes, EVEN, LAYOUT, BLOCK_L, BLOCK_L),
+                *(before, 0, lanes, EVEN, LAYOUT, BLOCK_L, BLOCK_L),
             )
         n = n[None, :]
         if bias is not None:
@@ -135,11 +137,17 @@ def grouped_input_gradient_kernel(
         if TABLE > 0:
             levels += own * TABLE
         outputs = tl.where(expert < E, N, 0)
-        total = input_gradient_sum(
-            *(gradient + m * N, m < stop, weight, scales, scale_range, zeros, levels),
-            *(own * N, outputs, tl.program_id(1) * BLOCK_K, K, EVEN, LAYOUT, BLOCK_N, BLOCK_K),
-        )
-        tl.store(out + m * K + k, total.to(out.dtype.element_ty), mask=(m < stop) & (k < K))
+        if LAYOUT.ternary:
+            store_ternary_gradient(
+                *(out, m, gradient + m * N, m < stop, weight, scales, scale_range, levels, own * N, R, outputs, K),
+                *(EVEN, LAYOUT, BLOCK_N, BLOCK_K),
+            )
+        else:
+            total = input_gradient_sum(
+                *(gradient + m * N, m < stop, weight, scales, scale_range, zeros, levels),
+                *(own * N, outputs, tl.program_id(1) * BLOCK_K, K, EVEN, LAYOUT, BLOCK_N, BLOCK_K),
+            )
+            tl.store(out + m * K + k, total.to(out.dtype.element_ty), mask=(m < stop) & (k < K))
 
 
 def row_tiles_needed(R: int, E: int, rows: int) -> int:
@@ -210,12 +218,13 @@ def grouped_linear(
     device = forms.describe(x.device)
     place = (device.warp, device.vendor == "nvidia", x.dtype == torch.float32)
     tiles = tiles or grouped_tiles(triton.cdiv(R, E), N, K, layout, *place)
+    apart = even(K, layout, E * N)
     with on_device(x.device):
-        grouped_linear_kernel[(row_tiles_needed(R, E, tiles.rows), triton.cdiv(N, tiles.outputs))](
+        grouped_linear_kernel[(row_tiles_needed(R, E, tiles.rows), along(N, tiles.outputs, apart))](
             *(x.contiguous(), ends.contiguous(), *packed, bias, out, E, R, N, K),
             **_shares(packed, layout, E),
             GEMV=tiles.rows <= GEMV_ROWS,
-            EVEN=even(K, layout),
+            EVEN=apart,
             LAYOUT=layout,
             BLOCK_E=triton.next_power_of_2(E + 1),
             BLOCK_M=tiles.rows,
@@ -247,11 +256,14 @@ def grouped_input_gradient(
     device = forms.describe(gradient.device)
     place = (device.warp, device.vendor == "nvidia", gradient.dtype == torch.float32)
     tiles = tiles or grouped_gradient_tiles(triton.cdiv(R, E), N, K, layout, *place)
+    apart = even(K, layout, E * N)
+    shares = torch.empty((apart, R, K), dtype=torch.float32, device=out.device) if apart > 1 else out
+    grid = (row_tiles_needed(R, E, tiles.rows), along_inputs(K, tiles.inputs, layout, apart), max(1, apart))
     with on_device(gradient.device):
-        grouped_input_gradient_kernel[(row_tiles_needed(R, E, tiles.rows), triton.cdiv(K, tiles.inputs))](
-            *(gradient.contiguous(), ends.contiguous(), *packed, out, E, R, N, K),
+        grouped_input_gradient_kernel[grid](
+            *(gradient.contiguous(), ends.contiguous(), *packed, shares, E, R, N, K),
             **_shares(packed, layout, E),
-            EVEN=even(K, layout),
+            EVEN=apart,
             LAYOUT=layout,
             BLOCK_E=triton.next_power_of_2(E + 1),
             BLOCK_M=tiles.rows,
@@ -260,4 +272,6 @@ def grouped_input_gradient(
             num_warps=tiles.warps,
             **device.registers,
         )
+        if apart > 1:
+            add_shares(shares, None, out)
     return out

@@ -15,6 +15,7 @@ It does not validate what a writer may choose; it refuses what the kernels could
 
 import contextlib
 import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -183,12 +184,17 @@ def name_tensors(weight: torch.Tensor, companions: list[torch.Tensor], layout: L
     return Packed(weight.contiguous(), *(found.get(name) for name in Packed._fields[1:]))
 
 
-def even(in_features: int, layout: Layout) -> bool:
-    """Whether every plane of every row, or every field of a ternary row, begins at 16 bytes.
+def even(in_features: int, layout: Layout, rows: int) -> int:
+    """1 if every plane of every one of so many rows begins at 16 bytes; of ternary rows, every how many-th does.
 
-    Planes do where blocks come in pairs, the least of which has 16 bytes; fields where a row has whole 8 lanes.
+    Planes do where blocks come in pairs, the least of which has 16 bytes. Ternary rows begin anywhere, unless they have
+    whole 8 lanes: each 2nd, 4th or 8th begins at 16 bytes again, and kernels read the 16 bytes that a row begins or
+    ends in whole. 0 if nothing is promised: other planes, and ternary weights that end within 16 bytes.
     """
-    return (layout.row_lanes(in_features) % 8 if layout.ternary else in_features % (2 * BLOCK)) == 0
+    if not layout.ternary:
+        return int(in_features % (2 * BLOCK) == 0)
+    lanes = layout.row_lanes(in_features)
+    return 8 // math.gcd(lanes, 8) if rows * lanes % 8 == 0 else 0
 
 
 def on_device(device: torch.device):

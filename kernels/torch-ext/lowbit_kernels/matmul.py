@@ -14,6 +14,7 @@ float32, that most targets compute without tensor cores, and more than one row o
 fields are a loop, as long as something says that the compiler does not know, or it would be none.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -23,14 +24,19 @@ from .decode import (
     group_of,
     input_index,
     lane_tile,
+    lanes_before,
     load_grid,
     load_lanes,
     load_last,
     load_scale,
     load_zero,
+    outputs_of,
+    own_lanes,
     row_lanes,
     starts_group,
 )
+
+_ADD_BLOCK = 1024
 
 
 @triton.jit
@@ -94,6 +100,7 @@ def _sum(
     row,
     inside,
     K,
+    before,
     first,
     lanes,
     EVEN: tl.constexpr,
@@ -104,13 +111,17 @@ def _sum(
 ):
     FIELDS: tl.constexpr = LAYOUT.fields
     PARTS: tl.constexpr = LAYOUT.sum_parts
-    for start in range(first, lanes, STEP):
+    stop = lanes
+    if LAYOUT.ternary and EVEN > 1:
+        stop += before
+    for start in range(first, stop, STEP):
         last = load_last(weight, row, start, inside, K, EVEN, LAYOUT, BLOCK_L, PARTS)
         for part in tl.static_range(PARTS):
-            lane = lane_tile(start, part, LAYOUT, BLOCK_L, PARTS)
-            here = (lane < lanes) & inside
+            lane = lane_tile(start, part, before, LAYOUT, BLOCK_L, PARTS)
+            own = own_lanes(lane, lanes, EVEN, LAYOUT)
+            here = own & inside
             one, two, three = load_lanes(
-                *(weight, row, start, part, inside, K, last[part], EVEN, LAYOUT, BLOCK_L, PARTS)
+                *(weight, row, start, part, inside, K, before, last[part], EVEN, LAYOUT, BLOCK_L, PARTS)
             )
             place = (scales, scale_range, zeros, row, start, part)
             if LOOPED:
@@ -119,7 +130,7 @@ def _sum(
                     scale, zero = _grid(*place, field, k, inside, here, K, LAYOUT, BLOCK_L, PARTS)
                     code = decode_field(one, two, three, field, LAYOUT)
                     value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
-                    total = _add_field(total, value, x_row, k, seen & (lane < lanes) & (k < K))
+                    total = _add_field(total, value, x_row, k, seen & own & (k < K))
             else:
                 for field in tl.static_range(FIELDS):
                     k = input_index(lane, field, lanes, LAYOUT)
@@ -127,7 +138,7 @@ def _sum(
                         scale, zero = _grid(*place, field, k, inside, here, K, LAYOUT, BLOCK_L, PARTS)
                     code = decode_field(one, two, three, field, LAYOUT)
                     value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
-                    total = _add_field(total, value, x_row, k, seen & (lane < lanes) & (k < K))
+                    total = _add_field(total, value, x_row, k, seen & own & (k < K))
     return total
 
 
@@ -149,6 +160,7 @@ def gemv_sum(
     row,
     inside,
     K,
+    before,
     first,
     lanes,
     EVEN: tl.constexpr,
@@ -158,12 +170,13 @@ def gemv_sum(
 ):
     """Sums (BLOCK_M, BLOCK_N) of rows of x times rows of W, over BLOCK_L lanes every STEP from ``first`` to ``lanes``.
 
-    ``x_row`` points at rows of x, (BLOCK_M, 1), of which those ``seen`` exist; ``row`` (BLOCK_N, 1) are rows of W.
+    ``x_row`` points at rows of x, (BLOCK_M, 1), of which those ``seen`` exist; ``row`` (BLOCK_N, 1) are rows of W, all
+    :func:`.decode.lanes_before` which are ``before``.
     """
     LOOPED: tl.constexpr = _many_registers(x_row.shape[0], LAYOUT)
     total = _sum(
         tl.zeros((x_row.shape[0], row.shape[0], BLOCK_L // LAYOUT.sum_parts), dtype=tl.float32),
-        *(x_row, seen, weight, scales, scale_range, zeros, levels, row, inside, K, first, lanes),
+        *(x_row, seen, weight, scales, scale_range, zeros, levels, row, inside, K, before, first, lanes),
         *(EVEN, LAYOUT, STEP, BLOCK_L, LOOPED),
     )
     return tl.sum(total, axis=2)
@@ -181,6 +194,7 @@ def gemm_sum(
     row,
     inside,
     K,
+    before,
     first,
     lanes,
     EVEN: tl.constexpr,
@@ -191,7 +205,7 @@ def gemm_sum(
     """As :func:`gemv_sum`, by ``tl.dot``."""
     return _sum(
         tl.zeros((x_row.shape[0], row.shape[0]), dtype=tl.float32),
-        *(x_row, seen, weight, scales, scale_range, zeros, levels, row, inside, K, first, lanes),
+        *(x_row, seen, weight, scales, scale_range, zeros, levels, row, inside, K, before, first, lanes),
         *(EVEN, LAYOUT, STEP, BLOCK_L, x_row.dtype.element_ty == tl.float32),
     )
 
@@ -219,11 +233,12 @@ def gemv_kernel(
     """Grid (cdiv(N, BLOCK_N), SPLIT); all ``M <= BLOCK_M`` rows at once, BLOCK_N rows of W, BLOCK_L lanes a step."""
     split = tl.program_id(1)
     m = tl.arange(0, BLOCK_M)[:, None]
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = outputs_of(tl.program_id(0), BLOCK_N, EVEN, LAYOUT)
     row = n[:, None].to(tl.int64)
     total = gemv_sum(
         *(x + m * K, m < M, weight, scales, scale_range, zeros, levels, row, row < N, K),
-        *(split * BLOCK_L, row_lanes(K, EVEN, LAYOUT), EVEN, LAYOUT, SPLIT * BLOCK_L, BLOCK_L),
+        *(lanes_before(tl.program_id(0), K, EVEN, LAYOUT), split * BLOCK_L, row_lanes(K, EVEN, LAYOUT)),
+        *(EVEN, LAYOUT, SPLIT * BLOCK_L, BLOCK_L),
     )
     _store(out, bias, split, m, n[None, :], total, M, N, SPLIT)
 
@@ -251,11 +266,12 @@ def gemm_kernel(
     """Grid (cdiv(M, BLOCK_M), cdiv(N, BLOCK_N), SPLIT); programs that share weights run side by side."""
     split = tl.program_id(2)
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = outputs_of(tl.program_id(1), BLOCK_N, EVEN, LAYOUT)
     row = n[:, None].to(tl.int64)
     total = gemm_sum(
         *(x + m.to(tl.int64) * K, m < M, weight, scales, scale_range, zeros, levels, row, row < N, K),
-        *(split * BLOCK_L, row_lanes(K, EVEN, LAYOUT), EVEN, LAYOUT, SPLIT * BLOCK_L, BLOCK_L),
+        *(lanes_before(tl.program_id(1), K, EVEN, LAYOUT), split * BLOCK_L, row_lanes(K, EVEN, LAYOUT)),
+        *(EVEN, LAYOUT, SPLIT * BLOCK_L, BLOCK_L),
     )
     _store(out, bias, split, m, n[None, :], total, M, N, SPLIT)
 
@@ -271,3 +287,9 @@ def add_kernel(shares, bias, out, M, N, SPLIT: tl.constexpr, BLOCK: tl.constexpr
     if bias is not None:
         total += tl.load(bias + place % N, mask=place < size, other=0).to(tl.float32)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=place < size)
+
+
+def add_shares(shares: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """``out`` (M, N) = the sum of ``shares`` (SPLIT, M, N), float32, plus the bias (N,)."""
+    split, M, N = shares.shape
+    add_kernel[(triton.cdiv(M * N, _ADD_BLOCK),)](shares, bias, out, M, N, SPLIT=split, BLOCK=_ADD_BLOCK)

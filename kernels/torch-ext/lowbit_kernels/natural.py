@@ -1,13 +1,13 @@
 """Weights in the order of their inputs: a tile of lanes is spread over a dimension of fields, see :mod:`.decode`.
 
-For kernels whose output runs along the inputs. A block's scales and zero points are loaded once for each run of inputs
-that shares them.
+For kernels whose output runs along the inputs; ternary rows have no blocks and go by :mod:`.ternary`. A block's scales
+and zero points are loaded once for each run of inputs that shares them.
 """
 
 import triton
 import triton.language as tl
 
-from .decode import decode_field, dequantize, group_of, load_lanes, load_scale, load_zero, row_lanes
+from .decode import decode_field, dequantize, group_of, load_lanes, load_scale, load_zero
 
 
 @triton.jit
@@ -77,40 +77,6 @@ def values_of(
 
 
 @triton.jit
-def ternary_values(
-    weight,
-    scales,
-    scale_range,
-    levels,
-    row,
-    inside,
-    first,
-    K,
-    DTYPE: tl.constexpr,
-    EVEN: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """:func:`load_values` of ternary rows: a field's inputs lie side by side, in whole runs of 8 if ``EVEN``."""
-    RUN: tl.constexpr = 8 if EVEN else 1
-    lanes = row_lanes(K, EVEN, LAYOUT)
-    start = (first + RUN * tl.arange(0, BLOCK_K // RUN))[None, :, None]
-    field = start // lanes
-    place = tl.arange(0, RUN)[None, None, :]
-    row = row[:, :, None]
-    inside = inside[:, :, None]
-    here = inside & (start + place < K)
-    word = tl.load(weight + row * lanes + (start - field * lanes) + place, mask=here, other=0)
-    code = decode_field(word, word, word, field, LAYOUT)
-    if LAYOUT.group == 0:
-        scale = load_scale(scales, scale_range, row, (row * 0).to(tl.int32), inside, K, LAYOUT)
-    else:
-        scale = load_scale(scales, scale_range, row, group_of(start, LAYOUT), inside & (start < K), K, LAYOUT)
-    value = tl.where(here, dequantize(code, scale, LAYOUT.fixed_zero, levels, row, here, LAYOUT), 0.0)
-    return value.to(DTYPE).reshape(row.shape[0], BLOCK_K)
-
-
-@triton.jit
 def load_values(
     weight,
     scales,
@@ -130,17 +96,11 @@ def load_values(
 
     ``row`` and ``inside`` are (BLOCK_N, 1); ``first`` and BLOCK_K are multiples of 64.
     """
-    if LAYOUT.ternary:
-        value = ternary_values(
-            *(weight, scales, scale_range, levels, row, inside, first, K, DTYPE, EVEN, LAYOUT, BLOCK_K)
-        )
-    else:
-        BLOCKS: tl.constexpr = BLOCK_K // 64
-        LANES: tl.constexpr = LAYOUT.lanes
-        one, two, three = load_lanes(
-            *(weight, row, first // 64 * LANES, 0, inside, K, None, EVEN, LAYOUT, BLOCKS * LANES, 1)
-        )
-        value = values_of(
-            *(one, two, three, scales, scale_range, zeros, levels, row, inside, first, K, DTYPE, LAYOUT, BLOCK_K)
-        )
-    return value
+    BLOCKS: tl.constexpr = BLOCK_K // 64
+    LANES: tl.constexpr = LAYOUT.lanes
+    one, two, three = load_lanes(
+        *(weight, row, first // 64 * LANES, 0, inside, K, 0, None, EVEN, LAYOUT, BLOCKS * LANES, 1)
+    )
+    return values_of(
+        *(one, two, three, scales, scale_range, zeros, levels, row, inside, first, K, DTYPE, LAYOUT, BLOCK_K)
+    )

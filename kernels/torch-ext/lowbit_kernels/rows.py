@@ -1,6 +1,7 @@
 """Kernels whose output runs along the inputs of ``W``: the dequantized weight, rows of it, and ``gradient @ W``.
 
-They walk the packed rows in natural order (:mod:`.decode`), so that they write runs of neighbouring elements.
+They walk the packed rows in natural order (:mod:`.decode`), so that they write runs of neighbouring elements; ternary
+rows as :mod:`.ternary` says.
 """
 
 import triton
@@ -8,6 +9,7 @@ import triton.language as tl
 
 from .decode import load_lanes
 from .natural import load_values, values_of
+from .ternary import store_ternary_gradient, store_ternary_rows
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -29,7 +31,7 @@ def rows_kernel(
 ):
     """Grid (cdiv(R, BLOCK_R), cdiv(K, BLOCK_K)). ``out`` (R, K) gets the rows ``index`` (R,), or all if it is None.
 
-    A row outside the table is not read; it comes out as NaN.
+    A row outside the table is not read; it comes out as NaN. Of ternary rows, BLOCK_K counts lanes.
     """
     r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None].to(tl.int64)
     k = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
@@ -38,11 +40,14 @@ def rows_kernel(
     else:
         row = tl.load(index + r, mask=r < R, other=0).to(tl.int64)
     inside = (row >= 0) & (row < N)
-    value = load_values(
-        *(weight, scales, scale_range, zeros, levels, row, inside & (r < R), tl.program_id(1) * BLOCK_K, K),
-        *(out.dtype.element_ty, EVEN, LAYOUT, BLOCK_K),
-    )
-    tl.store(out + r * K + k, tl.where(inside, value, float("nan")), mask=(r < R) & (k < K))
+    if LAYOUT.ternary:
+        store_ternary_rows(*(out, r, weight, scales, scale_range, levels, row, inside, R, K, EVEN, LAYOUT, BLOCK_K))
+    else:
+        value = load_values(
+            *(weight, scales, scale_range, zeros, levels, row, inside & (r < R), tl.program_id(1) * BLOCK_K, K),
+            *(out.dtype.element_ty, EVEN, LAYOUT, BLOCK_K),
+        )
+        tl.store(out + r * K + k, tl.where(inside, value, float("nan")), mask=(r < R) & (k < K))
 
 
 @triton.jit
@@ -92,7 +97,7 @@ def input_gradient_sum(
     """
     total = tl.zeros((gradient_row.shape[0], BLOCK_K), dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
-        if LAYOUT.ternary or BLOCK_N < 64 or (LAYOUT.planes[-1] > 1 and gradient_row.dtype.element_ty != tl.float32):
+        if BLOCK_N < 64 or (LAYOUT.planes[-1] > 1 and gradient_row.dtype.element_ty != tl.float32):
             n = start + tl.arange(0, BLOCK_N)
             outputs = tl.load(gradient_row + n[None, :], mask=seen & (n[None, :] < N), other=0)
             value = load_values(
@@ -104,7 +109,7 @@ def input_gradient_sum(
             PLANES: tl.constexpr = len(LAYOUT.planes)
             n = (start + tl.arange(0, BLOCK_N))[:, None]
             lanes = load_lanes(
-                *(weight, row + n.to(tl.int64), first // 64 * LAYOUT.lanes, 0, n < N, K, None),
+                *(weight, row + n.to(tl.int64), first // 64 * LAYOUT.lanes, 0, n < N, K, 0, None),
                 *(EVEN, LAYOUT, BLOCK_K // 64 * LAYOUT.lanes, 1),
             )
             words = ()
@@ -143,11 +148,20 @@ def input_gradient_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Grid (cdiv(M, BLOCK_M), cdiv(K, BLOCK_K)): ``out`` (M, K) = ``gradient`` (M, N) @ W, summed in float32."""
+    """Grid (cdiv(M, BLOCK_M), cdiv(K, BLOCK_K)): ``out`` (M, K) = ``gradient`` (M, N) @ W, summed in float32.
+
+    Of ternary rows, BLOCK_K counts lanes, and where ``EVEN`` is more than 1 the grid's third dimension shares.
+    """
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
     k = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
-    total = input_gradient_sum(
-        *(gradient + m * N, m < M, weight, scales, scale_range, zeros, levels, 0, N),
-        *(tl.program_id(1) * BLOCK_K, K, EVEN, LAYOUT, BLOCK_N, BLOCK_K),
-    )
-    tl.store(out + m * K + k, total.to(out.dtype.element_ty), mask=(m < M) & (k < K))
+    if LAYOUT.ternary:
+        store_ternary_gradient(
+            *(out, m, gradient + m * N, m < M, weight, scales, scale_range, levels, 0, M, N, K),
+            *(EVEN, LAYOUT, BLOCK_N, BLOCK_K),
+        )
+    else:
+        total = input_gradient_sum(
+            *(gradient + m * N, m < M, weight, scales, scale_range, zeros, levels, 0, N),
+            *(tl.program_id(1) * BLOCK_K, K, EVEN, LAYOUT, BLOCK_N, BLOCK_K),
+        )
+        tl.store(out + m * K + k, total.to(out.dtype.element_ty), mask=(m < M) & (k < K))

@@ -25,7 +25,7 @@ class Tiles:
     Args:
         rows: Rows of x (``linear``, ``input_gradient``) or of the result (``dequantize``, ``embedding``).
         outputs: Rows of W.
-        inputs: 16-bit lanes a step (``linear``), or inputs; whole blocks of 64 inputs, except in ternary rows.
+        inputs: 16-bit lanes a step (``linear``, ternary rows), or inputs; of others than ternary, whole blocks of 64.
         split: Programs that share the inputs of one output tile (``linear``).
         warps: Warps a program.
         stages: Steps whose loads are under way at a time; Triton's own number if None.
@@ -109,6 +109,19 @@ def _shares(programs: int, most: int, fill: int) -> int:
     return split
 
 
+def along(N: int, outputs: int, apart: int) -> int:
+    """Programs of so many outputs that N rows of W take; each has neighbours, or every ``apart``-th row."""
+    return -(-N // (outputs * max(1, apart))) * max(1, apart)
+
+
+def along_inputs(K: int, inputs: int, layout: Layout, apart: int) -> int:
+    """Programs of so many ``inputs`` that rows of K take, of kernels whose output runs along them.
+
+    Ternary rows are counted in lanes, with those of other rows that ``apart`` rows may begin behind.
+    """
+    return -(-(layout.row_lanes(K) + 8 - 8 // max(1, apart) if layout.ternary else K) // inputs)
+
+
 def at_most(split: int, steps: int) -> int:
     """``split``, or the greatest power of two that leaves every program one of so many steps."""
     return min(split, 1 << (max(1, steps).bit_length() - 1))
@@ -118,10 +131,10 @@ def gradient_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32, full:
     """For a gradient (M, N), float32 if ``full``, and a weight (N, K)."""
     least = 0 if layout.ternary else layout.planes[-1]
     if full:  # as in linear_tiles; a quarter of the outputs is decoded at a time, where the weight is in planes
-        rows = 8 if least == 1 and warp == 32 else 16
-        outputs, inputs = (16, 128) if layout.ternary else (64, 256 if least == 1 else 128)
+        rows = 8 if least <= 1 and warp == 32 else 16
+        outputs, inputs = (16, 64) if layout.ternary else (64, 256 if least == 1 else 128)
         return Tiles(rows, outputs, inputs, 1, 128 // warp)
-    sizes = {8: (64, 32, 64), 4: (32, 64, 64), 2: (32, 64, 128), 1: (64, 128, 128), 0: (32, 32, 128)}
+    sizes = {8: (64, 32, 64), 4: (32, 64, 64), 2: (32, 64, 128), 1: (64, 128, 128), 0: (16, 16, 64)}
     rows, outputs, inputs = sizes[least]
     return Tiles(_power(M, 16, rows), outputs, inputs, 1, 128 // warp)
 
@@ -141,6 +154,6 @@ def row_tiles(R: int, K: int, layout: Layout, warp: int = 32, nvidia: bool = Tru
     """
     narrow = full and layout.bits == 7 and 0 < layout.group <= SMALL_GROUP and not nvidia and warp == 32
     threads = 32 if narrow else 64
-    values = threads * (32 if layout.ternary else 128 // layout.planes[-1])
-    inputs = _power(K, 64, values // _power(R, 1, 8))
+    values = threads * (8 if layout.ternary else 128 // layout.planes[-1])
+    inputs = _power(layout.row_lanes(K) if layout.ternary else K, 64, values // _power(R, 1, 8))
     return Tiles(values // inputs, 1, inputs, 1, threads // warp)
