@@ -4,12 +4,13 @@ File by file, so that memory holds one tensor. As in :mod:`.convert` the work ha
 be stopped anywhere and goes on after the last finished file; a destination that exists is finished.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ def compress_folder(
         fraction: The part of the model's layers that is coded, evenly spread; the others are raw. For a model
             that is streamed from a fast disk, see ``docs/streaming.md``. "auto" measures the disk of ``destination``,
             decoding and computing, and codes what pays there (:mod:`.storage.worth`).
-        progress: Whether to show a bar, in bytes of the source.
+        progress: Whether to show bars: in bytes of the source, and of loading it for "auto".
 
     Returns:
         ``destination``, ``storage``, ``bytes_before`` and ``bytes_after`` of the safetensors files; for "auto" also
@@ -83,7 +84,8 @@ def compress_folder(
     found: dict = {}
     with begun(destination, manifest, {file.name for file in files}) as partial:
         if fraction == "auto":
-            choice = _choice(partial, folder, files, widths, may_code, storage)
+            with _bars(progress):
+                choice = _choice(partial, folder, files, widths, may_code, storage)
             found = {k: v for k, v in dataclasses.asdict(choice).items() if k != "names"}
             may = _only(set(choice.names), widths, may_code)
         else:
@@ -107,6 +109,19 @@ def compress_folder(
         (partial / CHOICE).unlink(missing_ok=True)
     sizes = {"bytes_before": before, "bytes_after": after}
     return {"destination": str(destination), "storage": storage, **sizes, **found}
+
+
+@contextlib.contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """Keeps transformers from showing bars, unless ``shown``."""
+    hides = not shown and logging.is_progress_bar_enabled()
+    if hides:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hides:
+            logging.enable_progress_bar()
 
 
 def _some_layers(fraction: float, files: list[Path], may_code: Callable[[str], bool]) -> Callable[[str], bool]:

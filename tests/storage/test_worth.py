@@ -85,13 +85,15 @@ def coded_names(folder) -> set[str]:
         return {name for name in file.keys() if is_coded(file.get_tensor(name))}  # noqa: SIM118
 
 
-def test_a_slow_disk_codes_everything_and_a_fast_one_nothing_in_layers(packed, tmp_path, monkeypatch):
+def test_a_slow_disk_codes_everything_and_a_fast_one_nothing_in_layers(packed, tmp_path, monkeypatch, capfd):
+    transformers.utils.logging.enable_progress_bar()
     found = {}
     for name, speed in (("slow", 1e3), ("fast", 1e15)):
         monkeypatch.setattr(compress, "disk_speed", lambda folder, sample, speed=speed: speed)
         found[name] = compress_folder(packed / "raw", tmp_path / name, fraction="auto", progress=False)
         assert found[name]["disk"] == speed and not list(tmp_path.glob("**/hf_lowbit_choice.json"))
     compress_folder(packed / "raw", tmp_path / "all", progress=False)
+    assert "Loading weights" not in capfd.readouterr().err and transformers.utils.logging.is_progress_bar_enabled()
     assert coded_names(tmp_path / "slow") == coded_names(tmp_path / "all")
     inside = {name for name in coded_names(tmp_path / "all") if layer_of(name) and name.endswith("proj.weight")}
     assert inside and coded_names(tmp_path / "fast") == coded_names(tmp_path / "all") - inside
