@@ -73,6 +73,7 @@ def settings() -> dict[str, tuple[str, ...]]:
             f"gptq int{bits} g64, 8-bit scales, hadamard": (
                 *(*width, "--method", "gptq", *LOG64, "--transform", "hadamard"),
             ),
+            f"signround int{bits} g64": (*width, "--method", "signround", *INT64),
             f"signround int{bits} g64, 8-bit scales": (*width, "--method", "signround", *LOG64),
             f"signround int{bits} g64, 8-bit scales, lwc": (
                 *(*width, "--method", "signround", *LOG64, "--method-option", "lwc=true"),

@@ -13,6 +13,8 @@ reach the columns of a block at once and the rest of the matrix when the block i
 - Grids minimise a weighted squared error by the search of "rtn" (of "lloyd" for learned tables). The weight of a column
   is ``1 / [H^-1]_ii``, what its error costs once all other columns have made up for it as well as they can; the usual
   ``H_ii`` is what it costs if none does, and gives 8 % more error on fresh inputs (docs/methods.md).
+- At 2 bits and below an error counts ``rms(group) + |w|`` times that too, as in "rtn": a group's largest weights, which
+  plain squared error clips, count for more in a model than in the layer's own error (docs/methods.md).
 - Afterwards, ``refine`` times: the scales of all groups of a row are fitted together to its codes, which is a small
   linear system, and every column is rounded once more, to the best that it can be given all the others. A row keeps the
   result only where its error fell (:mod:`.refining`).
@@ -30,7 +32,7 @@ from ..rate import check_bits_stored
 from .base import Method
 from .lloyd import Lloyd
 from .refining import refine
-from .rtn import Rtn
+from .rtn import RANGES, Rtn
 
 logger = logging.get_logger(__name__)
 BLOCK = 128
@@ -43,6 +45,8 @@ class Gptq(Method):
         damping: Added to the diagonal of the moments, in parts of its mean; above 0.
         act_order: Whether columns run in order of falling second moment, not from left to right.
         refine: How many times scales are fitted to the codes and the codes chosen once more.
+        range: As in "rtn", with a column's weight besides; by default "weighted" up to 2 bits, and "mse" above. Learned
+            tables and ``bits_stored`` have no such range.
         bits_stored: Bits per weight to meet once entropy-coded, on the unclipped grid of :mod:`.rate_aware`; by default
             the format's own width.
     """
@@ -52,13 +56,20 @@ class Gptq(Method):
     needs_calibration = True
 
     def __init__(
-        self, damping: float = 0.01, act_order: bool = True, refine: int = 1, bits_stored: float | None = None
+        self,
+        damping: float = 0.01,
+        act_order: bool = True,
+        refine: int = 1,
+        bits_stored: float | None = None,
+        range: str | None = None,
     ):
         if not damping > 0:
             raise ValueError(f"damping={damping!r} is not possible: method 'gptq' takes a number above 0, such as 0.01")
-        if refine not in range(1000) or isinstance(refine, bool):
+        if not isinstance(refine, int) or isinstance(refine, bool) or not 0 <= refine < 1000:
             raise ValueError(f"refine={refine!r} is not possible: method 'gptq' takes a whole number, 0 or more")
-        self.damping, self.act_order, self.refine = damping, act_order, refine
+        if range is not None and range not in RANGES:
+            raise ValueError(f"range={range!r} is unknown: method 'gptq' takes {', '.join(map(repr, RANGES))}")
+        self.damping, self.act_order, self.refine, self.range = damping, act_order, refine, range
         self.bits_stored = None if bits_stored is None else check_bits_stored(bits_stored)
 
     def check(self, format):
@@ -66,6 +77,9 @@ class Gptq(Method):
             raise ValueError("format 'int_columns' and bits_stored= belong together: use neither, or both, with 'gptq'")
         if format.name == "int_columns" and (format.group_size != -1 or not format.symmetric):
             raise ValueError("bits_stored= has one step a row and is symmetric: drop group_size and symmetric")
+        if self.range is not None and (format.learns_levels or self.bits_stored is not None):
+            what = "bits_stored= clips nothing" if self.bits_stored is not None else "a table of levels is learned"
+            raise ValueError(f"range={self.range!r} is of no use, since {what}: drop it")
 
     @torch.no_grad()
     def quantize(self, weight, format, statistics=None):
@@ -78,7 +92,7 @@ class Gptq(Method):
             share = statistics if isinstance(statistics, Share) else Share(statistics, self.bits_stored * W.numel())
             return quantize_to_rate(W, share, format, self.damping)
         H = statistics.damped(self.damping)
-        chosen = Lloyd() if format.learns_levels else Rtn("mse")
+        chosen = Lloyd() if format.learns_levels else Rtn(self.range or ("weighted" if format.bits <= 2 else "mse"))
         chosen.columns = 1 / inverse_factor(H).square().sum(0)  # 1 / [H^-1]_ii, since H^-1 = U^T U
         grid = chosen.quantize(W, format)
         found = Quantized(feed_back(W, H, self.order(H), format, grid), grid.scales, grid.zeros, grid.levels)

@@ -19,6 +19,8 @@ import torch
 from .base import GridMethod
 from .ranges import least_squares_range, range_importance
 
+RANGES = ("weighted", "mse", "minmax")
+
 
 class Rtn(GridMethod):
     """Round to nearest.
@@ -31,7 +33,7 @@ class Rtn(GridMethod):
     formats = ("int", "nf", "fp4", "ternary")
 
     def __init__(self, range: str = "weighted"):
-        if range not in ("weighted", "mse", "minmax"):
+        if range not in RANGES:
             raise ValueError(f"range={range!r} is unknown: method 'rtn' takes 'weighted', 'mse' or 'minmax'")
         self.range = range
 

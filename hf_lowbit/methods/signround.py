@@ -51,6 +51,7 @@ class SignRound(BlockMethod):
         norm_lr: Their learning rate, in parts of the mean magnitude of each; ``0.02 / steps`` by default.
         damping: As in "gptq".
         act_order: As in "gptq".
+        range: As in "gptq", of the start.
     """
 
     name = "signround"
@@ -66,6 +67,7 @@ class SignRound(BlockMethod):
         norm_lr: float | None = None,
         damping: float = 0.01,
         act_order: bool = True,
+        range: str | None = None,
     ):
         if not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps={steps!r} is not possible: method 'signround' takes a whole number from 1")
@@ -79,8 +81,8 @@ class SignRound(BlockMethod):
                 raise ValueError(
                     f"{option}={value!r} is not possible: method 'signround' takes a number from 0, or None"
                 )
-        Gptq(damping, act_order)  # which checks them
-        self.steps, self.damping, self.act_order = steps, damping, act_order
+        Gptq(damping, act_order, range=range)  # which checks them
+        self.steps, self.damping, self.act_order, self.range = steps, damping, act_order, range
         self.lr = 1 / steps if lr is None else lr
         self.range_lr = 0.2 / steps if range_lr is None else range_lr
         self.lwc, self.tune_norms = lwc, tune_norms
@@ -88,7 +90,7 @@ class SignRound(BlockMethod):
 
     @torch.no_grad()
     def begin(self, weight, format, statistics):
-        start = Gptq(self.damping, self.act_order)
+        start = Gptq(self.damping, self.act_order, range=self.range)
         grid, H = start.quantize(weight, format, statistics), statistics.damped(self.damping)
         kind = LearnedClipping if self.lwc else Learned
         return grid, kind(format, grid, places(weight.to(torch.float32), format.decode(grid), H))

@@ -104,14 +104,18 @@ def test_the_result_is_sound(text):
     assert torch.equal(half.codes, make_method("gptq").quantize(W.bfloat16().float(), format, moments()).codes)
 
 
-def test_equal_inputs_of_no_correlation_leave_nothing_to_make_up_for():
-    """With H a multiple of the identity, the codes are the nearest ones."""
-    format, W = parse_format("int:bits=3"), weight()
+@pytest.mark.parametrize(
+    ("bits", "given", "range"),
+    [(2, None, "weighted"), (3, None, "mse"), (2, "mse", "mse"), (3, "weighted", "weighted"), (4, "minmax", "minmax")],
+)
+def test_equal_inputs_of_no_correlation_leave_nothing_to_make_up_for(bits, given, range):
+    """With H a multiple of the identity, the codes are the nearest ones, on ranges of that kind."""
+    format, W = parse_format(f"int:bits={bits}"), weight()
     found = Moments(COLUMNS)
     found.square, found.tokens = 2.5 * torch.eye(COLUMNS), 1
-    quantized = make_method("gptq", {"refine": 0}).quantize(W, format, found)
-    expected = make_method("rtn", {"range": "mse"}).quantize(W, format)
-    assert torch.equal(quantized.codes, expected.codes)
+    quantized = make_method("gptq", {"refine": 0, "range": given}).quantize(W, format, found)
+    expected = make_method("rtn", {"range": range}).quantize(W, format)
+    assert torch.equal(quantized.codes, expected.codes) and torch.equal(quantized.scales, expected.scales)
 
 
 def test_zeros_and_constants_survive():
@@ -129,6 +133,13 @@ def test_what_cannot_work_is_refused():
         make_method("gptq", {"damping": 0})
     with pytest.raises(ValueError, match=r"refine=-1 is not possible: method .gptq. takes a whole number"):
         make_method("gptq", {"refine": -1})
+    with pytest.raises(ValueError, match=r"range='max' is unknown: method 'gptq' takes 'weighted', 'mse', 'minmax'"):
+        make_method("gptq", {"range": "max"})
+    with pytest.raises(ValueError, match=r"range='mse' is of no use, since a table of levels is learned: drop it"):
+        make_method("gptq", {"range": "mse"}).check(parse_format("codebook:bits=3"))
+    columns = parse_format("int_columns:bits=8,group_size=-1,symmetric=True")
+    with pytest.raises(ValueError, match=r"range='mse' is of no use, since bits_stored= clips nothing: drop it"):
+        make_method("gptq", {"range": "mse", "bits_stored": 3.0}).check(columns)
 
 
 # -- refining ----------------------------------------------------------------------------------------------------------

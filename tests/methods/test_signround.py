@@ -51,12 +51,12 @@ def block_error(tiny, run) -> float:
     return float((first - second).square().mean())
 
 
-@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("options", [{}, {"act_order": False}, {"range": "minmax"}])
 @pytest.mark.parametrize("text", FORMATS)
-def test_it_starts_at_gptqs_codes(text, act_order):
+def test_it_starts_at_gptqs_codes(text, options):
     format, W, statistics = parse_format(text), weight(), moments()
-    gptq = Gptq(act_order=act_order).quantize(W, format, statistics)
-    quantized, learned = make_method("signround", {"act_order": act_order}).begin(W, format, statistics)
+    gptq = Gptq(**options).quantize(W, format, statistics)
+    quantized, learned = make_method("signround", options).begin(W, format, statistics)
     for found in (quantized, learned.quantized()):
         assert torch.equal(found.codes, gptq.codes) and torch.equal(found.scales, gptq.scales)
     assert (learned.place - gptq.codes).abs().median() > 0.05  # it is not simply the codes
