@@ -173,8 +173,7 @@ class Streaming:
         stored = [number for number, i in enumerate(streamed) if i in placed.stored]
         extents = [(streamed.index(i), number) for i, number in placed.extents]
         layers = [self.layers[i] for i in streamed]
-        disk = None if speeds is None else speeds.disk
-        self.stream = LayerStream(layers, placed.slots, stored, extents, placed.buffers, self.folder, disk)
+        self.stream = LayerStream(layers, placed.slots, stored, extents, placed.buffers, self.folder)
         targets = self._targets(placed, streamed)
         for number, index in enumerate(streamed):
             layer, target = self.layers[index], targets.get(placed.devices[index])

@@ -286,15 +286,15 @@ def made(count: int, parts: int = 4, size: int = 10**6, ratio: float = 0.5) -> l
     return [Layer(f"l.{i}", extents, fields, parts * size, frozenset(fields)) for i in range(count)]
 
 
-def chosen(always, tmp_path, disk: float, decoding: float, computing_s: float, slowed: float = 1.0, passes: int = 40):
+def chosen(always, tmp_path, disk: float, decoding: float, computing_s: float, slowed: float = 1.0, ratio: float = 0.5):
     """The part that stays coded with a disk and decoders of these speeds, the disk ``slowed`` where all is decoded."""
     always.undo()
-    layers = made(10)
-    found = Laying(layers, {}, tmp_path, Files([]), disk)
+    layers = made(10, ratio=ratio)
+    found = Laying(layers, {}, tmp_path, Files([]))
     found.failed = True  # nothing is written
     total, fraction = 40 * 10**6, 1.0
-    for _ in range(passes):
-        read = total * (1 - fraction * 0.5)
+    for _ in range(40):
+        read = total * (1 - fraction * (1 - ratio))
         reading_s = read / (disk * (1 - fraction * (1 - slowed)))
         decoding_s = fraction * total / decoding
         seconds = max(reading_s, computing_s + decoding_s / decoders())
@@ -322,11 +322,12 @@ def test_between_them_reading_and_decoding_take_equally_long(always, tmp_path):
 
 
 def test_nothing_is_coded_where_decoding_slows_the_disk_down_by_more_than_it_saves(always, tmp_path):
-    assert chosen(always, tmp_path, disk=1e9, decoding=1e9, computing_s=0.001, slowed=0.4) == 0
+    decoding = 4e7 / 0.04 / decoders()  # so that it takes as long as reading
+    assert chosen(always, tmp_path, 1e9, decoding, computing_s=0.005, slowed=0.75, ratio=0.94) == 0
 
 
 def test_parts_of_layers_add_up(tmp_path):
-    found = Laying(made(7, parts=5), {}, tmp_path, Files([]), None)
+    found = Laying(made(7, parts=5), {}, tmp_path, Files([]))
     for fraction in (0.0, 0.1, 0.33, 0.5, 0.9, 1.0):
         spread = found._spread(fraction)
         assert sum(spread) == pytest.approx(fraction * 35, abs=0.5)

@@ -2,10 +2,10 @@
 
 Decoding takes processors, and a disk may give the decoded bytes sooner. So after every pass over the layers the balance
 is struck anew, by what that pass took: the longer of reading, and of computing and decoding one after the other, is to
-be short. Computing is the time in which the model did not wait. Reading gets slower by decoding beside it, where the
-system needs processors for it too, so that its speed is taken to fall with the part that is decoded, from that of the
-trial at loading to what was measured. Each layer is then read in two parts: what stays coded first, so that it is
-decoded while the other part, already decoded, is read.
+be short. Computing is the time in which the model did not wait, or all that was not decoding where the disk was not
+what it waited for. Reading gets slower by decoding beside it, where the system needs processors for it too, so that
+the disk's speed is taken to fall with the part that is decoded, once both have been seen. Each layer is then read in
+two parts: what stays coded first, so that it is decoded while the other part, already decoded, is read.
 
 That part has to lie there first. What two passes in a row asked for is written as it comes out of the decoders, from
 the buffer in which the layer is used, so that no further memory is needed, and one layer at a time, so that reading
@@ -32,8 +32,10 @@ SHARE = 0.9
 """Of the time of reading, the part that computing and decoding may take; the rest is for threads waiting for others."""
 STEPS = 16
 """Parts of the layers, all but this many, of which the best is chosen."""
-ENOUGH = 1.03
-"""Less is decoded where a pass takes at most so many times as long."""
+COST = 0.1
+"""What a second of the processors counts beside one of waiting: decoding that gains next to nothing is left out."""
+BOUND = 0.85
+"""Where reading took a smaller part of a pass than this, all of it was the processors' time."""
 NEWEST, FAR, FORGOTTEN = 0.25, 1.25, 0.005
 """What is known of the disk is by the first part that of the newest pass, of which at most so many times the speed that
 was expected is believed; passes that decode little forget the last part of how decoding slows it down."""
@@ -89,20 +91,12 @@ class Laying:
         kept: Their extents that are in memory, as (layer, number).
         folder: For the scratch file, which is made when it is first needed.
         files: Those of the stream.
-        disk: Bytes a second with no decoders beside it, or None where that was not measured.
 
     Attributes:
         cuts: Of the coded layers that are read from disk, by number.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        kept: Mapping[tuple[int, int], object],
-        folder: Path,
-        files: Files,
-        disk: float | None,
-    ):
+    def __init__(self, layers: Sequence[Layer], kept: Mapping[tuple[int, int], object], folder: Path, files: Files):
         self.layers, self.folder, self.files = layers, folder, files
         sizes = [[0 if (i, n) in kept else e.nbytes for n, e in enumerate(x.extents)] for i, x in enumerate(layers)]
         self.cuts = {i: _Cuts(layer, sizes[i]) for i, layer in enumerate(layers) if layer.coded and any(sizes[i])}
@@ -113,7 +107,8 @@ class Laying:
         self.scratch: Scratch | None = None
         self.end, self.failed = 0, False
         self.decoding_s = 0.0  # for a byte, by all decoders, the last time that any was decoded
-        self.speeds: list[float | None] = [disk, None]  # of the disk, with nothing and with everything decoded
+        self.computing_s = 0.0  # for a pass
+        self.speeds, self.noted = [0.0, 0.0], [0, 0]  # of the disk, with nothing and with all decoded; how often noted
         self.passes = self.planned = self.uses = 0
         self.since, self.before = 0.0, Counts()
 
@@ -150,8 +145,11 @@ class Laying:
         done = min(1.0, max(0.0, (passed.bytes_decoded - self.others_decoded) / total))
         idle, loaded = self._note_speed(done, passed.bytes_read / passed.reading_s)
         # Threads that share processors take each longer; together they did not take longer than the pass.
-        busy_s = min(seconds - passed.waiting_s, seconds - self.decoding_s * passed.bytes_decoded)
-        busy_s += self.decoding_s * self.others_decoded
+        busy_s = seconds - self.decoding_s * passed.bytes_decoded
+        if passed.reading_s > BOUND * seconds:
+            busy_s = min(busy_s, (seconds - passed.waiting_s) * min(1.0, torch.get_num_threads() / decoders()))
+        self.computing_s = busy_s if not self.planned else (self.computing_s + busy_s) / 2
+        busy_s = self.computing_s + self.decoding_s * self.others_decoded
         raw = self.others_read + sum(cuts.read[0] for cuts in self.cuts.values())
         saved = sum(cuts.read[0] - cuts.read[-1] for cuts in self.cuts.values())
         self.planned += 1
@@ -159,8 +157,9 @@ class Laying:
         for step in range(STEPS + 1):
             part = step / STEPS
             reading_s = (raw - part * saved) / (idle + part * (loaded - idle))
-            times[part] = max(reading_s, (busy_s + part * total * self.decoding_s) / SHARE)
-        self._choose(next(part for part, taken in times.items() if taken <= ENOUGH * min(times.values())))
+            working_s = busy_s + part * total * self.decoding_s
+            times[part] = max(reading_s, working_s / SHARE) + COST * working_s
+        self._choose(min(times, key=lambda part: times[part]))
 
     def _choose(self, fraction: float) -> None:
         """Has about ``fraction`` of the bytes decoded in the next pass, and the rest read as it lies, or laid."""
@@ -175,18 +174,21 @@ class Laying:
 
     def _note_speed(self, part: float, speed: float) -> tuple[float, float]:
         """Its speeds with nothing and with all decoded; ``speed`` is the last one, with ``part`` of it decoded."""
-        idle, loaded = (speed if known is None else known for known in self.speeds)
-        known, weight = idle + part * (loaded - idle), max(NEWEST, 1 / (1 + self.planned))
-        if self.planned > 1:
+        idle, loaded = self.speeds if all(self.noted) else [max(self.speeds) or speed] * 2
+        most, known = part >= 0.5, idle + part * (loaded - idle)
+        weight = max(NEWEST, 1 / (1 + self.noted[most]))
+        if self.noted[most] > 1:
             speed = min(max(speed, known / FAR), known * FAR)
-        if part < 0.5:
+        if most:
+            loaded += weight * ((speed - (1 - part) * idle) / part - loaded)
+        else:
             idle += weight * ((speed - part * loaded) / (1 - part) - idle)
             loaded += FORGOTTEN * (idle - loaded)
-        else:
-            loaded += weight * ((speed - (1 - part) * idle) / part - loaded)
-        loaded = max(min(loaded, idle), idle / 8)
-        self.speeds = [idle, loaded]
-        return idle, loaded
+        self.noted[most] += 1
+        if not all(self.noted):  # the other one is not known better
+            idle = loaded = loaded if most else idle
+        self.speeds = [idle, max(min(loaded, idle), idle / 8)]
+        return self.speeds[0], self.speeds[1]
 
     def _spread(self, fraction: float) -> list[int]:
         """The cut of each layer for which about ``fraction`` is decoded of every run of layers."""

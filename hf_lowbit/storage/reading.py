@@ -230,7 +230,7 @@ def read_layer(layer: Layer, buffer: torch.Tensor, threads: int | None = None) -
 
 
 def measure(layer: Layer) -> Speeds:
-    """The speeds of reading and decoding ``layer``: the best of two times, or four of a small one."""
+    """The speeds of reading and decoding ``layer``: the best of some times."""
     files, found = Files([extent.file for extent in layer.extents]), Speeds(0.0, 0.0)
     buffer, staged = allocate(layer.nbytes), [allocate(e.blocks[1] - e.blocks[0]) for e in layer.extents]
     for _ in range(4 if layer.nbytes <= 2 * PIECE_BYTES else 2):  # the first may load the CPU kernels
