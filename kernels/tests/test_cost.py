@@ -19,7 +19,7 @@ import pytest
 import sass_report
 import sass_tables
 import triton
-from sass_cases import AMD, FAST, NVIDIA, SMALL, Case, cases
+from sass_cases import AMD, DEFAULTS, FAST, NVIDIA, SMALL, Case, cases
 from sass_code import find_loops, per_weight, products
 from sass_report import KEYS
 
@@ -78,7 +78,7 @@ def count(case: Case) -> dict | str:
 
 def _parameters():
     for case in cases():
-        if case.form != "portable" and case.format not in SMALL:
+        if case.form != "portable" and case.format not in (*SMALL, *DEFAULTS):
             quick = (case.kernel, case.format) in QUICK and (case.target, case.form) == ("sm_90", "subnormal")
             marks = [] if quick else [pytest.mark.slow]
             yield pytest.param(case, marks=marks, id="-".join(vars(case).values()))
@@ -125,7 +125,7 @@ def test_one_row_is_compiled_as_any_other_number_is():
 
 def _small_groups():
     sixteen = [*(f"int:bits={bits},group_size=16" for bits in range(1, 8)), "fp4:bits=4,group_size=16,scale_dtype=e4m3"]
-    found = [case for case in cases() if case.form != "portable" and case.format in SMALL]
+    found = [case for case in cases() if case.form != "portable" and case.format in (*SMALL, *DEFAULTS)]
     targets = {"sm_80": sixteen, "sm_90": sixteen[2:7:2], "sm_120": sixteen[2:7:2]}  # others: widths with most sums
     for target, texts in targets.items():
         for text in texts:

@@ -19,6 +19,7 @@ QUICK = {
         Case("gfx942", "gemm16", "int:bits=6,group_size=32", "fp32", "portable"),
         Case("gfx1100", "input_gradient", TERNARY, "fp16", "portable"),
         Case("sm_80", "input_gradient", INT7, "fp16", "portable"),
+        Case("sm_80", "gemv", TERNARY, "fp16", "portable"),
         Case("sm_80", "hadamard", "block=64", "fp16", "portable"),
         Case("sm_80", "entropy", "rans", "u8", "portable"),
     ),

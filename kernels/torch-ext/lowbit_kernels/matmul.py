@@ -118,8 +118,7 @@ def _sum(
         last = load_last(weight, row, start, inside, K, EVEN, LAYOUT, BLOCK_L, PARTS)
         for part in tl.static_range(PARTS):
             lane = lane_tile(start, part, before, LAYOUT, BLOCK_L, PARTS)
-            own = own_lanes(lane, lanes, EVEN, LAYOUT)
-            here = own & inside
+            here = own_lanes(lane, lanes, EVEN, LAYOUT) & inside
             one, two, three = load_lanes(
                 *(weight, row, start, part, inside, K, before, last[part], EVEN, LAYOUT, BLOCK_L, PARTS)
             )
@@ -130,7 +129,8 @@ def _sum(
                     scale, zero = _grid(*place, field, k, inside, here, K, LAYOUT, BLOCK_L, PARTS)
                     code = decode_field(one, two, three, field, LAYOUT)
                     value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
-                    total = _add_field(total, value, x_row, k, seen & own & (k < K))
+                    mask = seen & own_lanes(lane, lanes, EVEN, LAYOUT) & (k < K)
+                    total = _add_field(total, value, x_row, k, mask)
             else:
                 for field in tl.static_range(FIELDS):
                     k = input_index(lane, field, lanes, LAYOUT)
@@ -138,7 +138,8 @@ def _sum(
                         scale, zero = _grid(*place, field, k, inside, here, K, LAYOUT, BLOCK_L, PARTS)
                     code = decode_field(one, two, three, field, LAYOUT)
                     value = dequantize(code, scale, zero, levels, row, inside, LAYOUT)
-                    total = _add_field(total, value, x_row, k, seen & own & (k < K))
+                    mask = seen & own_lanes(lane, lanes, EVEN, LAYOUT) & (k < K)
+                    total = _add_field(total, value, x_row, k, mask)
     return total
 
 
