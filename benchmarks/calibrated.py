@@ -39,6 +39,7 @@ CALIBRATED = ("gptq", "awq", "signround", "eora")
 LOG32 = ("--group-size", "32", "--scale-dtype", "log8")
 # What `gptq int{bits} g32` takes, as a budget; where that is the least that groups of 32 can take, in groups of 64.
 BUDGETS = {4: ("4.375", LOG32), 3: ("3.3464", LOG32), 2: ("2.3178", LOG64)}
+OTHER_RANGES = {4: "weighted", 3: "weighted", 2: "mse"}  # than the default of gptq
 STORED = {4: 3.96, 3: 3.08, 2: 2.03}
 FEEDBACK = ("--method-option", "feedback=true")
 TABLE32 = ("--format", "codebook", "--group-size", "32", "--scale-dtype", "e4m3")
@@ -66,6 +67,9 @@ def settings() -> dict[str, tuple[str, ...]]:
             f"hqq int{bits} g64": (*width, "--method", "hqq"),
             f"lloyd{bits} g32": (*width, *TABLE32),
             f"gptq int{bits} g64": (*width, "--method", "gptq", *INT64),
+            f"gptq int{bits} g64, {OTHER_RANGES[bits]} ranges": (
+                *(*width, "--method", "gptq", *INT64, "--method-option", f"range={OTHER_RANGES[bits]}"),
+            ),
             f"gptq int{bits} g32": (*width, "--method", "gptq"),
             f"gptq, budget of int{bits} g32": ("--bits", BUDGETS[bits][0], "--method", "gptq", *BUDGETS[bits][1]),
             f"gptq table{bits} g32": (*width, "--method", "gptq", *TABLE32),
@@ -75,6 +79,9 @@ def settings() -> dict[str, tuple[str, ...]]:
             ),
             f"signround int{bits} g64": (*width, "--method", "signround", *INT64),
             f"signround int{bits} g64, 8-bit scales": (*width, "--method", "signround", *LOG64),
+            f"signround int{bits} g64, 8-bit scales, {OTHER_RANGES[bits]} ranges": (
+                *(*width, "--method", "signround", *LOG64, "--method-option", f"range={OTHER_RANGES[bits]}"),
+            ),
             f"signround int{bits} g64, 8-bit scales, lwc": (
                 *(*width, "--method", "signround", *LOG64, "--method-option", "lwc=true"),
             ),
