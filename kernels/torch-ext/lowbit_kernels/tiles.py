@@ -57,7 +57,8 @@ def _power(n: int, low: int, high: int) -> int:
 def linear_tiles(M: int, N: int, K: int, layout: Layout, warp: int = 32, full: bool = False) -> Tiles:
     """For ``x`` (M, K), float32 if ``full``, and a weight (N, K), on a device with ``warp`` threads in a warp."""
     gemv, small = M <= GEMV_ROWS, 0 < layout.group <= SMALL_GROUP
-    most = {3: 32, 5: 16 if small else 32, 7: 16}.get(layout.bits, 64)  # a 1-bit plane after another takes registers
+    # A 1-bit plane after another takes registers, and so does ternary (0 bits).
+    most = {0: 32, 3: 32, 5: 16 if small else 32, 7: 16}.get(layout.bits, 64)
     most = 16 if full else most
     rows, outputs, lanes, threads = (_power(M, 1, 4), 16, 32, 64) if gemv else (_power(M, 16, most), 64, 16, 128)
     if not layout.ternary:
