@@ -29,8 +29,8 @@ GROUPS = """
 
 Group 32, zero points; `subnormal` for fp16, `magic` for bf16. First with scales of 16 bits, then with those of 8 bits
 (`log8`) that the package packs by default. Held to the limits above: integers by vector, but for 7 bits in fp16 and,
-with scales of 8 bits, for 5 and 6 bits in fp16 (2.7 on sm_80; 2.6 is the limit) and 7 in bf16 (3.8; 3.6). Not held: NF4
-by vector (3.5), and more rows.
+with scales of 8 bits, for 2, 5 and 6 bits in fp16 (2.04 on sm_90 where the limit is 2.0; 2.7 where it is 2.6) and 7 in
+bf16 (3.8; 3.6). Not held: NF4 by vector (3.5), and more rows.
 
 16 rows do not reach the limits of groups of 128. A sum takes one multiplication by its scale and one by its zero point
 for every group: 16 rows x 2 / 32 weights = 1.0 instruction a weight, where groups of 128 take 0.25. At 4 bits on sm_80,
