@@ -52,8 +52,8 @@ class StreamingReport(Counts):
 
     Attributes:
         budget_bytes: What was allowed, on all devices together.
-        held_bytes: What is held: parameters in memory, layers in memory, buffers.
-        held: The same by device.
+        held_bytes: What is held on the devices with a budget: parameters in memory, layers in memory, buffers.
+        held: The same by device; where the CPU has no budget, its buffers too.
         layers_kept: Layers in the memory of the device that computes them.
         layers_coded: Layers in the host's memory as they are stored, which are decoded, or copied to the device that
             computes them, in each pass.
@@ -224,7 +224,7 @@ class Streaming:
         return StreamingReport(
             **dataclasses.asdict(counts),
             budget_bytes=sum(self.limits.values()),
-            held_bytes=sum(placed.held.values()),
+            held_bytes=sum(nbytes for name, nbytes in placed.held.items() if name in self.limits),
             held=dict(placed.held),
             layers_kept=len(placed.kept),
             layers_coded=len(placed.stored),

@@ -217,6 +217,7 @@ def test_an_accelerator_with_a_budget_computes_the_same(packed, stand_in, storag
     assert found.layers_kept == 1 and found.layers_coded == {"nothing": 0, "a part": 2, "all": LAYERS - 1}[host]
     assert found.held["cuda:0"] <= limits[0] and found.held["cpu"] <= limits.get("cpu", found.held["cpu"])
     assert f"cuda:0 {found.held['cuda:0'] / 1e6:.1f} MB" in str(found)
+    assert found.held["cuda:0"] <= found.held_bytes <= found.budget_bytes == sum(limits.values())
     expected = load(packed / "raw")
     assert torch.equal(generate(model), generate(expected))
     assert torch.equal(model(**inputs("llama")).logits, expected(**inputs("llama")).logits)
