@@ -185,7 +185,7 @@ class Streaming:
                 views = [[field.view(buffer) for field in fields] for buffer in buffers]
                 module.streamed = StreamedWeight(self.stream, number, views, target)
                 if target is not None:
-                    module.qweight = target.buffer  # PEFT asks this name first where a quantized layer's adapter goes
+                    module.qweight = views[0][0]  # PEFT asks this name first where a quantized layer's adapter goes
         homes = list(dict.fromkeys([first, *devices.values()]))
         apply = functools.partial(_apply_streamed, weakref.ref(model), homes)
         model._apply = apply  # type: ignore[method-assign]

@@ -268,6 +268,8 @@ def test_everything_that_computes_is_on_its_device(packed, stand_in, monkeypatch
     assert {p.device.type for n, p in peft.named_parameters() if "lora_" in n} == {"meta"}
     layers = [m for m in peft.modules() if isinstance(m, lora.LoraLowBitLinear)]
     assert {m.weight.device.type for m in layers} == {"meta"}  # by which PEFT places adapters, but never those on meta
+    base = [m.get_base_layer().weight for m in layers]  # T5 casts activations to this dtype unless it is int8
+    assert [(m.weight.shape, m.weight.dtype) for m in layers] == [(weight.shape, weight.dtype) for weight in base]
 
 
 def test_inputs_follow_their_layers_from_device_to_device(packed, stand_in):
