@@ -5,6 +5,8 @@ import torch
 from problems import packed
 from torch._dynamo.testing import CompileCounter
 
+from hf_lowbit import ops
+from hf_lowbit.embedding import LowBitEmbedding
 from hf_lowbit.formats import parse_format
 from hf_lowbit.linear import LowBitLinear
 
@@ -13,15 +15,30 @@ def two_layers(text: str, device: str) -> torch.nn.Module:
     """A packed layer with a bias, an activation, and one without."""
 
     def layer(N, K, bias):
-        format = parse_format(text)
-        module = LowBitLinear(K, N, bias, format, device=device, backend="triton")
-        weight, companions = packed(format, N, K, device)
-        module.set_packed(dict(zip(("", *format.suffixes()), (weight, *companions), strict=True)))
+        module = LowBitLinear(K, N, bias, parse_format(text), device=device, backend="triton")
+        fill(module, N, K, device)
         if bias:
             torch.nn.init.normal_(module.bias, generator=torch.Generator(device).manual_seed(5))
         return module
 
     return torch.nn.Sequential(layer(40, 70, True), torch.nn.SiLU(), layer(24, 40, False))
+
+
+def fill(module, N: int, K: int, device: str) -> None:
+    weight, companions = packed(module.format, N, K, device)
+    module.set_packed(dict(zip(("", *module.format.suffixes()), (weight, *companions), strict=True)))
+
+
+class OtherOps(torch.nn.Module):
+    """Rows of a packed table, rotated, times the dequantized table."""
+
+    def __init__(self, text: str, device: str):
+        super().__init__()
+        self.table = LowBitEmbedding.like(torch.nn.Embedding(50, 96, device=device), parse_format(text), "triton")
+        fill(self.table, 50, 96, device)
+
+    def forward(self, index):
+        return ops.rotate(self.table(index), False, "triton") @ self.table.dequantize(torch.float32).mT
 
 
 def rows(n: int, device: str, dtype=torch.float32) -> torch.Tensor:
@@ -48,6 +65,26 @@ def test_compiled_and_exported_give_what_eager_gives(text, device):
         program = torch.export.export(model, (x,), dynamic_shapes=({1: torch.export.Dim("n", min=2, max=64)},))
         assert torch.equal(program.module()(rows(9, device)), model(rows(9, device)))
     assert [lowbit_ops(g) for g in (*graphs, program.graph_module)] == [["lowbit.linear"] * 2] * 2
+
+
+@pytest.mark.parametrize("text", ["int:bits=3", "nf:bits=4", "ternary:bits=1.58"])
+def test_embedding_rotation_and_dequantizing_compile_and_export(text, device):
+    torch._dynamo.reset()
+    model, graphs = OtherOps(text, device), []
+
+    def keep(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    short, long = (torch.randint(50, (2, n), generator=torch.Generator().manual_seed(n)).to(device) for n in (5, 9))
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend=keep, dynamic=True)
+        assert torch.equal(compiled(short), model(short)) and torch.equal(compiled(long), model(long))
+        shapes = ({1: torch.export.Dim("n", min=2, max=64)},)
+        program = torch.export.export(model, (short,), dynamic_shapes=shapes)
+        assert torch.equal(program.module()(long), model(long))
+    found = [sorted(lowbit_ops(g)) for g in (*graphs, program.graph_module)]
+    assert found == [["lowbit.dequantize", "lowbit.embedding", "lowbit.rotate"]] * 2
 
 
 def test_gradients_compile(device):
