@@ -142,7 +142,7 @@ class Streaming:
         """Puts what stays into memory, and the stream behind the other layers of the loaded ``model``."""
         # Again: a tie that the checkpoint does not have makes a model larger.
         speeds = None
-        if self.placed.first == budgets.HOST and len(self.placed.kept) < len(self.layers):
+        if len(self.placed.kept) < len(self.layers):
             speeds = measure(next((layer for layer in self.layers if layer.coded), self.layers[0]))
         self.placed = placed = place(
             self.layers, _other_bytes(model, self.fields), self.limits, speeds, self.folder is not None
@@ -173,7 +173,7 @@ class Streaming:
         stored = [number for number, i in enumerate(streamed) if i in placed.stored]
         extents = [(streamed.index(i), number) for i, number in placed.extents]
         layers = [self.layers[i] for i in streamed]
-        self.stream = LayerStream(layers, placed.slots, stored, extents, placed.buffers, self.folder)
+        self.stream = LayerStream(layers, placed.slots, stored, extents, placed.buffers, self.folder, speeds)
         targets = self._targets(placed, streamed)
         for number, index in enumerate(streamed):
             layer, target = self.layers[index], targets.get(placed.devices[index])

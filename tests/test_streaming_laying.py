@@ -326,6 +326,41 @@ def test_nothing_is_coded_where_decoding_slows_the_disk_down_by_more_than_it_sav
     assert chosen(always, tmp_path, 1e9, decoding, computing_s=0.005, slowed=0.75, ratio=0.94) == 0
 
 
+def test_little_gain_is_none(always, tmp_path):
+    always.undo()
+    for ratio, wanted in ((0.98, 0), (0.9, 1)):  # of the bytes, so also of the time: nothing else takes any
+        found = Laying(made(10, ratio=ratio), {}, tmp_path, Files([]), Speeds(disk=1e8, decoding=1e12))
+        assert found.fraction == wanted
+
+
+def test_a_trial_before_the_first_pass_is_believed_until_passes_say_otherwise(always, tmp_path):
+    always.undo()
+    quick, slow = Speeds(disk=1e10, decoding=1e9), Speeds(disk=1e8, decoding=1e9)
+    coded_pass = Counts(bytes_read=2 * 10**7, reading_s=0.02, bytes_decoded=4 * 10**7, decoding_s=0.04)
+
+    def after_a_pass(speeds):
+        found = Laying(made(10), {}, tmp_path, Files([]), speeds)
+        found._open = lambda: None  # nothing is written
+        found.plan(coded_pass, 0.04)
+        return found, {cuts.target for cuts in found.cuts.values()}
+
+    found, targets = after_a_pass(quick)
+    assert found.fraction == 0 and targets == {0}  # what decoding beside it took from the disk is not its speed
+    assert found.speeds == [1e10, pytest.approx(1.25e9)]  # (no less than an eighth of that)
+    found, targets = after_a_pass(None)
+    assert targets == {4}  # nobody else said so
+    found, targets = after_a_pass(slow)
+    assert targets == {4} and found.fraction == 1
+    for _ in range(8):  # read decoded, it turns out to be quick
+        found.plan(Counts(bytes_read=4 * 10**7, reading_s=0.004), 0.02)
+    assert found.fraction == 0 and {cuts.target for cuts in found.cuts.values()} == {0}
+
+
+def test_loading_makes_the_trial(packed, folder, always):  # noqa: F811
+    found = coded(packed, folder).hf_quantizer.streaming.stream._state.laying
+    assert found.noted == [1, 0] and found.speeds[0] > 0 and found.decoding_s > 0
+
+
 def test_parts_of_layers_add_up(tmp_path):
     found = Laying(made(7, parts=5), {}, tmp_path, Files([]))
     for fraction in (0.0, 0.1, 0.33, 0.5, 0.9, 1.0):

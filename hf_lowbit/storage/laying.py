@@ -2,10 +2,11 @@
 
 Decoding takes processors, and a disk may give the decoded bytes sooner. So after every pass over the layers the balance
 is struck anew, by what that pass took: the longer of reading, and of computing and decoding one after the other, is to
-be short. Computing is the time in which the model did not wait, or all that was not decoding where the disk was not
-what it waited for. Reading gets slower by decoding beside it, where the system needs processors for it too, so that
-the disk's speed is taken to fall with the part that is decoded, once both have been seen. Each layer is then read in
-two parts: what stays coded first, so that it is decoded while the other part, already decoded, is read.
+be short. What a trial before the first pass measured of the disk and the decoders is where this begins. Computing is
+the time in which the model did not wait, or all that was not decoding where the disk was not what it waited for.
+Reading gets slower by decoding beside it, where the system needs processors for it too, so that the disk's speed is
+taken to fall with the part that is decoded, once both have been seen. Each layer is then read in two parts: what stays
+coded first, so that it is decoded while the other part, already decoded, is read.
 
 That part has to lie there first. What two passes in a row asked for is written as it comes out of the decoders, from
 the buffer in which the layer is used, so that no further memory is needed, and one layer at a time, so that reading
@@ -24,7 +25,7 @@ import torch
 from transformers.utils import logging
 
 from .layers import BLOCK_BYTES, Extent, Layer, aligned
-from .reading import Counts, Files, decoders
+from .reading import Counts, Files, Speeds, decoders
 from .scratch import Scratch
 
 logger = logging.get_logger("transformers.hf_lowbit")
@@ -34,6 +35,8 @@ STEPS = 16
 """Parts of the layers, all but this many, of which the best is chosen."""
 COST = 0.1
 """What a second of the processors counts beside one of waiting: decoding that gains next to nothing is left out."""
+WORTH = 1.03
+"""Where nothing decoded takes at most so many times the least time, nothing is: speeds are not known better."""
 BOUND = 0.85
 """Where reading took a smaller part of a pass than this, all of it was the processors' time."""
 NEWEST, FAR, FORGOTTEN = 0.25, 1.25, 0.005
@@ -91,12 +94,20 @@ class Laying:
         kept: Their extents that are in memory, as (layer, number).
         folder: For the scratch file, which is made when it is first needed.
         files: Those of the stream.
+        speeds: Of a trial: reading with nothing beside it, and decoding.
 
     Attributes:
         cuts: Of the coded layers that are read from disk, by number.
     """
 
-    def __init__(self, layers: Sequence[Layer], kept: Mapping[tuple[int, int], object], folder: Path, files: Files):
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        kept: Mapping[tuple[int, int], object],
+        folder: Path,
+        files: Files,
+        speeds: Speeds | None = None,
+    ):
         self.layers, self.folder, self.files = layers, folder, files
         sizes = [[0 if (i, n) in kept else e.nbytes for n, e in enumerate(x.extents)] for i, x in enumerate(layers)]
         self.cuts = {i: _Cuts(layer, sizes[i]) for i, layer in enumerate(layers) if layer.coded and any(sizes[i])}
@@ -111,6 +122,10 @@ class Laying:
         self.speeds, self.noted = [0.0, 0.0], [0, 0]  # of the disk, with nothing and with all decoded; how often noted
         self.passes = self.planned = self.uses = 0
         self.since, self.before = 0.0, Counts()
+        if speeds is not None and self.cuts:
+            self.speeds, self.noted = [speeds.disk] * 2, [1, 0]
+            self.decoding_s = 1 / speeds.decoding / decoders()
+            self.fraction = self._best(speeds.disk, speeds.disk)
 
     def form(self, index: int) -> Layer:
         """The layer ``index`` as it is to be read now."""
@@ -149,17 +164,22 @@ class Laying:
         if passed.reading_s > BOUND * seconds:
             busy_s = min(busy_s, (seconds - passed.waiting_s) * min(1.0, torch.get_num_threads() / decoders()))
         self.computing_s = busy_s if not self.planned else (self.computing_s + busy_s) / 2
-        busy_s = self.computing_s + self.decoding_s * self.others_decoded
+        self.planned += 1
+        self._choose(self._best(idle, loaded))
+
+    def _best(self, idle: float, loaded: float) -> float:
+        """The part to decode that makes a pass shortest, with ``idle`` and ``loaded`` speeds of the disk."""
+        total = sum(cuts.decoded[-1] for cuts in self.cuts.values())
         raw = self.others_read + sum(cuts.read[0] for cuts in self.cuts.values())
         saved = sum(cuts.read[0] - cuts.read[-1] for cuts in self.cuts.values())
-        self.planned += 1
         times = {}
         for step in range(STEPS + 1):
             part = step / STEPS
             reading_s = (raw - part * saved) / (idle + part * (loaded - idle))
-            working_s = busy_s + part * total * self.decoding_s
+            working_s = self.computing_s + self.decoding_s * (self.others_decoded + part * total)
             times[part] = max(reading_s, working_s / SHARE) + COST * working_s
-        self._choose(min(times, key=lambda part: times[part]))
+        best = min(times, key=lambda part: times[part])
+        return 0.0 if times[0.0] <= WORTH * times[best] else best
 
     def _choose(self, fraction: float) -> None:
         """Has about ``fraction`` of the bytes decoded in the next pass, and the rest read as it lies, or laid."""

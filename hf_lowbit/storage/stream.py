@@ -31,7 +31,7 @@ import torch
 
 from .layers import BLOCK_BYTES, Extent, Layer, aligned
 from .laying import Laying
-from .reading import Counts, Files, allocate, decode_extent, decoders, read_extent
+from .reading import Counts, Files, Speeds, allocate, decode_extent, decoders, read_extent
 
 
 def buffer_bytes(layers: Collection[Layer], slots: int) -> int:
@@ -79,6 +79,7 @@ class _State:
         kept: Collection[tuple[int, int]],
         nbytes: int,
         folder: Path | None,
+        speeds: Speeds | None,
     ):
         self.layers, self.counts = layers, Counts()
         self.files = Files([extent.file for layer in layers for extent in layer.extents])
@@ -100,7 +101,7 @@ class _State:
             self.kept[index, number] = kept_bytes = allocate(extent.nbytes)
             read_extent(self.files, layers[index], extent, kept_bytes, 0, Counts(), lambda: True)
         self.whole = {i for i, x in enumerate(layers) if all((i, n) in self.kept for n in range(len(x.extents)))}
-        laying = Laying(layers, self.kept, folder, self.files) if folder is not None else None
+        laying = Laying(layers, self.kept, folder, self.files, speeds) if folder is not None else None
         self.laying = laying if laying is not None and laying.cuts else None
         self.writing: tuple[int, _Slot] | None = None  # to the scratch file: a layer, and what it is in
 
@@ -269,6 +270,7 @@ class LayerStream:
         extents: The same of single extents of other layers, as (layer, number).
         nbytes: Of all buffers together, where they may take more than :func:`buffer_bytes`: whole huge pages.
         folder: For a scratch file, from which coded layers are read decoded where that is faster (:mod:`.laying`).
+        speeds: Of a trial, by which that choice begins.
 
     Attributes:
         buffers: The buffers, uint8.
@@ -285,9 +287,10 @@ class LayerStream:
         extents: Collection[tuple[int, int]] = (),
         nbytes: int = 0,
         folder: Path | None = None,
+        speeds: Speeds | None = None,
     ):
         all_kept = [*((index, n) for index in kept for n in range(len(layers[index].extents))), *extents]
-        self._state = state = _State(layers, min(slots, len(layers)), all_kept, nbytes, folder)
+        self._state = state = _State(layers, min(slots, len(layers)), all_kept, nbytes, folder, speeds)
         self._in_use = threading.RLock()
         self._previous: int | None = None
         self._current: int | None = None
