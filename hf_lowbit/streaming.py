@@ -143,7 +143,7 @@ class Streaming:
         # Again: a tie that the checkpoint does not have makes a model larger.
         speeds = None
         if len(self.placed.kept) < len(self.layers):
-            speeds = measure(next((layer for layer in self.layers if layer.coded), self.layers[0]))
+            speeds = measure(self.layers)
         self.placed = placed = place(
             self.layers, _other_bytes(model, self.fields), self.limits, speeds, self.folder is not None
         )

@@ -18,7 +18,7 @@ from hf_lowbit.budgets import check_folder
 from hf_lowbit.storage import laying, scratch
 from hf_lowbit.storage.layers import BLOCK_BYTES, Extent, Field, Layer
 from hf_lowbit.storage.laying import Laying
-from hf_lowbit.storage.reading import Counts, Files, Speeds, decoders
+from hf_lowbit.storage.reading import PIECE_BYTES, TRIAL_BYTES, Counts, Files, Speeds, decoders, measure
 from hf_lowbit.storage.scratch import Scratch, file_system
 
 
@@ -354,6 +354,30 @@ def test_a_trial_before_the_first_pass_is_believed_until_passes_say_otherwise(al
     for _ in range(8):  # read decoded, it turns out to be quick
         found.plan(Counts(bytes_read=4 * 10**7, reading_s=0.004), 0.02)
     assert found.fraction == 0 and {cuts.target for cuts in found.cuts.values()} == {0}
+
+
+def test_a_trial_quicker_than_passes_that_leave_the_processors_idle_was_wrong(always, tmp_path):
+    always.undo()
+    found = Laying(made(10, ratio=0.94), {}, tmp_path, Files([]), Speeds(disk=2.5e8, decoding=1e9))
+    nbytes, seconds = 0.94 * 4e7, 0.94 * 4e7 / 2e8
+    for _ in range(3):
+        found.plan(Counts(bytes_read=int(nbytes), reading_s=seconds, bytes_decoded=4 * 10**7, decoding_s=0.04), seconds)
+        assert found.fraction == 1 and found.speeds == [pytest.approx(2e8)] * 2
+
+
+def test_the_trial_leaves_out_what_a_disk_gives_at_once(tmp_path, monkeypatch):
+    name, size = tmp_path / "f", 20 * PIECE_BYTES
+    name.write_bytes(bytes(size))
+    layers = [Layer("l", (Extent(str(name), n * PIECE_BYTES, (n + 1) * PIECE_BYTES, 0),), {}, 0) for n in range(20)]
+    read, done = Files.read, []
+
+    def slow(self, name, into, begin):
+        time.sleep(0.002 if len(done) > 1 else 0)
+        done.append(begin)
+        return read(self, name, into, begin)
+
+    monkeypatch.setattr(Files, "read", slow)
+    assert measure(layers).disk < PIECE_BYTES / 0.002 and len(done) == TRIAL_BYTES // PIECE_BYTES
 
 
 def test_loading_makes_the_trial(packed, folder, always):  # noqa: F811

@@ -37,6 +37,8 @@ COST = 0.1
 """What a second of the processors counts beside one of waiting: decoding that gains next to nothing is left out."""
 WORTH = 1.03
 """Where nothing decoded takes at most so many times the least time, nothing is: speeds are not known better."""
+QUIET = 0.25
+"""Of the time of all decoders, the part in which a trial of the disk is believed no more than a pass."""
 BOUND = 0.85
 """Where reading took a smaller part of a pass than this, all of it was the processors' time."""
 NEWEST, FAR, FORGOTTEN = 0.25, 1.25, 0.005
@@ -158,6 +160,8 @@ class Laying:
             self.decoding_s = passed.decoding_s / passed.bytes_decoded / decoders()
         total = sum(cuts.decoded[-1] for cuts in self.cuts.values())
         done = min(1.0, max(0.0, (passed.bytes_decoded - self.others_decoded) / total))
+        if self.noted == [1, 0] and passed.decoding_s < QUIET * seconds * decoders():
+            self.noted[0] = 0  # decoding so little did not slow the disk down: the trial was wrong if it was quicker
         idle, loaded = self._note_speed(done, passed.bytes_read / passed.reading_s)
         # Threads that share processors take each longer; together they did not take longer than the pass.
         busy_s = seconds - self.decoding_s * passed.bytes_decoded

@@ -23,6 +23,8 @@ from .layers import BLOCK_BYTES, Extent, Layer
 
 PIECE_BYTES = 2**22
 """Of one read: large enough for the disk's full speed, small enough to stop soon."""
+TRIAL_BYTES = 2**25
+"""Of layers that are read one after another to measure the disk."""
 HUGE_BYTES = 2**21
 """Of a huge page."""
 MOST_DECODERS = 4
@@ -229,19 +231,43 @@ def read_layer(layer: Layer, buffer: torch.Tensor, threads: int | None = None) -
     return counts
 
 
-def measure(layer: Layer) -> Speeds:
-    """The speeds of reading and decoding ``layer``: the best of some times."""
-    files, found = Files([extent.file for extent in layer.extents]), Speeds(0.0, 0.0)
-    buffer, staged = allocate(layer.nbytes), [allocate(e.blocks[1] - e.blocks[0]) for e in layer.extents]
-    for _ in range(4 if layer.nbytes <= 2 * PIECE_BYTES else 2):  # the first may load the CPU kernels
-        counts, nbytes, seconds = Counts(), 0, 0.0
-        for extent, memory in zip(layer.extents, staged, strict=True):
-            read_extent(files, layer, extent, memory, extent.begin % BLOCK_BYTES, counts, lambda: True)
-        for extent, memory in zip(layer.extents, staged, strict=True):
-            if extent.parts:
-                made, taken = decode_extent(layer, extent, memory[extent.begin % BLOCK_BYTES :], buffer, 1)
-                nbytes, seconds = nbytes + made, seconds + taken
-        decoding = nbytes / seconds if nbytes else float("inf")
-        found = Speeds(max(found.disk, counts.bytes_read / counts.reading_s), max(found.decoding, decoding))
+def measure(layers: Sequence[Layer]) -> Speeds:
+    """The speeds of reading ``layers`` one after another, some of them, and of decoding the first coded one.
+
+    What a disk gives at once, from a cache or read ahead, is left out: of the reads the first ones do not count.
+    """
+    coded = next((layer for layer in layers if layer.coded), None)
+    found = Speeds(_reading_speed(layers))
+    if coded is None:
+        return found
+    files, counts, nbytes = Files([extent.file for extent in coded.extents]), Counts(), 0
+    buffer, staged = allocate(coded.nbytes), [allocate(e.blocks[1] - e.blocks[0]) for e in coded.extents]
+    for extent, memory in zip(coded.extents, staged, strict=True):
+        read_extent(files, coded, extent, memory, extent.begin % BLOCK_BYTES, counts, lambda: True)
     files.close()
-    return found
+    times = []
+    for _ in range(4 if coded.nbytes <= 2 * PIECE_BYTES else 2):  # the first may load the CPU kernels
+        done = [
+            decode_extent(coded, extent, memory[extent.begin % BLOCK_BYTES :], buffer, 1)
+            for extent, memory in zip(coded.extents, staged, strict=True)
+            if extent.parts
+        ]
+        nbytes = sum(made for made, _ in done)
+        times.append(sum(seconds for _, seconds in done))
+    return dataclasses.replace(found, decoding=nbytes / min(times))
+
+
+def _reading_speed(layers: Sequence[Layer]) -> float:
+    reads = [(layer, extent) for layer in layers for extent in layer.extents]
+    files, counts, first = Files([extent.file for _, extent in reads]), Counts(), Counts()
+    buffer = allocate(max(extent.blocks[1] - extent.blocks[0] for _, extent in reads))
+    for layer, extent in reads:
+        if counts.bytes_read >= TRIAL_BYTES:
+            break
+        read_extent(files, layer, extent, buffer, extent.begin % BLOCK_BYTES, counts, lambda: True)
+        if not first.bytes_read and counts.bytes_read >= 2 * PIECE_BYTES:
+            first = dataclasses.replace(counts)
+    files.close()
+    if first.bytes_read == counts.bytes_read:
+        return counts.bytes_read / counts.reading_s
+    return (counts.bytes_read - first.bytes_read) / (counts.reading_s - first.reading_s)
