@@ -365,6 +365,17 @@ def test_a_trial_quicker_than_passes_that_leave_the_processors_idle_was_wrong(al
         assert found.fraction == 1 and found.speeds == [pytest.approx(2e8)] * 2
 
 
+def test_a_disk_that_reads_ahead_while_nobody_asks_is_no_quicker(always, tmp_path):
+    """Half of the reading is done before it is asked for, and the decoders are waited for besides."""
+    always.undo()
+    found = Laying(made(10), {}, tmp_path, Files([]), Speeds(disk=2e8, decoding=1e9))
+    passed = Counts(bytes_read=2 * 10**7, reading_s=0.05, bytes_decoded=4 * 10**7, decoding_s=0.04, waiting_s=0.08)
+    for _ in range(3):
+        found.plan(passed, 0.1)
+        assert found.fraction == 1 and found.speeds == [pytest.approx(2e8)] * 2
+        assert found.computing_s <= 0.02 + 1e-9
+
+
 def test_the_trial_leaves_out_what_a_disk_gives_at_once(tmp_path, monkeypatch):
     name, size = tmp_path / "f", 20 * PIECE_BYTES
     name.write_bytes(bytes(size))

@@ -40,7 +40,8 @@ WORTH = 1.03
 QUIET = 0.25
 """Of the time of all decoders, the part in which a trial of the disk is believed no more than a pass."""
 BOUND = 0.85
-"""Where reading took a smaller part of a pass than this, all of it was the processors' time."""
+"""Where reading took a smaller part of a pass than this, all of it was the processors' time. A pass that took about as
+long as its bytes do at the speed of the trial, the same part or its inverse, was reading all of the time."""
 NEWEST, FAR, FORGOTTEN = 0.25, 1.25, 0.005
 """What is known of the disk is by the first part that of the newest pass, of which at most so many times the speed that
 was expected is believed; passes that decode little forget the last part of how decoding slows it down."""
@@ -124,6 +125,7 @@ class Laying:
         self.speeds, self.noted = [0.0, 0.0], [0, 0]  # of the disk, with nothing and with all decoded; how often noted
         self.passes = self.planned = self.uses = 0
         self.since, self.before = 0.0, Counts()
+        self.trial = speeds.disk if speeds is not None else float("inf")
         if speeds is not None and self.cuts:
             self.speeds, self.noted = [speeds.disk] * 2, [1, 0]
             self.decoding_s = 1 / speeds.decoding / decoders()
@@ -162,10 +164,13 @@ class Laying:
         done = min(1.0, max(0.0, (passed.bytes_decoded - self.others_decoded) / total))
         if self.noted == [1, 0] and passed.decoding_s < QUIET * seconds * decoders():
             self.noted[0] = 0  # decoding so little did not slow the disk down: the trial was wrong if it was quicker
-        idle, loaded = self._note_speed(done, passed.bytes_read / passed.reading_s)
+        reading_s = passed.reading_s
+        if BOUND * seconds < (steady_s := passed.bytes_read / self.trial) < seconds / BOUND:
+            reading_s = max(reading_s, min(steady_s, seconds))  # it read ahead while nobody asked
+        idle, loaded = self._note_speed(done, passed.bytes_read / reading_s)
         # Threads that share processors take each longer; together they did not take longer than the pass.
         busy_s = seconds - self.decoding_s * passed.bytes_decoded
-        if passed.reading_s > BOUND * seconds:
+        if reading_s > BOUND * seconds:
             busy_s = min(busy_s, (seconds - passed.waiting_s) * min(1.0, torch.get_num_threads() / decoders()))
         self.computing_s = busy_s if not self.planned else (self.computing_s + busy_s) / 2
         self.planned += 1
