@@ -54,7 +54,7 @@ The last three lines together are the best that was found, 2.2 instead of 3.47: 
 for every call, and with q s, up to 15 steps, rounded to float16 where nothing is rounded now. They are not built in:
 by the model of `sass_report.py` (not a measurement) these kernels can already begin as many instructions as 2.1 and 1.6
 times the bandwidth of an A100 and an H100 needs at 4 bits, 1.2 and 0.9 times at 3 and 2 bits, 0.6 and 0.4 times at 1
-bit, so that at 4 bits and more memory is what limits them, and a second launch costs more than it gives.
+bit, so that by this model memory is what limits them at 4 bits and more, and a second launch would buy nothing there.
 Packed float32 multiply-adds, which would halve the 1.0, exist from sm_100 on.
 
 7 bits by vector take 1.54 for unpacking alone; with two steps in a turn 2.78, with every register taken. NF4 takes 3.4
