@@ -142,7 +142,8 @@ class Streaming:
         """Puts what stays into memory, and the stream behind the other layers of the loaded ``model``."""
         # Again: a tie that the checkpoint does not have makes a model larger.
         speeds = None
-        if len(self.placed.kept) < len(self.layers):
+        by_speed = self.placed.first == budgets.HOST or any(layer.coded for layer in self.layers)
+        if by_speed and len(self.placed.kept) < len(self.layers):
             speeds = measure(self.layers)
         self.placed = placed = place(
             self.layers, _other_bytes(model, self.fields), self.limits, speeds, self.folder is not None

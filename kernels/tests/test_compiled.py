@@ -49,42 +49,35 @@ def lowbit_ops(graph) -> list[str]:
     return [str(n.target).removesuffix(".default") for n in graph.graph.nodes if "lowbit" in str(n.target)]
 
 
-@pytest.mark.parametrize("text", ["int:bits=3", "nf:bits=4", "ternary:bits=1.58"])
-def test_compiled_and_exported_give_what_eager_gives(text, device):
+def ops_compiled_and_exported(model, short: torch.Tensor, long: torch.Tensor) -> list[list[str]]:
+    """The ops in the graph that was compiled and in the exported one, which both give what ``model`` gives."""
     torch._dynamo.reset()
-    model, graphs = two_layers(text, device), []
+    graphs = []
 
     def keep(graph, example):
         graphs.append(graph)
         return graph.forward
 
     compiled = torch.compile(model, fullgraph=True, backend=keep, dynamic=True)
-    x = rows(6, device)
     with torch.no_grad():
-        assert torch.equal(compiled(x), model(x))
-        program = torch.export.export(model, (x,), dynamic_shapes=({1: torch.export.Dim("n", min=2, max=64)},))
-        assert torch.equal(program.module()(rows(9, device)), model(rows(9, device)))
-    assert [lowbit_ops(g) for g in (*graphs, program.graph_module)] == [["lowbit.linear"] * 2] * 2
-
-
-@pytest.mark.parametrize("text", ["int:bits=3", "nf:bits=4", "ternary:bits=1.58"])
-def test_embedding_rotation_and_dequantizing_compile_and_export(text, device):
-    torch._dynamo.reset()
-    model, graphs = OtherOps(text, device), []
-
-    def keep(graph, example):
-        graphs.append(graph)
-        return graph.forward
-
-    short, long = (torch.randint(50, (2, n), generator=torch.Generator().manual_seed(n)).to(device) for n in (5, 9))
-    with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend=keep, dynamic=True)
         assert torch.equal(compiled(short), model(short)) and torch.equal(compiled(long), model(long))
         shapes = ({1: torch.export.Dim("n", min=2, max=64)},)
         program = torch.export.export(model, (short,), dynamic_shapes=shapes)
         assert torch.equal(program.module()(long), model(long))
-    found = [sorted(lowbit_ops(g)) for g in (*graphs, program.graph_module)]
-    assert found == [["lowbit.dequantize", "lowbit.embedding", "lowbit.rotate"]] * 2
+    return [lowbit_ops(graph) for graph in (*graphs, program.graph_module)]
+
+
+@pytest.mark.parametrize("text", ["int:bits=3", "nf:bits=4", "ternary:bits=1.58"])
+def test_compiled_and_exported_give_what_eager_gives(text, device):
+    found = ops_compiled_and_exported(two_layers(text, device), rows(6, device), rows(9, device))
+    assert found == [["lowbit.linear"] * 2] * 2
+
+
+@pytest.mark.parametrize("text", ["int:bits=3", "nf:bits=4", "ternary:bits=1.58"])
+def test_embedding_rotation_and_dequantizing_compile_and_export(text, device):
+    short, long = (torch.randint(50, (2, n), generator=torch.Generator().manual_seed(n)).to(device) for n in (5, 9))
+    found = ops_compiled_and_exported(OtherOps(text, device), short, long)
+    assert [sorted(ops) for ops in found] == [["lowbit.dequantize", "lowbit.embedding", "lowbit.rotate"]] * 2
 
 
 def test_gradients_compile(device):
