@@ -12,7 +12,7 @@ from .low_rank import NAMES, LowRank
 from .methods.base import Method
 
 if TYPE_CHECKING:
-    from .streaming import StreamedWeight
+    from .streamed import StreamedWeight
 
 
 class PackedMixin:

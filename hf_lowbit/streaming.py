@@ -21,10 +21,9 @@ not packed, such as fused experts, which stay in memory.
 
 import dataclasses
 import functools
-import threading
+import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -32,16 +31,18 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from . import budgets
+from . import budgets, ops
 from .linear import LowBitLinear
-from .ops import input_gradient
 from .placement import Placement, mb, place
 from .plan import names
 from .storage.content import places_in
 from .storage.headers import Entry, read_headers
+from .storage.laid import Laid, as_decoded, lay
 from .storage.layers import Layer, Stored, by_layer, lay_out_layer, layer_of
-from .storage.reading import Counts, allocate, decoders, measure, read_layer
+from .storage.laying import WORTH, pass_seconds
+from .storage.reading import Counts, Speeds, allocate, decoders, measure, read_layer
 from .storage.stream import LayerStream
+from .streamed import DeviceBuffer, StreamedWeight
 
 logger = logging.get_logger("transformers.hf_lowbit")
 
@@ -140,14 +141,8 @@ class Streaming:
     @torch.no_grad()
     def start(self, model: nn.Module) -> None:
         """Puts what stays into memory, and the stream behind the other layers of the loaded ``model``."""
-        # Again: a tie that the checkpoint does not have makes a model larger.
-        speeds = None
-        by_speed = self.placed.first == budgets.HOST or any(layer.coded for layer in self.layers)
-        if by_speed and len(self.placed.kept) < len(self.layers):
-            speeds = measure(self.layers)
-        self.placed = placed = place(
-            self.layers, _other_bytes(model, self.fields), self.limits, speeds, self.folder is not None
-        )
+        speeds, laid, forms = self._place(model)
+        placed = self.placed
         devices = {layer.name: budgets.torch_device(d) for layer, d in zip(self.layers, placed.devices, strict=True)}
         first = budgets.torch_device(placed.first)
         owners = _owners(model)
@@ -170,11 +165,13 @@ class Streaming:
         streamed = [i for i in range(len(self.layers)) if i not in placed.kept]
         if not streamed:
             return
-        _map(model, [self.layers[i] for i in streamed])
         stored = [number for number, i in enumerate(streamed) if i in placed.stored]
         extents = [(streamed.index(i), number) for i, number in placed.extents]
-        layers = [self.layers[i] for i in streamed]
-        self.stream = LayerStream(layers, placed.slots, stored, extents, placed.buffers, self.folder, speeds)
+        layers, as_stored = [forms[i] for i in streamed], [self.layers[i] for i in streamed]
+        self.stream = LayerStream(
+            layers, placed.slots, stored, extents, placed.buffers, self.folder, speeds, laid, as_stored
+        )
+        _map(model, as_stored)
         targets = self._targets(placed, streamed)
         for number, index in enumerate(streamed):
             layer, target = self.layers[index], targets.get(placed.devices[index])
@@ -192,7 +189,55 @@ class Streaming:
         model._apply = apply  # type: ignore[method-assign]
         logger.info("streaming: %s", self.report())
 
-    def _targets(self, placed: Placement, streamed: list[int]) -> dict[str, "DeviceBuffer"]:
+    def _place(self, model: nn.Module) -> tuple[Speeds | None, Laid | None, list[Layer]]:
+        """Decides again what stays where: a tie that the checkpoint does not have makes a model larger.
+
+        Returns:
+            The speeds that this was decided by, if by any; what layers were laid in, if they were; and the layers in
+            the form in which they are read.
+        """
+        host, coded = self.placed.first == budgets.HOST, any(layer.coded for layer in self.layers)
+        others, lays = _other_bytes(model, self.fields), self.folder is not None
+        speeds = None
+        if (host or coded) and len(self.placed.kept) < len(self.layers):
+            speeds = measure(self.layers)
+            if host and coded and lays:
+                speeds = dataclasses.replace(speeds, computing_s=self._computing_seconds(model))
+        self.placed = place(self.layers, others, self.limits, speeds, lays)
+        if speeds is None or not coded or self.folder is None:
+            return speeds, None, self.layers
+        forms = [as_decoded(layer) if layer.coded else layer for layer in self.layers]
+        placed = place(forms, others, self.limits, speeds)
+
+        def pays(disk: float) -> bool:
+            found = dataclasses.replace(speeds, disk=disk)
+            return _pass_seconds(forms, placed, found) <= WORTH * _pass_seconds(self.layers, self.placed, found)
+
+        laid, some = None, [i for i, layer in enumerate(self.layers) if i not in placed.kept and layer.coded]
+        if not pays(speeds.disk) or (some and (laid := lay([self.layers[i] for i in some], self.folder, pays)) is None):
+            return speeds, None, self.layers
+        for i, layer in zip(some, laid.layers if laid is not None else (), strict=True):
+            forms[i] = layer
+        self.placed = placed
+        return speeds, laid, forms
+
+    def _computing_seconds(self, model: nn.Module) -> float:
+        """What the packed products of all layers take for one token, about: those of one layer, as often."""
+        layer = next(layer for layer in self.layers if layer.coded)
+        buffer, times, dtype = allocate(layer.nbytes), [], getattr(model, "dtype", torch.float32)
+        read_layer(layer, buffer)
+        for _ in range(3):  # the first may load the CPU kernels
+            start = time.perf_counter()
+            for name in self._modules[layer.name]:
+                module = model.get_submodule(name)
+                assert isinstance(module, LowBitLinear)
+                weight, *companions = (layer.fields[f"{name}.{tensor}"].view(buffer) for tensor in module.packed_names)
+                x = torch.zeros(1, module.in_features, dtype=dtype)
+                ops.linear(x, weight, companions, None, module.spec, module.in_features, module.backend)
+            times.append(time.perf_counter() - start)
+        return len(self.layers) * min(times)
+
+    def _targets(self, placed: Placement, streamed: list[int]) -> dict[str, DeviceBuffer]:
         """The buffer of each accelerator that has layers of ``streamed``."""
         sizes: dict[str, int] = {}
         for i in streamed:
@@ -241,6 +286,14 @@ class Streaming:
         """Sets the counts to zero."""
         if self.stream is not None:
             self.stream.reset()
+
+
+def _pass_seconds(layers: Sequence[Layer], placed: Placement, speeds: Speeds) -> float:
+    """What a pass takes by ``speeds`` where ``layers`` are placed so."""
+    streamed = [i for i in range(len(layers)) if i not in placed.kept]
+    kept = {(i, number) for i in placed.stored for number in range(len(layers[i].extents))} | placed.extents
+    kept = {(streamed.index(i), number) for i, number in kept}
+    return pass_seconds([layers[i] for i in streamed], kept, speeds)
 
 
 def _stored(model: nn.Module, modules: list[str], entries: dict[str, Entry]) -> dict[str, Stored]:
@@ -341,91 +394,3 @@ def _apply_streamed(model_ref, homes: list[torch.device], fn: Callable[[Tensor],
     model = model_ref()
     on_host = torch.device("cpu") in homes  # else what is there are views of files, and stays
     return type(model)._apply(model, fn if on_host else lambda t: t if t.device.type == "cpu" else fn(t), recurse)
-
-
-class DeviceBuffer:
-    """The memory of an accelerator that its streamed layers are copied to, one at a time.
-
-    A copy takes its place in the order of what the device computes: it begins when the layer before has been
-    computed, and has ended when the host goes on, which may then fill its own buffer with another layer.
-
-    Args:
-        nbytes: Of the largest layer.
-        device: Where.
-    """
-
-    def __init__(self, nbytes: int, device: torch.device):
-        self.buffer, self.device = torch.empty(nbytes, dtype=torch.uint8, device=device), device
-        self.lock, self.layer = threading.RLock(), -1
-
-    @contextmanager
-    def use(self, stream: LayerStream, layer: int) -> Iterator[int]:
-        """The number of the buffer, 0, that holds ``layer`` of ``stream`` while the context lasts."""
-        with self.lock:
-            if self.layer != layer:
-                self.layer = -1
-                with stream.use(layer) as slot:
-                    nbytes = min(self.buffer.numel(), stream.buffers[slot].numel())
-                    self.buffer[:nbytes].copy_(stream.buffers[slot][:nbytes])
-                self.layer = layer
-            yield 0
-
-
-class StreamedWeight:
-    """The packed weight of one module, which is in memory only while it is used.
-
-    Args:
-        stream: Of its layer.
-        layer: The layer's number there.
-        views: For each buffer of the stream (or the one of the accelerator), the packed tensors in it, in the order
-            of the format.
-        target: The buffer of the accelerator that computes the layer, if one does.
-    """
-
-    def __init__(self, stream: LayerStream, layer: int, views: list[list[Tensor]], target: DeviceBuffer | None = None):
-        self.stream, self.layer, self.views, self.target = stream, layer, views, target
-        self.device = torch.device("cpu") if target is None else target.device
-
-    @contextmanager
-    def use(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """The weight and its companions, for as long as the context lasts."""
-        with self.stream.use(self.layer) if self.target is None else self.target.use(self.stream, self.layer) as slot:
-            weight, *companions = self.views[slot]
-            yield weight, companions
-
-    def linear(self, module: LowBitLinear, x: Tensor, run: Callable[..., Tensor]) -> Tensor:
-        """``run``, an op of :mod:`.ops`, with the packed weight of ``module``; differentiable."""
-        if x.device != self.device:
-            raise ValueError(
-                f"this layer is streamed for {self.device}, and its input is on {x.device}: move the model's inputs to "
-                "model.device"
-            )
-        bias = module.bias
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            return _StreamedLinear.apply(x, bias, module, run)
-        with self.use() as (weight, companions):
-            return run(x, weight, companions, bias, module.spec, module.in_features, module.backend)
-
-
-class _StreamedLinear(torch.autograd.Function):
-    """The product with a streamed weight, of which nothing is saved: the backward reads it again."""
-
-    @staticmethod
-    def forward(ctx, x, bias, module, run):
-        ctx.module, ctx.bias_dtype = module, None if bias is None else bias.dtype
-        with module.streamed.use() as (weight, companions):
-            return run(x, weight, companions, bias, module.spec, module.in_features, module.backend)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        x_gradient = bias_gradient = None
-        module = ctx.module
-        if ctx.needs_input_grad[0]:
-            with module.streamed.use() as (weight, companions):
-                x_gradient = input_gradient(
-                    gradient, weight, companions, module.spec, module.in_features, module.backend
-                )
-        if ctx.needs_input_grad[1]:
-            bias_gradient = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
-        return x_gradient, bias_gradient, None, None

@@ -185,6 +185,8 @@ def stand_in(monkeypatch):
 
 
 def load(folder, **options):
+    if "max_memory_bytes" in options:
+        options.setdefault("offload_folder", False)  # see test_streaming_laid.py
     config = {"quantization_config": LowBitConfig(**options)} if options else {}
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **config)
 

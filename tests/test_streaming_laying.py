@@ -25,7 +25,8 @@ from hf_lowbit.storage.scratch import Scratch, file_system
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
-    """Not by speeds, which differ from run to run: half of it stays coded, then nothing."""
+    """Not by speeds, which differ from run to run: nothing at once (test_streaming_laid.py), then half, then all."""
+    monkeypatch.setattr("hf_lowbit.streaming.pass_seconds", lambda layers, *options: 0.0 if layers[0].coded else 1.0)
     monkeypatch.setattr(placement, "QUICK_S", 0)
     parts = iter([0.5] * 4 + [0.0] * 10**6)
 

@@ -38,10 +38,11 @@ def decoders() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
-    """Bytes a second: read from the disk, and decoded by one thread."""
+    """Bytes a second: read from the disk, and decoded by one thread; and what computing a pass takes, in s."""
 
     disk: float
     decoding: float = float("inf")
+    computing_s: float = 0.0
 
     def seconds(self, read: int, decoded: int, raw: int | None = None) -> float:
         """What reading and decoding so many bytes takes, side by side and with all decoders.
@@ -84,6 +85,11 @@ class Counts:
     bytes_written: int = 0
     writing_s: float = 0.0
 
+    def add(self, other: "Counts") -> None:
+        """Adds what ``other`` has done."""
+        for field in dataclasses.fields(Counts):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
 
 class Files:
     """Files kept open, read by one thread at a time; closed by :meth:`close`, or when nobody uses this any more."""
@@ -91,7 +97,11 @@ class Files:
     def __init__(self, names: Sequence[str]):
         self.handles: dict[tuple[str, bool], io.FileIO] = {}  # by name, and whether past the system's cache
         self.close = weakref.finalize(self, _close, self.handles)
-        for name in dict.fromkeys(names):
+        self.open(names)
+
+    def open(self, names: Sequence[str]) -> None:
+        """Opens those that are not open."""
+        for name in dict.fromkeys(name for name in names if (name, False) not in self.handles):
             self.handles[name, False] = open(name, "rb", buffering=0)  # noqa: SIM115 (until close)
             with contextlib.suppress(OSError):  # file systems without that refuse to open
                 self.handles[name, True] = open(name, "rb", buffering=0, opener=_open_direct)  # noqa: SIM115
@@ -236,15 +246,13 @@ def measure(layers: Sequence[Layer]) -> Speeds:
 
     What a disk gives at once, from a cache or read ahead, is left out: of the reads the first ones do not count.
     """
-    coded = next((layer for layer in layers if layer.coded), None)
-    found = Speeds(_reading_speed(layers))
+    files, counts, nbytes = Files([extent.file for layer in layers for extent in layer.extents]), Counts(), 0
+    coded, found = next((layer for layer in layers if layer.coded), None), Speeds(reading_speed(layers, files))
     if coded is None:
         return found
-    files, counts, nbytes = Files([extent.file for extent in coded.extents]), Counts(), 0
     buffer, staged = allocate(coded.nbytes), [allocate(e.blocks[1] - e.blocks[0]) for e in coded.extents]
     for extent, memory in zip(coded.extents, staged, strict=True):
         read_extent(files, coded, extent, memory, extent.begin % BLOCK_BYTES, counts, lambda: True)
-    files.close()
     times = []
     for _ in range(4 if coded.nbytes <= 2 * PIECE_BYTES else 2):  # the first may load the CPU kernels
         done = [
@@ -257,17 +265,27 @@ def measure(layers: Sequence[Layer]) -> Speeds:
     return dataclasses.replace(found, decoding=nbytes / max(min(times), 1e-9))  # clocks may be coarse
 
 
-def _reading_speed(layers: Sequence[Layer]) -> float:
-    reads = [(layer, extent) for layer in layers for extent in layer.extents]
-    files, counts, first = Files([extent.file for _, extent in reads]), Counts(), Counts()
-    buffer = allocate(max(extent.blocks[1] - extent.blocks[0] for _, extent in reads))
-    for layer, extent in reads:
+def reading_speed(layers: Sequence[Layer], files: Files) -> float:
+    """Bytes a second that are read of ``layers``, some of them, from ``files``, without what is there at once.
+
+    What lies side by side is read as one, as if it were not coded.
+    """
+    runs: list[Extent] = []
+    for extent in (extent for layer in layers for extent in layer.extents):
+        last = runs[-1] if runs and runs[-1].file == extent.file else None
+        if last is not None and 0 <= extent.begin - last.end <= BLOCK_BYTES:
+            runs[-1] = dataclasses.replace(last, end=extent.end)
+        else:
+            runs.append(Extent(extent.file, extent.begin, extent.end, 0))
+    cuts = ((run, begin) for run in runs for begin in range(run.blocks[0], run.end, PIECE_BYTES))
+    counts, first, buffer = Counts(), Counts(), allocate(PIECE_BYTES)
+    for run, begin in cuts:
         if counts.bytes_read >= TRIAL_BYTES:
             break
-        read_extent(files, layer, extent, buffer, extent.begin % BLOCK_BYTES, counts, lambda: True)
+        piece = dataclasses.replace(run, begin=begin, end=min(begin + PIECE_BYTES, run.end))
+        read_extent(files, layers[0], piece, buffer, 0, counts, lambda: True)
         if not first.bytes_read and counts.bytes_read >= 2 * PIECE_BYTES:
             first = dataclasses.replace(counts)
-    files.close()
     if first.bytes_read == counts.bytes_read:
         return counts.bytes_read / counts.reading_s
     return (counts.bytes_read - first.bytes_read) / (counts.reading_s - first.reading_s)

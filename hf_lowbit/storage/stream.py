@@ -28,10 +28,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
+from .laid import Laid
 from .layers import BLOCK_BYTES, Extent, Layer, aligned
 from .laying import Laying
-from .reading import Counts, Files, Speeds, allocate, decode_extent, decoders, read_extent
+from .reading import Counts, Files, Speeds, allocate, decode_extent, decoders, read_extent, read_layer
+
+logger = logging.get_logger("transformers.hf_lowbit")
 
 
 def buffer_bytes(layers: Collection[Layer], slots: int) -> int:
@@ -80,9 +84,13 @@ class _State:
         nbytes: int,
         folder: Path | None,
         speeds: Speeds | None,
+        laid: Laid | None,
+        stored: Sequence[Layer] | None,
     ):
-        self.layers, self.counts = layers, Counts()
-        self.files = Files([extent.file for layer in layers for extent in layer.extents])
+        self.layers, self.stored = layers, stored or layers
+        self.counts, self.files = (Counts(), Files([])) if laid is None else (laid.counts, laid.files)
+        self.files.open([extent.file for layer in layers for extent in layer.extents])
+        self.lost = False  # whether the scratch file that they were laid in has failed
         size, staged = _buffer_sizes(layers)
         memory = allocate(max(nbytes, buffer_bytes(layers, slots)))  # in one, so that huge pages fit
         self.slots = [_Slot(memory[i * size : (i + 1) * size]) for i in range(slots)]
@@ -186,9 +194,12 @@ class _State:
         try:
             if kept is not None and not extent.parts:
                 slot.buffer[extent.offset : extent.offset + extent.nbytes] = kept
-            whole = kept is not None or read_extent(
-                self.files, layer, extent, buffer, place, self.counts, lambda: slot.turn == turn and not self.stopped
-            )
+            if self.layers[index] is not self.stored[index] and kept is None:
+                whole = self.read_laid(index, slot, turn)
+            else:
+                whole = kept is not None or read_extent(
+                    self.files, layer, extent, buffer, place, self.counts, functools.partial(self.wants, slot, turn)
+                )
         except Exception as error:  # raised where the layer is used
             whole, failure = False, error
         with self.lock:
@@ -206,6 +217,26 @@ class _State:
             if whole or failure is not None:
                 self.finish(slot, turn, failure)
         return whole
+
+    def wants(self, slot: _Slot, turn: int) -> bool:
+        """Whether the layer that was assigned to ``slot`` in that turn is still to be read."""
+        return slot.turn == turn and not self.stopped
+
+    def read_laid(self, index: int, slot: _Slot, turn: int) -> bool:
+        """Reads a layer that was laid before, or, in further memory, as it is stored once that has failed."""
+        layer, wanted = self.layers[index], functools.partial(self.wants, slot, turn)
+        if not self.lost:
+            try:
+                return read_extent(self.files, layer, layer.extents[0], slot.buffer, 0, self.counts, wanted)
+            except OSError as error:
+                self.lost = True
+                logger.warning(
+                    "%s: coded layers are decoded in every pass from now on, which is slower here, in memory beside "
+                    "the budget: load the model again, with another offload_folder=",
+                    error,
+                )
+        self.counts.add(read_layer(self.stored[index], slot.buffer))
+        return True
 
     def run_writer(self) -> None:
         """The thread that writes decoded layers to the scratch file."""
@@ -271,6 +302,8 @@ class LayerStream:
         nbytes: Of all buffers together, where they may take more than :func:`buffer_bytes`: whole huge pages.
         folder: For a scratch file, from which coded layers are read decoded where that is faster (:mod:`.laying`).
         speeds: Of a trial, by which that choice begins.
+        laid: What some of ``layers`` were laid in before (:mod:`.laid`).
+        stored: All layers as they are stored, in which form those are read where that fails.
 
     Attributes:
         buffers: The buffers, uint8.
@@ -288,9 +321,12 @@ class LayerStream:
         nbytes: int = 0,
         folder: Path | None = None,
         speeds: Speeds | None = None,
+        laid: Laid | None = None,
+        stored: Sequence[Layer] | None = None,
     ):
         all_kept = [*((index, n) for index in kept for n in range(len(layers[index].extents))), *extents]
-        self._state = state = _State(layers, min(slots, len(layers)), all_kept, nbytes, folder, speeds)
+        slots = min(slots, len(layers))
+        self._state = state = _State(layers, slots, all_kept, nbytes, folder, speeds, laid, stored)
         self._in_use = threading.RLock()
         self._previous: int | None = None
         self._current: int | None = None
@@ -323,13 +359,14 @@ class LayerStream:
     @property
     def forms(self) -> list[Layer]:
         """The layers as they are to be read now."""
-        laying, layers = self._state.laying, self._state.layers
-        return list(layers) if laying is None else [laying.form(i) for i in range(len(layers))]
+        state = self._state
+        return list(state.layers) if state.laying is None else list(map(state.laying.form, range(len(state.layers))))
 
     @property
     def layers_laid(self) -> int:
         """How many of them are read decoded, or a part of them is, from the scratch file."""
-        return sum(form is not layer for form, layer in zip(self.forms, self._state.layers, strict=True))
+        state = self._state
+        return 0 if state.lost else sum(form is not x for form, x in zip(self.forms, state.stored, strict=True))
 
     @property
     def pass_bytes(self) -> int:
