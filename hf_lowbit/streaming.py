@@ -37,7 +37,7 @@ from .placement import Placement, mb, place
 from .plan import names
 from .storage.content import places_in
 from .storage.headers import Entry, read_headers
-from .storage.laid import Laid, as_decoded, lay
+from .storage.laid import Laid, as_decoded, lay, read_decoded
 from .storage.layers import Layer, Stored, by_layer, lay_out_layer, layer_of
 from .storage.laying import WORTH, pass_seconds
 from .storage.reading import Counts, Speeds, allocate, decoders, measure, read_layer
@@ -153,9 +153,13 @@ class Streaming:
         if placed.first != budgets.HOST:
             _move_buffers(model, devices, first)
         for index in sorted(placed.kept):
-            layer = self.layers[index]
+            layer = forms[index]
             buffer = allocate(layer.nbytes)
-            read_layer(layer, buffer)
+            if layer is self.layers[index]:
+                read_layer(layer, buffer)
+            else:
+                read_decoded(self.layers[index], memory := allocate(self.layers[index].nbytes))
+                buffer[:] = memory[: layer.nbytes]
             if placed.first != budgets.HOST:
                 buffer = buffer.to(devices[layer.name], copy=True)
             for name, field in layer.fields.items():
@@ -174,7 +178,7 @@ class Streaming:
         _map(model, as_stored)
         targets = self._targets(placed, streamed)
         for number, index in enumerate(streamed):
-            layer, target = self.layers[index], targets.get(placed.devices[index])
+            layer, target = forms[index], targets.get(placed.devices[index])
             for name in self._modules[layer.name]:
                 module = model.get_submodule(name)
                 assert isinstance(module, LowBitLinear)

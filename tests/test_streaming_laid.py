@@ -57,11 +57,13 @@ def test_it_is_streamed_as_a_raw_repo(packed, folder):  # noqa: F811
         raw = load(packed / "raw", max_memory_bytes=report(model).budget_bytes)
         placed, same = (m.hf_quantizer.streaming.placed for m in (model, raw))
         assert (placed.slots, placed.stored, placed.extents) == (same.slots, set(), set())
-        # Coded tensors of several reads have up to a block more for each in their layer, which counts in tiny ones.
-        assert len(same.kept) - 1 <= len(placed.kept) <= len(same.kept)
+        assert len(placed.kept) >= len(same.kept)
         before = report(model)
         assert before.layers_laid == before.layers_streamed == LAYERS - len(placed.kept)
         assert (before.layers_laid > 0) == (layers < LAYERS) and before.held_bytes <= before.budget_bytes
+        # A tensor begins at a line of the cache here, and in a file where the one before it ends.
+        more = 64 * sum(len(layer.fields) for layer in model.hf_quantizer.streaming.layers)
+        assert before.pass_bytes <= report(raw).pass_bytes + more
         forms = [] if (found := model.hf_quantizer.streaming.stream) is None else found.forms
         assert before.bytes_written == sum(aligned(form.nbytes, BLOCK_BYTES) for form in forms)
         assert torch.equal(generate(model), generate(expected)) and torch.equal(logits(model), logits(expected))
@@ -158,7 +160,7 @@ def open_in(folder) -> list[str]:  # noqa: F811
 
 def test_a_file_without_room_for_all_is_not_begun(packed, folder, at_once):  # noqa: F811
     free = scratch.shutil.disk_usage(folder).free
-    at_once.setattr(scratch, "FREE_PART", free // (3 * sizes(packed / "entropy")[1]))
+    at_once.setattr(scratch, "FREE_PART", free // (2 * sizes(packed / "entropy")[1]))
     at_once.setattr(Scratch, "write", lambda *arguments: pytest.fail("something was written"))
     at_once.setattr(Laying, "plan", lambda self, passed, seconds: None)
     assert decodes(coded(packed, folder), packed)
@@ -238,12 +240,13 @@ def test_the_space_is_given_back_with_the_model(packed, folder):  # noqa: F811
     assert not open_in(folder)
 
 
-def test_laying_takes_no_more_than_the_buffers_will(packed, folder, at_once):  # noqa: F811
+def test_laying_takes_no_more_than_the_budget(packed, folder, at_once):  # noqa: F811
     taken, allocate = [], laid.allocate
     at_once.setattr(laid, "allocate", lambda nbytes: taken.append(nbytes) or allocate(nbytes))
     model = coded(packed, folder, 0)
-    streamed = model.hf_quantizer.streaming
-    assert taken[0] + max(layer.staged_bytes for layer in streamed.layers) <= streamed.placed.buffers
+    found = model.hf_quantizer.streaming
+    others = sum(streaming._other_bytes(model, found.fields).values())
+    assert others + taken[0] + max(layer.staged_bytes for layer in found.layers) <= found.limits["cpu"]
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------

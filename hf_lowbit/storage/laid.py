@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from transformers.utils import logging
 
-from .layers import BLOCK_BYTES, Extent, Layer, aligned
+from .layers import BLOCK_BYTES, Extent, Field, Layer, aligned
 from .reading import TRIAL_BYTES, Counts, Files, allocate, read_layer, reading_speed
 from .scratch import Scratch
 
@@ -29,8 +30,30 @@ class Laid:
 
 
 def as_decoded(layer: Layer, file: str = "", begin: int = 0) -> Layer:
-    """``layer`` as it is read where what its buffer will hold lies in ``file``, from ``begin`` on."""
-    return dataclasses.replace(layer, extents=(Extent(file, begin, begin + layer.nbytes, 0),), coded=frozenset())
+    """``layer`` as it is read where its tensors lie decoded in ``file``, one behind the other from ``begin`` on."""
+    fields, end = {}, 0
+    for name, field in _in_order(layer):
+        fields[name] = dataclasses.replace(field, offset=end)
+        end = aligned(end + field.nbytes)
+    return Layer(layer.name, (Extent(file, begin, begin + end, 0),), fields, end)
+
+
+def _in_order(layer: Layer) -> list[tuple[str, Field]]:
+    return sorted(layer.fields.items(), key=lambda item: item[1].offset)
+
+
+def read_decoded(layer: Layer, memory: torch.Tensor) -> Counts:
+    """Reads ``layer`` as it is stored into ``memory``, uint8, at the beginning of which it then is as if decoded.
+
+    ``memory`` has to hold ``layer.nbytes``, which include room around what is read as it is used. Errors as in
+    :func:`.reading.read_layer`.
+    """
+    counts, values = read_layer(layer, memory[: layer.nbytes]), memory.numpy()
+    form = as_decoded(layer)
+    for name, field in _in_order(layer):
+        to, nbytes = form.fields[name].offset, field.nbytes
+        values[to : to + nbytes] = values[field.offset : field.offset + nbytes]  # which may overlap
+    return counts
 
 
 def lay(layers: Sequence[Layer], folder: Path, pays: Callable[[float], bool]) -> Laid | None:
@@ -49,7 +72,7 @@ def lay(layers: Sequence[Layer], folder: Path, pays: Callable[[float], bool]) ->
     Raises:
         ValueError: for damaged data, naming the tensor and the file.
     """
-    found, sizes = Laid([], Files([]), Counts()), [aligned(layer.nbytes, BLOCK_BYTES) for layer in layers]
+    found, sizes = Laid([], Files([]), Counts()), [aligned(as_decoded(x).nbytes, BLOCK_BYTES) for x in layers]
     try:
         if _lay(layers, sizes, Scratch(folder, found.files), found, pays):
             logger.info("%.0f MB of layers lie decoded in %s", sum(sizes) / 1e6, folder)
@@ -65,10 +88,10 @@ def lay(layers: Sequence[Layer], folder: Path, pays: Callable[[float], bool]) ->
 def _lay(layers: Sequence[Layer], sizes: list[int], scratch: Scratch, found: Laid, pays: Callable[[float], bool]):
     if sum(sizes) > scratch.room:
         raise OSError(0, f"{scratch.room / 1e6:.0f} MB, half of what is free, are too little")
-    buffer, end, tried = allocate(max(sizes)), 0, False
+    buffer, end, tried = allocate(max(*sizes, *(layer.nbytes for layer in layers))), 0, False
     with logging.tqdm(total=sum(sizes), desc="Laying layers decoded", unit="B", unit_scale=True) as bar:
         for layer, size in zip(layers, sizes, strict=True):
-            read_layer(layer, buffer[: layer.nbytes])
+            read_decoded(layer, buffer)
             start = time.perf_counter()
             scratch.write(buffer[:size], end, lambda: True)
             found.counts.writing_s += time.perf_counter() - start

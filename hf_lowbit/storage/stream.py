@@ -30,10 +30,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from .laid import Laid
+from .laid import Laid, read_decoded
 from .layers import BLOCK_BYTES, Extent, Layer, aligned
 from .laying import Laying
-from .reading import Counts, Files, Speeds, allocate, decode_extent, decoders, read_extent, read_layer
+from .reading import Counts, Files, Speeds, allocate, decode_extent, decoders, read_extent
 
 logger = logging.get_logger("transformers.hf_lowbit")
 
@@ -235,7 +235,9 @@ class _State:
                     "the budget: load the model again, with another offload_folder=",
                     error,
                 )
-        self.counts.add(read_layer(self.stored[index], slot.buffer))
+        memory = allocate(self.stored[index].nbytes)
+        self.counts.add(read_decoded(self.stored[index], memory))
+        slot.buffer[: layer.nbytes] = memory[: layer.nbytes]
         return True
 
     def run_writer(self) -> None:
