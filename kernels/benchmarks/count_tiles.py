@@ -45,11 +45,10 @@ def entries(target: str, text: str, form: str) -> list[dict]:
                 record = tiles.linear_tiles(rows, N, K, layout, AMD[target])
                 split = record.split
             else:
-                record = fast.fast_tiles(rows, layout)
+                record = fast.fast_tiles(rows, layout, form)
                 split = tiles.fast_split(rows, N, K, layout, record, DEVICES[target].multiprocessors)
-            taken = {
-                name: size for name, size in dataclasses.asdict(record).items() if name != "split" and size is not None
-            }
+            taken = dataclasses.asdict(record)
+            taken = {name: size for name, size in taken.items() if name != "split" and size}
             made.append({**key, "N": N, "K": K, "tiles": taken, "split": split})
     return made
 

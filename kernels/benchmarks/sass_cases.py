@@ -162,7 +162,7 @@ def _portable(case: Case, layout, M: int) -> Launch:
 def launch_of(case: Case, layout) -> Launch:
     """What is compiled for a case: the sizes that the kernels take for a large shape that whole steps fill."""
     import lowbit_kernels
-    from lowbit_kernels import entropy, fast, hadamard
+    from lowbit_kernels import entropy, fast, fast_scaled, hadamard
 
     if case.kernel == "hadamard":
         block = int(case.format.removeprefix("block="))
@@ -174,12 +174,13 @@ def launch_of(case: Case, layout) -> Launch:
     if case.form == "portable":
         return _portable(case, layout, M)
     size, _ = lowbit_kernels._fast_tiles(_device(case.target), case.form, layout, M, 4096, 4096)
-    constants = {"FORM": case.form, "SPLIT": 4, "BLOCK_M": size.rows, "BLOCK_N": size.outputs, "BLOCKS": size.blocks}
-    constants |= {
-        **{"STRIPS": size.strips, "SPANS": size.spans, "COLUMNS": size.columns, "WINDOW": size.window, "EVEN": True},
-        **{"STAGES": size.stages, "ROWS_OF_ONES": min(16 * size.warps, size.outputs // size.strips)},
-    }
     weights = size.outputs * size.blocks * size.spans * 64
+    constants = {"SPLIT": 4, "BLOCK_M": size.rows, "BLOCK_N": size.outputs, "EVEN": True, "STAGES": size.stages}
+    if size.scaled:
+        return Launch(fast_scaled.scaled_kernel, constants, size.warps, weights, maxnreg=fast.REGISTERS)
+    constants |= {"FORM": case.form, "BLOCKS": size.blocks, "STRIPS": size.strips, "SPANS": size.spans}
+    constants |= {"COLUMNS": size.columns, "WINDOW": size.window}
+    constants["ROWS_OF_ONES"] = min(16 * size.warps, size.outputs // size.strips)
     return Launch(fast.fast_kernel, constants, size.warps, weights, maxnreg=fast.REGISTERS)
 
 

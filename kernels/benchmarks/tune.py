@@ -143,9 +143,9 @@ class Tuner:
 
         if form == "portable":
             return dataclasses.asdict(tiles.linear_tiles(rows, N, K, layout))
-        sizes = fast.fast_tiles(rows, layout)
+        sizes = fast.fast_tiles(rows, layout, form)
         split = tiles.fast_split(rows, N, K, layout, sizes, self.record.multiprocessors)
-        return {**dataclasses.asdict(sizes), "split": split}
+        return {**{name: size for name, size in dataclasses.asdict(sizes).items() if size}, "split": split}
 
     def caller(self, form: str, layout, arguments):
         """A function of sizes that runs the problem with them."""

@@ -171,4 +171,7 @@ def test_tuned_tiles_reach_the_kernels(declared, monkeypatch):
     assert seen == [(FastTiles(8, 16, 1, 1, 8), 2)]
     monkeypatch.setattr(tuning, "find", lambda *key: None)
     lowbit_kernels.linear(torch.ones(1, 128, dtype=BF16), weight, companions, None, "int:bits=4", 128)
-    assert seen[1][0] == lowbit_kernels.fast_tiles(1, INT4) and [f.name for f in chosen] == ["subnormal", "magic"]
+    assert seen[1][0] == lowbit_kernels.fast_tiles(1, INT4, "subnormal") and [f.name for f in chosen] == [
+        "subnormal",
+        "magic",
+    ]

@@ -51,9 +51,9 @@ def _used(device, form, layout, rows, N, K):
     """What :func:`lowbit_kernels.linear` takes there: its sizes as in a file, and the split."""
     if form == "portable":
         sizes = lowbit_kernels._tiles(device, layout, rows, N, K)
-        return {k: v for k, v in dataclasses.asdict(sizes).items() if k != "split" and v is not None}, sizes.split
+        return {k: v for k, v in dataclasses.asdict(sizes).items() if k != "split" and v}, sizes.split
     sizes, split = lowbit_kernels._fast_tiles(device, form, layout, rows, N, K)
-    return dataclasses.asdict(sizes), split
+    return {k: v for k, v in dataclasses.asdict(sizes).items() if v}, split
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100"])
@@ -75,9 +75,11 @@ def test_shipped_entries_are_what_the_kernels_use(architecture):
     # What no entry covers, the rules decide; and no program is left without a step.
     (form,) = {e.form for e in settings.entries} - {"magic"}
     uncovered = parse("int:bits=5,group_size=256")
-    ruled = fast_tiles(1, uncovered) if form != "portable" else linear_tiles(1, 4096, 4096, uncovered, device.warp)
+    ruled = (
+        fast_tiles(1, uncovered, form) if form != "portable" else linear_tiles(1, 4096, 4096, uncovered, device.warp)
+    )
     assert tuning.find(architecture, form, uncovered, 1, 4096, 4096) is None
-    sizes = {k: v for k, v in dataclasses.asdict(ruled).items() if k != "split" and v is not None}
+    sizes = {k: v for k, v in dataclasses.asdict(ruled).items() if k != "split" and v}
     assert _used(device, form, uncovered, 1, 4096, 4096)[0] == sizes
     assert _used(device, form, layouts["int4_g32"], 16, 1024, 64)[1] == 1
 
@@ -177,11 +179,11 @@ def test_what_is_wrong_in_a_file_is_named(own, data, message):
 
 
 def test_sums_are_shared_until_the_device_is_full_or_the_shares_cost_traffic():
-    tiles = fast_tiles(1, INT4)
+    tiles = fast_tiles(1, INT4, "subnormal")
     splits = [fast_split(1, n, 4096, INT4, tiles, 100) for n in (64, 512, 4096, 65536)]
     assert splits == sorted(splits, reverse=True) and splits[-1] == 1
     assert -(-512 // tiles.outputs) * splits[1] <= 400
-    many = fast_tiles(64, INT4)
+    many = fast_tiles(64, INT4, "subnormal")
     assert fast_split(64, 64, 4096, INT4, many, 10**6) * 64 * 256 <= 4096 * 4
 
 

@@ -5,10 +5,17 @@ there: 4 * sqrt(K) roundings of 2**-24 of the sum of magnitudes (four standard d
 The zero point comes off the sum, so that the magnitude is that of the codes and not of the weights; the form "magic"
 sums 128 + code, and does so for each of the two nibbles of 8 bits. Tables are rounded to the dtype of x first.
 ``log8`` scales are a power of two that each reader may have off (docs/format.md). The result is rounded once.
+
+Where scales go into weights (``fast_scaled``), a weight ``q s - z s`` is rounded to float16, and so are ``z s`` and, if
+it has more bits than that, ``s``: each by 2**-11 of itself or by half of the least float16, 2**-25, which is so much of
+a row whose greatest scale is brought to 2**14 or more (float16 ones by 2**30 at most), times 2**-24, or more where a
+code stands higher.
 """
 
 import torch
 from lowbit_kernels import layout, plain
+from lowbit_kernels.fast_asm import code_position
+from lowbit_kernels.fast_scaled import in_weights
 
 U = 2.0**-24
 
@@ -29,7 +36,19 @@ def fast_bound(x, weight, companions, bias, format: str, K: int, form: str) -> t
     if lay.scale == "log8":
         low, step = (float(v) for v in named.scale_range)
         error += 2 * 2.0**-23 * (1 + max(abs(low), abs(low + 254 * step))) + 2 * U
+    added = 0.0
+    if x.shape[0] > 4 and in_weights(lay, form):
+        most = scales.amax(1, keepdim=True)
+        if lay.scale == "float16":
+            most = most.clamp(min=2.0**-16)
+        if lay.scale == "log8":
+            most = torch.full_like(most, 2.0 ** (low + 254 * step))
+        least = 2 * 2.0**-25 * 2.0 ** (10 - code_position("subnormal", lay.bits, 0, 8)) * most
+        zeros = values.abs() + scales * 2.0**lay.bits  # no less than a zero point times its scale
+        added = x.double().abs() @ (half * (2 * values.abs() + zeros) + least).T
     bias = torch.zeros(1, dtype=x.dtype, device=x.device) if bias is None else bias.to(x.dtype)
     expected = exact + bias.double()
-    bound = sums * 4 * K**0.5 * U + magnitude * error + half * expected.abs() * 1.01 + U + bias.double().abs() * U
+    bound = (
+        added + sums * 4 * K**0.5 * U + magnitude * error + half * expected.abs() * 1.01 + U + bias.double().abs() * U
+    )
     return expected, bound

@@ -1,8 +1,9 @@
 """Runs the PTX of ``tl.inline_asm_elementwise`` in Triton's interpreter, which has none.
 
-Only what :mod:`lowbit_kernels.fast_asm` writes is understood: 32-bit integer moves, shifts, rotations, logic, byte
-permutes and ``sub.f16x2``, one instruction after another, without branches. Anything else raises. Each instruction is
-applied to whole arrays of registers. It accepts operands that an assembler refuses, so compile as well.
+Only what the fast kernels write is understood: 32-bit integer moves, shifts, rotations, logic, byte permutes, a
+subtraction and a multiply-add of pairs of float16, and a power of two, one instruction after another, without branches.
+Anything else raises. Each instruction is applied to whole arrays of registers. It accepts operands that an assembler
+refuses, so compile as well.
 
 Tensors are packed as Triton packs them: ``pack`` elements an instance, those of less than 32 bits several to a
 register, wider ones a register each.
@@ -44,6 +45,18 @@ def _subtract_halves(a, b):
     return (a - b).view(np.uint32)
 
 
+def _multiply_add_halves(a, b, c):
+    """``fma.rn.f16x2``: float64 holds the product of two float16, and is rounded once more, by far less."""
+    shape = np.broadcast(a, b, c).shape
+    a, b, c = (np.ascontiguousarray(np.broadcast_to(v, shape)).view(np.float16).astype(np.float64) for v in (a, b, c))
+    return (a * b + c).astype(np.float16).view(np.uint32)
+
+
+def _power_of_two(a):
+    """``ex2.approx.ftz.f32``, without its error of two units in the last place."""
+    return np.exp2(np.ascontiguousarray(a).view(np.float32)).view(np.uint32)
+
+
 def _shift(function):
     return lambda a, n: np.where(n > 31, np.uint32(0), function(a, np.minimum(n, 31))).astype(np.uint32)
 
@@ -72,6 +85,8 @@ INSTRUCTIONS = {
     "lop3.b32": _logic,
     "prmt.b32": _permute,
     "sub.f16x2": _subtract_halves,
+    "fma.rn.f16x2": _multiply_add_halves,
+    "ex2.approx.ftz.f32": _power_of_two,
 }
 
 

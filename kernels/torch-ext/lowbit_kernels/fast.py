@@ -13,9 +13,11 @@ What a weight costs in instructions decides at few bits (a load of 16 bytes brin
   rows of W. What the form of a code multiplies or adds goes into ``s`` and ``z`` of the group.
 - A tile of lanes can reach over several groups. Then a row of x takes a column for each of them, zero outside its
   group, and one product gives the sums of all. With few rows of x those columns would be empty anyway.
+- With many rows of x and groups of 32, scales and zero points go into weights after all: :mod:`.fast_scaled`.
 
-Sums are float32; nothing is rounded but, for tables, the level to the dtype of x. Not here: ternary, tables of more
-than 4 bits, groups smaller than what is multiplied at once, float32 activations; those take the portable kernels.
+Sums are float32; but for that nothing is rounded except, for tables, the level to the dtype of x. Not here: ternary,
+tables of more than 4 bits, groups smaller than what is multiplied at once, float32 activations; those take the portable
+kernels.
 """
 
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ import triton.language as tl
 
 from .fast_fields import all_turns, level_tables, moved_e2m1, seen_inputs, with_step
 from .fast_grid import in_pairs, unit
+from .fast_scaled import BLOCKS, in_weights, scaled_kernel
 from .layout import Layout, name_tensors, on_device, parse
 from .matmul import _store, add_shares
 
@@ -48,6 +51,7 @@ class FastTiles:
         window: Bits of a lane that are read from one shift, 4 or 8, in float16 with codes of at most 4 bits.
         warps: Warps a program.
         stages: Steps in flight.
+        scaled: 1 if :mod:`.fast_scaled` computes it.
     """
 
     rows: int
@@ -59,6 +63,7 @@ class FastTiles:
     stages: int = 3
     strips: int = 1
     spans: int = 1
+    scaled: int = 0
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -148,11 +153,13 @@ def reads(layout: Layout, form: str) -> bool:
     return fits and (layout.table == "none" or layout.bits <= 4)
 
 
-def fast_tiles(M: int, layout: Layout) -> FastTiles:
+def fast_tiles(M: int, layout: Layout, form: str) -> FastTiles:
     """Tiles for M rows of x, chosen by instructions and registers of compiled code; nothing here was timed.
 
     Two warps, so that Hopper's compiler keeps operands in registers too; as many rows of W as registers hold.
     """
+    if M > 4 and in_weights(layout, form):
+        return FastTiles(16, 128 if layout.bits in (1, 2, 4) else 64, BLOCKS, 1, 8, stages=2, scaled=1)
     table = layout.table != "none" and layout.name != "fp4"
     if M <= 4:
         full = layout.group == 32 and (layout.bits == 8 or layout.table != "none")
@@ -198,28 +205,45 @@ def fast_linear(
     rows = x.reshape(-1, K).contiguous()
     M = rows.shape[0]
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    tiles = tiles or fast_tiles(M, layout)
+    tiles = tiles or fast_tiles(M, layout, form)
+    if tiles.scaled and not in_weights(layout, form):
+        raise ValueError(f"scales of {format!r} cannot go into weights in the form {form!r}: give other tiles")
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     target = torch.empty((split, M, N), dtype=torch.float32, device=x.device) if split > 1 else out
+    grid = (triton.cdiv(M, tiles.rows), triton.cdiv(N, tiles.outputs), split)
+    tensors = name_tensors(weight, companions, layout)
     with on_device(x.device):
-        fast_kernel[(triton.cdiv(M, tiles.rows), triton.cdiv(N, tiles.outputs), split)](
-            *(rows, *name_tensors(weight, companions, layout), bias, target, M, N, K),
-            LAYOUT=layout,
-            FORM=form,
-            SPLIT=split,
-            BLOCK_M=tiles.rows,
-            BLOCK_N=tiles.outputs,
-            BLOCKS=tiles.blocks,
-            STRIPS=tiles.strips,
-            SPANS=tiles.spans,
-            COLUMNS=tiles.columns,
-            WINDOW=tiles.window,
-            EVEN=K % (64 * tiles.blocks * tiles.spans) == 0,
-            STAGES=tiles.stages,
-            ROWS_OF_ONES=min(16 * tiles.warps, tiles.outputs // tiles.strips),
-            num_warps=tiles.warps,
-            maxnreg=REGISTERS,
-        )
+        if tiles.scaled:
+            scaled_kernel[grid](
+                *(rows, *tensors[:4], bias, target, M, N, K),
+                LAYOUT=layout,
+                SPLIT=split,
+                BLOCK_M=tiles.rows,
+                BLOCK_N=tiles.outputs,
+                EVEN=K % (64 * BLOCKS) == 0,
+                STAGES=tiles.stages,
+                num_warps=tiles.warps,
+                maxnreg=REGISTERS,
+            )
+        else:
+            fast_kernel[grid](
+                *(rows, *tensors, bias, target, M, N, K),
+                LAYOUT=layout,
+                FORM=form,
+                SPLIT=split,
+                BLOCK_M=tiles.rows,
+                BLOCK_N=tiles.outputs,
+                BLOCKS=tiles.blocks,
+                STRIPS=tiles.strips,
+                SPANS=tiles.spans,
+                COLUMNS=tiles.columns,
+                WINDOW=tiles.window,
+                EVEN=K % (64 * tiles.blocks * tiles.spans) == 0,
+                STAGES=tiles.stages,
+                ROWS_OF_ONES=min(16 * tiles.warps, tiles.outputs // tiles.strips),
+                num_warps=tiles.warps,
+                maxnreg=REGISTERS,
+            )
         if split > 1:
             add_shares(target, bias, out)
     return out.view(*x.shape[:-1], N)

@@ -142,6 +142,14 @@ def value_asm(form, planes, field, window, piece):
 
 
 @triton.constexpr_function
+def scaled_asm(planes, field):
+    """:func:`value_asm` in the form ``subnormal``, times a scale, plus a shift: two more registers of two float16."""
+    first = 1 + operand_registers(planes)
+    text = value_asm("subnormal", planes, field, 8, 0)
+    return text.replace("mov.b32 $0, w;", f"fma.rn.f16x2 $0, w, ${first}, ${first + 1};")
+
+
+@triton.constexpr_function
 def e2m1_asm(field):
     """Text for an E2M1 code of a lane of four as float16; one word in. First bytes hold two fields' high halves."""
     lines = ["mov.b32 a, $1;" if field % 2 else "shl.b32 a, $1, 4;", "shr.b32 b, a, 3;", "and.b32 b, b, 0x0E0E0E0E;"]

@@ -1,0 +1,131 @@
+"""The fast product with scales in the weights: values in derived bounds, whatever the scales, and when it is taken."""
+
+import pytest
+import torch
+from problems import guard, intact, packed
+from support.fast_tolerance import fast_bound
+
+from hf_lowbit.formats import parse_format
+
+FP16, BF16 = torch.float16, torch.bfloat16
+CASES = [
+    *((f"int:bits={b},group_size=32", 6, K, 1) for b in range(1, 9) for K in (512, 330)),
+    *((f"int:bits={b},group_size=32,scale_dtype=log8", 16, 256, 1) for b in range(1, 9)),
+    *((f"int:bits={b},group_size=32,scale_dtype=log8", 5, 577, 2) for b in (1, 3, 4, 8)),
+    *((f"int:bits={b},group_size=32,symmetric=True", 17, 256, 1) for b in range(1, 9)),
+    *((f"int:bits=4,group_size=32,scale_dtype={s}", 6, 330, 2) for s in ("bfloat16", "float32")),
+    *((f"int:bits=4,group_size=32,scale_dtype={s},symmetric=True", 6, 256, 1) for s in ("bfloat16", "float32")),
+    ("int:bits=4,group_size=32,scale_dtype=log8,symmetric=True", 33, 192, 1),
+    ("int:bits=4,group_size=32", 5, 1, 1),
+    ("int:bits=7,group_size=32", 6, 1536, 4),
+]
+
+
+@pytest.fixture(autouse=True)
+def assembly(device):
+    from support.inline_asm import emulate_inline_asm
+
+    emulate_inline_asm()
+
+
+def product(x, weight, companions, bias, format, split: int = 1):
+    from lowbit_kernels.fast import fast_linear, fast_tiles
+    from lowbit_kernels.layout import parse
+
+    assert fast_tiles(len(x), parse(format.spec), "subnormal").scaled == 1
+    return fast_linear(x, weight, companions, bias, format.spec, x.shape[1], split=split)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0].replace(',', '_')}_M{c[1]}_K{c[2]}_split{c[3]}")
+def test_values_are_the_reference(case, device):
+    text, M, K, split = case
+    format, N = parse_format(text), 70
+    weight, companions = packed(format, N, K, device)
+    x = guard(torch.randn(M, K, generator=torch.Generator().manual_seed(K)).to(device, FP16))
+    bias = guard(torch.randn(N, generator=torch.Generator().manual_seed(M)).to(device, FP16))
+    expected, bound = fast_bound(x, weight, companions, bias, format.spec, K, "subnormal")
+    result = product(x, weight, companions, bias, format, split)
+    assert ((result.double() - expected).abs() <= bound).all()
+    assert intact(x) and intact(bias) and intact(weight)
+
+
+@pytest.mark.parametrize("scales", ["float16", "log8"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_weight_alone_is_right_to_its_own_rounding(bits, scales, device):
+    """With a single input not 0 an error of one code, group or zero point anywhere it looks would show."""
+    format, N, K = parse_format(f"int:bits={bits},group_size=32,scale_dtype={scales}"), 64, 512
+    weight, companions = packed(format, N, K, device)
+    for start in range(0, K, 128):  # in each quarter of a step and beyond
+        x = torch.zeros(16, K, dtype=FP16, device=device)
+        k = start + torch.randperm(128, generator=torch.Generator().manual_seed(bits + start))[:16]
+        x[torch.arange(16), k] = 1
+        expected, bound = fast_bound(x, weight, companions, None, format.spec, K, "subnormal")
+        assert ((product(x, weight, companions, None, format).double() - expected).abs() <= bound).all()
+
+
+def scaled(format, N: int, K: int, device, scales: torch.Tensor):
+    """A packed weight with ``scales`` (N, groups)."""
+    weight, companions = packed(format, N, K, device)
+    companions[0] = guard(scales.to(device, companions[0].dtype))
+    return weight, companions
+
+
+def test_every_row_has_its_own_power_of_two(device):
+    """Rows of scales from 2**-20 to 2**15, each up to 16 times the others of its row: what is small stays exact."""
+    format, N, K = parse_format("int:bits=4,group_size=32"), 72, 256
+    powers = torch.linspace(-20, 11, N)[:, None] + 4 * torch.rand(
+        N, K // 32, generator=torch.Generator().manual_seed(0)
+    )
+    weight, companions = scaled(format, N, K, device, 2**powers)
+    x = (1e-3 * torch.randn(6, K, generator=torch.Generator().manual_seed(1))).to(device, FP16)
+    expected, bound = fast_bound(x, weight, companions, None, format.spec, K, "subnormal")
+    result = product(x, weight, companions, None, format).double()
+    assert result.isfinite().all() and ((result - expected).abs() <= bound).all()
+    # The bound is worth something for each row: it is far below the row's own values, but for the last bit of float16.
+    assert (bound - 2.0**-23 < expected.abs().amax(0) / 20).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "log8"])
+def test_scales_of_zero_make_zeros(dtype, device):
+    format, N, K = parse_format(f"int:bits=4,group_size=32,scale_dtype={dtype}"), 70, 512
+    weight, companions = packed(format, N, K, device)
+    companions[0] = guard(torch.zeros_like(companions[0]))
+    x = torch.randn(5, K, generator=torch.Generator().manual_seed(0)).to(device, FP16)
+    bias = torch.randn(N, generator=torch.Generator().manual_seed(1)).to(device, FP16)
+    assert torch.equal(product(x, weight, companions, bias, format), bias.expand(5, N))
+
+
+def test_negative_scales_count_by_their_size(device):
+    format, N, K = parse_format("int:bits=4,group_size=32"), 64, 256
+    weight, companions = packed(format, N, K, device)
+    x = torch.randn(5, K, generator=torch.Generator().manual_seed(0)).to(device, FP16)
+    result = product(x, weight, companions, None, format)
+    companions[0] = guard(-companions[0])
+    assert torch.equal(product(x, weight, companions, None, format), -result)
+
+
+def test_it_is_taken_for_many_rows_of_float16_and_groups_of_32():
+    from lowbit_kernels.fast import fast_linear, fast_tiles
+    from lowbit_kernels.layout import parse
+
+    def taken(text, M=16, form="subnormal"):
+        return fast_tiles(M, parse(text), form).scaled
+
+    small = "int:bits=4,group_size=32"
+    assert taken(small) and taken(small, 5) and taken(small, 500) and not taken(small, 4)
+    assert not taken(small, form="magic") and not taken(small, form="lop3")
+    others = ("int:bits=4,group_size=64", "int:bits=4,group_size=16", f"{small},zeros=float", "nf:bits=4,group_size=32")
+    assert not any(taken(text) for text in others) and not taken(f"{small},scale_dtype=e4m3")
+    tiles, x = fast_tiles(16, parse(small), "subnormal"), torch.zeros(16, 64, dtype=FP16)
+    with pytest.raises(ValueError, match=r"scales of .* cannot go into weights in the form 'lop3'"):
+        fast_linear(x, *packed(parse_format(small), 16, 64, "cpu"), None, small, 64, form="lop3", tiles=tiles)
+
+
+def test_files_of_sizes_are_for_all_formats_of_a_class_that_it_reads():
+    import lowbit_kernels
+    from lowbit_kernels import Device, parse
+
+    device = Device("nvidia", "sm_90", 132)
+    for text, scaled in (("int:bits=4,group_size=32", 1), ("int:bits=4,group_size=32,zeros=float", 0)):
+        sizes, _ = lowbit_kernels._fast_tiles(device, "subnormal", parse(text), 16, 4096, 4096)
+        assert sizes.scaled == scaled

@@ -1,0 +1,232 @@
+"""The fast product for many rows of x and groups of 32: scales and zero points go into the weights, not into sums.
+
+With few rows of x a scale for a sum is less than one for its weights. With 16 rows and a group of 32 it is more: two
+instructions for each of 16 sums of 32 weights, where one multiply-add makes two weights ``(q - z) * s``. So here a
+field, which read as a float16 is ``q * 2**-24`` (:mod:`.fast_asm`), becomes ``q * s - z * s`` in one instruction for
+two, and all groups go into one sum.
+
+That asks for two things. A scale must not be rounded away, nor be too large when 2**24 is taken into it: those of a row
+are multiplied by a power of two by which the greatest is from 2**14 up to 2**15, and the sum by its inverse. And scales
+must come to where they are used for less than they save there. A tensor core's operand gives each quad of threads the
+same rows of W, and each thread of it every fourth piece of their inputs, which would make each thread want all groups.
+The order of inputs is free, though, if x has the same: a step takes four blocks of 64 inputs, and each thread of a quad
+has one of them, with two groups of its own.
+
+A weight is rounded to float16, as in a float layer of that dtype, its zero point times its scale before that, and the
+scale, where it has more bits.
+"""
+
+import triton
+import triton.language as tl
+
+from .decode import decode_scale
+from .fast_asm import code_position, constraints, operand_registers, results, scaled_asm
+from .fast_fields import _inputs, _operands, all_turns
+from .fast_grid import unit
+from .layout import Layout
+from .matmul import _store
+
+BLOCKS = 4  # of 64 inputs a step, one for each thread of a quad
+
+
+def in_weights(layout: Layout, form: str) -> bool:
+    """Whether :func:`scaled_kernel` reads such weights."""
+    scales = layout.scale in ("float16", "bfloat16", "float32", "log8")
+    return form == "subnormal" and layout.name == "int" and layout.group == 32 and scales and layout.zeros != "float"
+
+
+@triton.constexpr_function
+def _run(layout):
+    """Inputs that a thread takes side by side: the compiler goes by the narrowest load that an operand is made of."""
+    return 4 if layout.zeros == "int" or layout.scale == "log8" else 2
+
+
+@triton.constexpr_function
+def _moved(layout, field):
+    """What a scale is multiplied with for a field that stands further up than the first one."""
+    return 2.0 ** (code_position("subnormal", layout.bits, 0, 8) - code_position("subnormal", layout.bits, field, 8))
+
+
+@triton.jit
+def _quartered(tile, LANES: tl.constexpr, RUN: tl.constexpr):
+    """The lanes (rows, 4 * LANES) of four blocks in the order in which each thread of a quad has those of one block."""
+    if RUN == 4:
+        tile = tile.reshape(tile.shape[0], 4, LANES // 8, 2, 2, 2).permute(0, 2, 4, 1, 3, 5)
+    else:
+        tile = tile.reshape(tile.shape[0], 4, LANES // 4, 2, 2).permute(0, 2, 3, 1, 4)
+    return tile.reshape(tile.shape[0], 4 * LANES)
+
+
+@triton.jit
+def _for_lanes(value, LANES: tl.constexpr, RUN: tl.constexpr):
+    """A value of each block (rows, 4) for its lanes in the order of :func:`_quartered`."""
+    value = value[:, None, :, None]
+    return value.broadcast_to(value.shape[0], LANES // RUN, 4, RUN).reshape(value.shape[0], 4 * LANES)
+
+
+@triton.jit
+def _value(operands, scale, shift, FIELD: tl.constexpr, LAYOUT: tl.constexpr):
+    TEXT: tl.constexpr = scaled_asm(LAYOUT.planes, FIELD)
+    COUNT: tl.constexpr = constraints(operand_registers(LAYOUT.planes) + 2)
+    operands = operands + (scale, shift)  # noqa: RUF005 (Triton has no other way to join tuples)
+    return tl.inline_asm_elementwise(TEXT, COUNT, operands, dtype=results(tl.float16), is_pure=True, pack=2)[0]
+
+
+@triton.jit
+def _power(exponent):
+    """2**exponent, float32, for int32 ones from -126 to 127."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _exponent(scales, scale_range, row, split, steps, K, LAYOUT: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr):
+    """That of the power of two which brings the greatest scale of what is summed to 2**14 or more: (rows, 1) or one."""
+    if LAYOUT.scale == "log8":
+        most = tl.exp2(tl.load(scale_range) + 254 * tl.load(scale_range + 1))
+    else:
+        groups = (K + 31) // 32
+        found = tl.zeros((row.shape[0], 8), tl.float32)
+        for step in tl.range(split, steps, SPLIT):
+            group = step * 8 + tl.arange(0, 8)[None, :]
+            if EVEN:
+                stored = tl.load(scales + row * tl.multiple_of(groups, 8) + group)
+            else:
+                stored = tl.load(scales + row * groups + group, mask=group < groups, other=0)
+            found = tl.maximum(found, tl.abs(decode_scale(stored, scale_range, LAYOUT)))
+        most = tl.max(found, axis=1, keep_dims=True)
+    LEAST: tl.constexpr = -16 if LAYOUT.scale == "float16" else -98  # two factors of float16 make up to 2**30
+    floor = ((most.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+    return 14 - tl.maximum(floor, LEAST)
+
+
+@triton.jit
+def _pair(tile):
+    """The first and second group of each block, (rows, 4) each, of a tile (rows, 8)."""
+    return tl.split(tile.reshape(tile.shape[0], 4, 2))
+
+
+@triton.jit
+def _scale_pair(scales, scale_range, row, step, K, exponent, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
+    """Scales of both groups of the blocks of a step, times their power of two, float16 (rows, 4) each."""
+    groups = (K + 31) // 32
+    group = step * 8 + tl.arange(0, 8)[None, :]
+    if EVEN:
+        scale = tl.load(scales + row * tl.multiple_of(groups, 8) + group)
+    else:
+        scale = tl.load(scales + row * groups + group, mask=group < groups, other=0)
+    if LAYOUT.scale == "log8":
+        width = tl.load(scale_range + 1)
+        code = scale.to(tl.float32)
+        power = tl.inline_asm_elementwise(
+            *("ex2.approx.ftz.f32 $0, $1;", "=r,r"),
+            [code * width + (tl.load(scale_range) + exponent.to(tl.float32) - width)],
+            dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+        scale = power * tl.minimum(code, 1.0)  # code 0 is 0
+    elif LAYOUT.scale == "float16":  # whose powers of two end at 2**15
+        some = tl.minimum(exponent, 15)
+        scale = scale * _power(some).to(tl.float16) * _power(exponent - some).to(tl.float16)
+    else:
+        scale = scale.to(tl.float32) * _power(exponent)
+    return _pair(scale.to(tl.float16))
+
+
+@triton.jit
+def _zero_pair(zeros, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
+    """Zero points of both groups of the blocks of a step, float16 (rows, 4) each, which stand where field 0 does."""
+    groups = (K + 31) // 32
+    BITS: tl.constexpr = LAYOUT.bits
+    MASK: tl.constexpr = (1 << BITS) - 1
+    PLACE: tl.constexpr = code_position("subnormal", BITS, 0, 8)
+    size = (groups * BITS + 7) // 8
+    if BITS == 4:  # a byte for each block
+        byte = step * 4 + tl.arange(0, 4)[None, :]
+        if EVEN:
+            stream = tl.load(zeros + row * tl.multiple_of(size, 4) + byte).to(tl.int32)
+        else:
+            stream = tl.load(zeros + row * size + byte, mask=byte < size, other=0).to(tl.int32)
+        first, second = stream & MASK, (stream >> BITS) & MASK
+    elif BITS == 8:
+        byte = step * 8 + tl.arange(0, 8)[None, :]
+        if EVEN:
+            first, second = _pair(tl.load(zeros + row * tl.multiple_of(size, 8) + byte).to(tl.int32))
+        else:
+            first, second = _pair(tl.load(zeros + row * size + byte, mask=byte < size, other=0).to(tl.int32))
+    else:  # those of a block lie in one byte or two, with 7 bits in three, of the BITS that a step has
+        bit = tl.arange(0, 4)[None, :] * (2 * BITS)
+        stream = tl.zeros((1, 1), tl.int32)
+        for part in tl.static_range(3 if BITS == 7 else 1 if BITS < 3 else 2):
+            byte = step * BITS + tl.minimum(bit // 8 + part, BITS - 1)
+            if EVEN:
+                found = tl.load(zeros + row * size + byte)
+            else:
+                found = tl.load(zeros + row * size + byte, mask=byte < size, other=0)
+            stream = stream | (found.to(tl.int32) << (8 * part))
+        stream = (stream >> (bit % 8)) << PLACE
+        first, second = stream & (MASK << PLACE), (stream >> BITS) & (MASK << PLACE)
+    return first.to(tl.int16).to(tl.float16, bitcast=True), second.to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["M"])
+def scaled_kernel(
+    x,
+    weight,
+    scales,
+    scale_range,
+    zeros,
+    bias,
+    out,
+    M,
+    N,
+    K,
+    LAYOUT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid (cdiv(M, BLOCK_M), cdiv(N, BLOCK_N), SPLIT); ``EVEN`` says that whole steps of 256 inputs fill K.
+
+    Arguments and ``out`` are those of :func:`.matmul.gemm_kernel`; ``x`` is float16.
+    """
+    LANES: tl.constexpr = 32 if LAYOUT.bits == 8 else 16
+    RUN: tl.constexpr = _run(LAYOUT)
+    FORM: tl.constexpr = "subnormal"
+    WINDOW: tl.constexpr = 8
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(2)
+    row = tl.minimum(n, N - 1)[:, None].to(tl.int64)
+    x_row = x + tl.minimum(m, M - 1)[:, None].to(tl.int64) * K
+    seen = (m < M)[:, None]
+    blocks = (K + 63) // 64
+    if EVEN:
+        blocks = tl.multiple_of(blocks, 4)
+    start = weight + row * (blocks * (4 * LAYOUT.bits))
+    steps = tl.cdiv(blocks, 4)
+    turns = all_turns(weight, K, FORM, LAYOUT, 4)
+    exponent = _exponent(scales, scale_range, row, split, steps, K, LAYOUT, SPLIT, EVEN)
+
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for turn in tl.range(0, tl.cdiv(steps - split, SPLIT), num_stages=STAGES):
+        step = split + turn * SPLIT
+        words = _operands(start, step, blocks, turns, LAYOUT, 4, EVEN)
+        operands = ()
+        for index in tl.static_range(len(words)):
+            operands = operands + (_quartered(words[index], LANES, RUN),)  # noqa: RUF005
+        found = _scale_pair(scales, scale_range, row, step, K, exponent, LAYOUT, EVEN)
+        if LAYOUT.zeros != "fixed":
+            zero = _zero_pair(zeros, row, step, K, LAYOUT, EVEN)
+        for field in tl.static_range(64 // LANES):
+            scale = _for_lanes(found[field * LANES // 32], LANES, RUN)
+            if LAYOUT.zeros == "fixed":
+                # 2**-24 of a unit, and half of it in 1 bit, is less than a float16 can be: in two steps.
+                shift = scale * 2.0**-12 * -(LAYOUT.fixed_zero * 4096.0 / unit(FORM, LAYOUT, WINDOW))
+            else:
+                shift = -_for_lanes(zero[field * LANES // 32], LANES, RUN) * scale
+            value = _value(operands, scale * _moved(LAYOUT, field), shift, field, LAYOUT)
+            inputs = _inputs(x_row + step * 256, seen, step * 256, K, field, LANES, 4, 1, EVEN)
+            total = tl.dot(value, _quartered(inputs, LANES, RUN).trans(), total)
+    total *= _power(-exponent) * unit(FORM, LAYOUT, WINDOW)
+    _store(out, bias, split, m[None, :], n[:, None], total, M, N, SPLIT)
