@@ -28,35 +28,35 @@ GROUPS = """
 ## Fast forms, small groups
 
 Group 32, zero points; `subnormal` for fp16, `magic` for bf16. First with scales of 16 bits, then with those of 8 bits
-(`log8`) that the package packs by default. Held to the limits above: integers by vector and, in fp16, for 16 rows, but
-for 7 bits in fp16 and, with scales of 8 bits, for 5 and 6 bits in fp16 (by vector 2.7 where the limit is 2.6, for 16
-rows 3.1 where it is 3.0), 2 bits in fp16 by vector (2.04 on sm_90; 2.0) and 7 in bf16 by vector (3.8; 3.6). Not held:
-NF4 by vector (3.5), 16 rows in bf16 and of tables, and 2 to 4 rows.
+(`log8`) that the package packs by default. Held to the limits above: integers by vector and for 16 rows, but for 7 bits
+in fp16 and, with scales of 8 bits, for 5 and 6 bits in fp16 (by vector 2.7 where the limit is 2.6, for 16 rows 3.1
+where it is 3.0), 2 bits in fp16 by vector (2.04 on sm_90; 2.0) and 7 in bf16 (by vector 3.8 where the limit is 3.6, for
+16 rows 4.03 where it is 4.0). Not held: NF4 (3.5), and 2 to 4 rows.
 
-16 rows in fp16 have their scales and zero points in the weights (`fast_scaled.py`), `(q - z) s` by one multiply-add for
-two weights. Where they are in the sums, as with few rows, a group takes one multiplication of each sum by its scale and
-one by its zero point: 16 rows x 2 / 32 weights = 1.0 instruction a weight, where groups of 128 take 0.25; bf16, which
-has no such form of a code that would be exact enough, still does that. What was compiled and counted on the way, with
-scales of 16 bits:
+16 rows of integers have their scales and zero points in the weights (`fast_scaled.py`): `q s - z s` by one multiply-add
+for two weights in fp16, `(q - z) s` by two in bf16. Where they are in the sums, as with few rows, a group takes one
+multiplication of each sum by its scale and one by its zero point: 16 rows x 2 / 32 weights = 1.0 instruction a weight,
+where groups of 128 take 0.25. What was compiled and counted on the way, with scales of 16 bits:
 
 | 16 rows, 4 bits, fp16 | sm_80 | sm_90 |
 |---|---|---|
-| **scales in the weights, each thread of a quad with a block and two groups of its own, two steps in flight** | 1.84 | 1.81 |
+| **scales in the weights, each thread with two groups of its own, two steps in flight** | 1.84 | 1.81 |
 | the same, three steps in flight | 1.88 | |
 | the same with scales of 8 bits, two steps in flight | 1.99 | 2.00 |
+| the same in bf16, two steps in flight | 2.37 | 2.33 |
 | scales in the sums, as before | 3.47 | 3.38 |
 | the same, 256 rows of W a program, 4 warps | 3.42 | 3.70 |
 | the same, two steps in a turn of the loop, up to 255 registers | 3.29 | 3.18 |
 | the same, W in two strips | 3.65 | 3.52 |
 | the same, all fields read after one shift, with two sums | 3.72 | 3.63 |
-| each thread with all groups: weights (q - z) s in pairs of halves, two instructions a pair, one sum for all | 3.43 | 3.47 |
+| each thread with all groups: weights (q - z) s in pairs, two instructions a pair, one sum for all | 3.43 | 3.47 |
 | the same by one multiply-add, s (1024 + q) - (1024 + z) s, which rounds by half a step of the grid | 3.15 | 3.18 |
 | weights q s by one multiply-add of 1024 + q, s and -1024 s, which is exact, without zero points | 2.02 | 2.02 |
 | sums of x times z s for these, as a product of K / 32, with sums of x from another kernel | 0.20 | 0.19 |
 | that with sums of x made by each program | 0.58 | 0.54 |
 
-Of 1.84: 0.62 unpacking, 0.50 the multiply-add, 0.25 tensor cores, about 0.16 scales and zero points, the rest loads, addresses
-and the loop. Scales of 16 and 32 bits are read once more before the loop, for the greatest of each row.
+Of 1.84: 0.62 unpacking, 0.50 the multiply-add, 0.25 tensor cores, about 0.16 scales and zero points, the rest loads,
+addresses and the loop. Scales of 16 and 32 bits are read once more before the loop, for the greatest of each row.
 
 7 bits by vector take 1.54 for unpacking alone; with two steps in a turn 2.78, with every register taken. NF4 takes 3.4
 in groups of 128, next to the limit; with more rows of W or steps a turn it spills.

@@ -16,9 +16,12 @@ CASES = [
     *((f"int:bits=4,group_size=32,scale_dtype={s}", 6, 330, 2) for s in ("bfloat16", "float32")),
     *((f"int:bits=4,group_size=32,scale_dtype={s},symmetric=True", 6, 256, 1) for s in ("bfloat16", "float32")),
     ("int:bits=4,group_size=32,scale_dtype=log8,symmetric=True", 33, 192, 1),
+    *((f"int:bits={b},group_size=32", 6, 192, 1) for b in (1, 2, 7, 8)),
     ("int:bits=4,group_size=32", 5, 1, 1),
     ("int:bits=7,group_size=32", 6, 1536, 4),
 ]
+FORM = {FP16: "subnormal", BF16: "magic"}
+dtypes = pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
 
 
 @pytest.fixture(autouse=True)
@@ -32,34 +35,36 @@ def product(x, weight, companions, bias, format, split: int = 1):
     from lowbit_kernels.fast import fast_linear, fast_tiles
     from lowbit_kernels.layout import parse
 
-    assert fast_tiles(len(x), parse(format.spec), "subnormal").scaled == 1
+    assert fast_tiles(len(x), parse(format.spec), FORM[x.dtype]).scaled == 1
     return fast_linear(x, weight, companions, bias, format.spec, x.shape[1], split=split)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0].replace(',', '_')}_M{c[1]}_K{c[2]}_split{c[3]}")
-def test_values_are_the_reference(case, device):
+@dtypes
+def test_values_are_the_reference(case, dtype, device):
     text, M, K, split = case
     format, N = parse_format(text), 70
     weight, companions = packed(format, N, K, device)
-    x = guard(torch.randn(M, K, generator=torch.Generator().manual_seed(K)).to(device, FP16))
-    bias = guard(torch.randn(N, generator=torch.Generator().manual_seed(M)).to(device, FP16))
-    expected, bound = fast_bound(x, weight, companions, bias, format.spec, K, "subnormal")
+    x = guard(torch.randn(M, K, generator=torch.Generator().manual_seed(K)).to(device, dtype))
+    bias = guard(torch.randn(N, generator=torch.Generator().manual_seed(M)).to(device, dtype))
+    expected, bound = fast_bound(x, weight, companions, bias, format.spec, K, FORM[dtype])
     result = product(x, weight, companions, bias, format, split)
     assert ((result.double() - expected).abs() <= bound).all()
     assert intact(x) and intact(bias) and intact(weight)
 
 
+@dtypes
 @pytest.mark.parametrize("scales", ["float16", "log8"])
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_every_weight_alone_is_right_to_its_own_rounding(bits, scales, device):
+def test_every_weight_alone_is_right_to_its_own_rounding(bits, scales, dtype, device):
     """With a single input not 0 an error of one code, group or zero point anywhere it looks would show."""
     format, N, K = parse_format(f"int:bits={bits},group_size=32,scale_dtype={scales}"), 64, 512
     weight, companions = packed(format, N, K, device)
     for start in range(0, K, 128):  # in each quarter of a step and beyond
-        x = torch.zeros(16, K, dtype=FP16, device=device)
+        x = torch.zeros(16, K, dtype=dtype, device=device)
         k = start + torch.randperm(128, generator=torch.Generator().manual_seed(bits + start))[:16]
         x[torch.arange(16), k] = 1
-        expected, bound = fast_bound(x, weight, companions, None, format.spec, K, "subnormal")
+        expected, bound = fast_bound(x, weight, companions, None, format.spec, K, FORM[dtype])
         assert ((product(x, weight, companions, None, format).double() - expected).abs() <= bound).all()
 
 
@@ -70,41 +75,44 @@ def scaled(format, N: int, K: int, device, scales: torch.Tensor):
     return weight, companions
 
 
-def test_every_row_has_its_own_power_of_two(device):
+@dtypes
+def test_every_row_has_its_own_power_of_two(dtype, device):
     """Rows of scales from 2**-20 to 2**15, each up to 16 times the others of its row: what is small stays exact."""
     format, N, K = parse_format("int:bits=4,group_size=32"), 72, 256
     powers = torch.linspace(-20, 11, N)[:, None] + 4 * torch.rand(
         N, K // 32, generator=torch.Generator().manual_seed(0)
     )
     weight, companions = scaled(format, N, K, device, 2**powers)
-    x = (1e-3 * torch.randn(6, K, generator=torch.Generator().manual_seed(1))).to(device, FP16)
-    expected, bound = fast_bound(x, weight, companions, None, format.spec, K, "subnormal")
+    x = (1e-3 * torch.randn(6, K, generator=torch.Generator().manual_seed(1))).to(device, dtype)
+    expected, bound = fast_bound(x, weight, companions, None, format.spec, K, FORM[dtype])
     result = product(x, weight, companions, None, format).double()
     assert result.isfinite().all() and ((result - expected).abs() <= bound).all()
     # The bound is worth something for each row: it is far below the row's own values, but for the last bit of float16.
-    assert (bound - 2.0**-23 < expected.abs().amax(0) / 20).all()
+    assert (bound - 2.0**-23 < expected.abs().amax(0) / (20 if dtype == FP16 else 5)).all()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "log8"])
-def test_scales_of_zero_make_zeros(dtype, device):
-    format, N, K = parse_format(f"int:bits=4,group_size=32,scale_dtype={dtype}"), 70, 512
+@dtypes
+@pytest.mark.parametrize("scales", ["float16", "bfloat16", "float32", "log8"])
+def test_scales_of_zero_make_zeros(scales, dtype, device):
+    format, N, K = parse_format(f"int:bits=4,group_size=32,scale_dtype={scales}"), 70, 512
     weight, companions = packed(format, N, K, device)
     companions[0] = guard(torch.zeros_like(companions[0]))
-    x = torch.randn(5, K, generator=torch.Generator().manual_seed(0)).to(device, FP16)
-    bias = torch.randn(N, generator=torch.Generator().manual_seed(1)).to(device, FP16)
+    x = torch.randn(5, K, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    bias = torch.randn(N, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     assert torch.equal(product(x, weight, companions, bias, format), bias.expand(5, N))
 
 
-def test_negative_scales_count_by_their_size(device):
+@dtypes
+def test_negative_scales_count_by_their_size(dtype, device):
     format, N, K = parse_format("int:bits=4,group_size=32"), 64, 256
     weight, companions = packed(format, N, K, device)
-    x = torch.randn(5, K, generator=torch.Generator().manual_seed(0)).to(device, FP16)
+    x = torch.randn(5, K, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     result = product(x, weight, companions, None, format)
     companions[0] = guard(-companions[0])
     assert torch.equal(product(x, weight, companions, None, format), -result)
 
 
-def test_it_is_taken_for_many_rows_of_float16_and_groups_of_32():
+def test_it_is_taken_for_many_rows_and_groups_of_32():
     from lowbit_kernels.fast import fast_linear, fast_tiles
     from lowbit_kernels.layout import parse
 
@@ -113,7 +121,7 @@ def test_it_is_taken_for_many_rows_of_float16_and_groups_of_32():
 
     small = "int:bits=4,group_size=32"
     assert taken(small) and taken(small, 5) and taken(small, 500) and not taken(small, 4)
-    assert not taken(small, form="magic") and not taken(small, form="lop3")
+    assert taken(small, form="magic") and not taken(small, form="lop3")
     others = ("int:bits=4,group_size=64", "int:bits=4,group_size=16", f"{small},zeros=float", "nf:bits=4,group_size=32")
     assert not any(taken(text) for text in others) and not taken(f"{small},scale_dtype=e4m3")
     tiles, x = fast_tiles(16, parse(small), "subnormal"), torch.zeros(16, 64, dtype=FP16)

@@ -6,10 +6,10 @@ The zero point comes off the sum, so that the magnitude is that of the codes and
 sums 128 + code, and does so for each of the two nibbles of 8 bits. Tables are rounded to the dtype of x first.
 ``log8`` scales are a power of two that each reader may have off (docs/format.md). The result is rounded once.
 
-Where scales go into weights (``fast_scaled``), a weight ``q s - z s`` is rounded to float16, and so are ``z s`` and, if
-it has more bits than that, ``s``: each by 2**-11 of itself or by half of the least float16, 2**-25, which is so much of
-a row whose greatest scale is brought to 2**14 or more (float16 ones by 2**30 at most), times 2**-24, or more where a
-code stands higher.
+Where scales go into weights (``fast_scaled``), a weight is rounded to the dtype of x, and so is the scale if it has
+more bits, each by half a unit in the last place. In bfloat16 that is all. In float16, where a weight is ``q s - z s``,
+so is ``z s``, and each may be off by half of the least float16, 2**-25, which is so much of a row whose greatest scale
+is brought to 2**14 or more (float16 ones by 2**30 at most), times 2**-24, or more where a code stands higher.
 """
 
 import torch
@@ -38,14 +38,16 @@ def fast_bound(x, weight, companions, bias, format: str, K: int, form: str) -> t
         error += 2 * 2.0**-23 * (1 + max(abs(low), abs(low + 254 * step))) + 2 * U
     added = 0.0
     if x.shape[0] > 4 and in_weights(lay, form):
-        most = scales.amax(1, keepdim=True)
-        if lay.scale == "float16":
-            most = most.clamp(min=2.0**-16)
-        if lay.scale == "log8":
-            most = torch.full_like(most, 2.0 ** (low + 254 * step))
-        least = 2 * 2.0**-25 * 2.0 ** (10 - code_position("subnormal", lay.bits, 0, 8)) * most
-        zeros = values.abs() + scales * 2.0**lay.bits  # no less than a zero point times its scale
-        added = x.double().abs() @ (half * (2 * values.abs() + zeros) + least).T
+        off = half * 2 * values.abs()
+        if x.dtype == torch.float16:
+            most = scales.amax(1, keepdim=True)
+            if lay.scale == "float16":
+                most = most.clamp(min=2.0**-16)
+            if lay.scale == "log8":
+                most = torch.full_like(most, 2.0 ** (low + 254 * step))
+            off += half * (values.abs() + scales * 2.0**lay.bits)  # no less than a zero point times its scale
+            off += 2 * 2.0**-25 * 2.0 ** (10 - code_position("subnormal", lay.bits, 0, 8)) * most
+        added = x.double().abs() @ off.T
     bias = torch.zeros(1, dtype=x.dtype, device=x.device) if bias is None else bias.to(x.dtype)
     expected = exact + bias.double()
     bound = (

@@ -15,6 +15,8 @@ import re
 import numpy as np
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
 
+from .interpreter import round_to_bfloat16, widen
+
 _STATEMENT = re.compile(r"([a-z][\w.]*)\s+([^;]*)")
 
 
@@ -52,6 +54,15 @@ def _multiply_add_halves(a, b, c):
     return (a * b + c).astype(np.float16).view(np.uint32)
 
 
+def _multiply_add_brains(a, b, c):
+    """``fma.rn.bf16x2``: float64 holds the product of two bfloat16; rounded to float32 and from there."""
+    shape = np.broadcast(a, b, c).shape
+    a, b, c = (
+        widen(np.ascontiguousarray(np.broadcast_to(v, shape)).view(np.uint16)).astype(np.float64) for v in (a, b, c)
+    )
+    return round_to_bfloat16((a * b + c).astype(np.float32)).view(np.uint32)
+
+
 def _power_of_two(a):
     """``ex2.approx.ftz.f32``, without its error of two units in the last place."""
     return np.exp2(np.ascontiguousarray(a).view(np.float32)).view(np.uint32)
@@ -86,6 +97,7 @@ INSTRUCTIONS = {
     "prmt.b32": _permute,
     "sub.f16x2": _subtract_halves,
     "fma.rn.f16x2": _multiply_add_halves,
+    "fma.rn.bf16x2": _multiply_add_brains,
     "ex2.approx.ftz.f32": _power_of_two,
 }
 

@@ -142,11 +142,23 @@ def value_asm(form, planes, field, window, piece):
 
 
 @triton.constexpr_function
-def scaled_asm(planes, field):
-    """:func:`value_asm` in the form ``subnormal``, times a scale, plus a shift: two more registers of two float16."""
+def scaled_asm(planes, field, brain=None):
+    """Text for a field as a weight. Two more registers of two halves each: a scale and what is added.
+
+    float16: the code as in the form ``subnormal``, times the scale, plus the other. bfloat16: the code times
+    ``2**-brain``, by the power of two that its place asks for, plus the other, times the scale.
+    """
     first = 1 + operand_registers(planes)
     text = value_asm("subnormal", planes, field, 8, 0)
-    return text.replace("mov.b32 $0, w;", f"fma.rn.f16x2 $0, w, ${first}, ${first + 1};")
+    if brain is None:
+        lines = f"fma.rn.f16x2 $0, w, ${first}, ${first + 1};"
+    else:
+        power = 133 - brain - code_position("subnormal", sum(planes), field, 8)
+        lines = f"mov.b32 t, {(power + 127 << 7) * 0x10001}; fma.rn.bf16x2 w, w, t, ${first + 1};"
+        lines += (
+            f" mov.b32 t, 0x80008000; fma.rn.bf16x2 $0, w, ${first}, t;"  # minus zero: a product alone is for sm_90
+        )
+    return text.replace("mov.b32 $0, w;", lines)
 
 
 @triton.constexpr_function

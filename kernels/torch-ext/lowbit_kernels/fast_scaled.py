@@ -1,19 +1,23 @@
 """The fast product for many rows of x and groups of 32: scales and zero points go into the weights, not into sums.
 
 With few rows of x a scale for a sum is less than one for its weights. With 16 rows and a group of 32 it is more: two
-instructions for each of 16 sums of 32 weights, where one multiply-add makes two weights ``(q - z) * s``. So here a
-field, which read as a float16 is ``q * 2**-24`` (:mod:`.fast_asm`), becomes ``q * s - z * s`` in one instruction for
-two, and all groups go into one sum.
+instructions for each of 16 sums of 32 weights, where one or two make two weights ``(q - z) * s``. So here a field,
+which read as a half-precision number is the code times a power of two (:mod:`.fast_asm`), becomes the weight by
+multiply-adds of pairs, and all groups go into one sum.
 
-That asks for two things. A scale must not be rounded away, nor be too large when 2**24 is taken into it: those of a row
-are multiplied by a power of two by which the greatest is from 2**14 up to 2**15, and the sum by its inverse. And scales
-must come to where they are used for less than they save there. A tensor core's operand gives each quad of threads the
-same rows of W, and each thread of it every fourth piece of their inputs, which would make each thread want all groups.
-The order of inputs is free, though, if x has the same: a step takes four blocks of 64 inputs, and each thread of a quad
-has one of them, with two groups of its own.
+- float16: ``q * s - z * s`` by one. The field is ``q * 2**-24`` or more. A scale must neither be rounded away nor be
+  too large when that is taken into it: those of a row are multiplied by a power of two by which the greatest is from
+  2**14 up to 2**15, and the sum by its inverse.
+- bfloat16: ``(q - z) * s`` by two, since its few bits would leave too little of ``z * s``. The field is ``q * 2**-133``
+  or more, for codes of 8 bits too, and there is room for all scales; the difference is exact.
 
-A weight is rounded to float16, as in a float layer of that dtype, its zero point times its scale before that, and the
-scale, where it has more bits.
+What makes this worth it is that scales come to where they are used for less than they save there. A tensor core's
+operand gives each quad of threads the same rows of W, and each thread of it every fourth piece of their inputs, which
+would make each thread want all groups. The order of inputs is free, though, if x has the same: a step takes four blocks
+of 64 inputs, and each thread of a quad has one of them, with two groups of its own.
+
+A weight is rounded to the dtype of x, as in a float layer of that dtype, and the scale, where it has more bits; in
+float16 the zero point times the scale, too.
 """
 
 import triton
@@ -27,12 +31,13 @@ from .layout import Layout
 from .matmul import _store
 
 BLOCKS = 4  # of 64 inputs a step, one for each thread of a quad
+BRAIN = tl.constexpr(20)  # in bfloat16 scales are multiplied by 2**20, and differences by its inverse: both have room
 
 
 def in_weights(layout: Layout, form: str) -> bool:
-    """Whether :func:`scaled_kernel` reads such weights."""
+    """Whether :func:`scaled_kernel` reads such weights, in place of the form "subnormal" or, for bfloat16, "magic"."""
     scales = layout.scale in ("float16", "bfloat16", "float32", "log8")
-    return form == "subnormal" and layout.name == "int" and layout.group == 32 and scales and layout.zeros != "float"
+    return form != "lop3" and layout.name == "int" and layout.group == 32 and scales and layout.zeros != "float"
 
 
 @triton.constexpr_function
@@ -65,11 +70,11 @@ def _for_lanes(value, LANES: tl.constexpr, RUN: tl.constexpr):
 
 
 @triton.jit
-def _value(operands, scale, shift, FIELD: tl.constexpr, LAYOUT: tl.constexpr):
-    TEXT: tl.constexpr = scaled_asm(LAYOUT.planes, FIELD)
+def _value(operands, scale, shift, FIELD: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
+    TEXT: tl.constexpr = scaled_asm(LAYOUT.planes, FIELD, BRAIN if tl.bfloat16 == DTYPE else None)
     COUNT: tl.constexpr = constraints(operand_registers(LAYOUT.planes) + 2)
     operands = operands + (scale, shift)  # noqa: RUF005 (Triton has no other way to join tuples)
-    return tl.inline_asm_elementwise(TEXT, COUNT, operands, dtype=results(tl.float16), is_pure=True, pack=2)[0]
+    return tl.inline_asm_elementwise(TEXT, COUNT, operands, dtype=results(DTYPE), is_pure=True, pack=2)[0]
 
 
 @triton.jit
@@ -79,7 +84,17 @@ def _power(exponent):
 
 
 @triton.jit
-def _exponent(scales, scale_range, row, split, steps, K, LAYOUT: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr):
+def _exponent(
+    scales,
+    scale_range,
+    row,
+    split,
+    steps,
+    K,
+    LAYOUT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """That of the power of two which brings the greatest scale of what is summed to 2**14 or more: (rows, 1) or one."""
     if LAYOUT.scale == "log8":
         most = tl.exp2(tl.load(scale_range) + 254 * tl.load(scale_range + 1))
@@ -106,8 +121,10 @@ def _pair(tile):
 
 
 @triton.jit
-def _scale_pair(scales, scale_range, row, step, K, exponent, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
-    """Scales of both groups of the blocks of a step, times their power of two, float16 (rows, 4) each."""
+def _scale_pair(
+    scales, scale_range, row, step, K, exponent, LAYOUT: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Scales of both groups of the blocks of a step, times their power of two, (rows, 4) each."""
     groups = (K + 31) // 32
     group = step * 8 + tl.arange(0, 8)[None, :]
     if EVEN:
@@ -123,17 +140,17 @@ def _scale_pair(scales, scale_range, row, step, K, exponent, LAYOUT: tl.constexp
             dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
         scale = power * tl.minimum(code, 1.0)  # code 0 is 0
-    elif LAYOUT.scale == "float16":  # whose powers of two end at 2**15
+    elif LAYOUT.scale == "float16" and tl.float16 == DTYPE:  # whose powers of two end at 2**15
         some = tl.minimum(exponent, 15)
         scale = scale * _power(some).to(tl.float16) * _power(exponent - some).to(tl.float16)
     else:
         scale = scale.to(tl.float32) * _power(exponent)
-    return _pair(scale.to(tl.float16))
+    return _pair(scale.to(DTYPE))
 
 
 @triton.jit
 def _zero_pair(zeros, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
-    """Zero points of both groups of the blocks of a step, float16 (rows, 4) each, which stand where field 0 does."""
+    """Zero points of both groups of the blocks of a step, (rows, 4) each: float16 of bits where field 0 has its own."""
     groups = (K + 31) // 32
     BITS: tl.constexpr = LAYOUT.bits
     MASK: tl.constexpr = (1 << BITS) - 1
@@ -167,6 +184,24 @@ def _zero_pair(zeros, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
     return first.to(tl.int16).to(tl.float16, bitcast=True), second.to(tl.int16).to(tl.float16, bitcast=True)
 
 
+@triton.jit
+def _shift(scale, zero, LAYOUT: tl.constexpr):
+    """What is added to a code times ``scale``, or in bfloat16 to the code; ``zero`` of :func:`_zero_pair` if stored."""
+    if scale.dtype == tl.bfloat16:
+        PLACE: tl.constexpr = 2.0 ** -code_position("subnormal", LAYOUT.bits, 0, 8)
+        if LAYOUT.zeros == "fixed":
+            shift = tl.full(scale.shape, -LAYOUT.fixed_zero * 2.0**-BRAIN, tl.bfloat16)
+        else:
+            code = zero.to(tl.int16, bitcast=True).to(tl.float32)
+            shift = (code * (-PLACE * 2.0**-BRAIN)).to(tl.bfloat16)
+    elif LAYOUT.zeros == "fixed":
+        # 2**-24 of a unit, and half of it in 1 bit, is less than a float16 can be: in two steps.
+        shift = scale * 2.0**-12 * -(LAYOUT.fixed_zero * 4096.0 / unit("subnormal", LAYOUT, 8))
+    else:
+        shift = -zero * scale
+    return shift
+
+
 @triton.jit(do_not_specialize=["M"])
 def scaled_kernel(
     x,
@@ -188,12 +223,11 @@ def scaled_kernel(
 ):
     """Grid (cdiv(M, BLOCK_M), cdiv(N, BLOCK_N), SPLIT); ``EVEN`` says that whole steps of 256 inputs fill K.
 
-    Arguments and ``out`` are those of :func:`.matmul.gemm_kernel`; ``x`` is float16.
+    Arguments and ``out`` are those of :func:`.matmul.gemm_kernel`.
     """
     LANES: tl.constexpr = 32 if LAYOUT.bits == 8 else 16
     RUN: tl.constexpr = _run(LAYOUT)
-    FORM: tl.constexpr = "subnormal"
-    WINDOW: tl.constexpr = 8
+    DTYPE: tl.constexpr = x.dtype.element_ty
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
@@ -205,8 +239,11 @@ def scaled_kernel(
         blocks = tl.multiple_of(blocks, 4)
     start = weight + row * (blocks * (4 * LAYOUT.bits))
     steps = tl.cdiv(blocks, 4)
-    turns = all_turns(weight, K, FORM, LAYOUT, 4)
-    exponent = _exponent(scales, scale_range, row, split, steps, K, LAYOUT, SPLIT, EVEN)
+    turns = all_turns(weight, K, "subnormal", LAYOUT, 4)
+    if tl.bfloat16 == DTYPE:
+        exponent = tl.full((1, 1), BRAIN, tl.int32)
+    else:
+        exponent = _exponent(scales, scale_range, row, split, steps, K, LAYOUT, SPLIT, EVEN)
 
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for turn in tl.range(0, tl.cdiv(steps - split, SPLIT), num_stages=STAGES):
@@ -215,18 +252,18 @@ def scaled_kernel(
         operands = ()
         for index in tl.static_range(len(words)):
             operands = operands + (_quartered(words[index], LANES, RUN),)  # noqa: RUF005
-        found = _scale_pair(scales, scale_range, row, step, K, exponent, LAYOUT, EVEN)
+        found = _scale_pair(scales, scale_range, row, step, K, exponent, LAYOUT, EVEN, DTYPE)
+        zeros_found = found
         if LAYOUT.zeros != "fixed":
-            zero = _zero_pair(zeros, row, step, K, LAYOUT, EVEN)
+            zeros_found = _zero_pair(zeros, row, step, K, LAYOUT, EVEN)
         for field in tl.static_range(64 // LANES):
             scale = _for_lanes(found[field * LANES // 32], LANES, RUN)
-            if LAYOUT.zeros == "fixed":
-                # 2**-24 of a unit, and half of it in 1 bit, is less than a float16 can be: in two steps.
-                shift = scale * 2.0**-12 * -(LAYOUT.fixed_zero * 4096.0 / unit(FORM, LAYOUT, WINDOW))
-            else:
-                shift = -_for_lanes(zero[field * LANES // 32], LANES, RUN) * scale
-            value = _value(operands, scale * _moved(LAYOUT, field), shift, field, LAYOUT)
+            shift = _shift(scale, _for_lanes(zeros_found[field * LANES // 32], LANES, RUN), LAYOUT)
+            if tl.float16 == DTYPE:
+                scale *= _moved(LAYOUT, field)
+            value = _value(operands, scale, shift, field, LAYOUT, DTYPE)
             inputs = _inputs(x_row + step * 256, seen, step * 256, K, field, LANES, 4, 1, EVEN)
             total = tl.dot(value, _quartered(inputs, LANES, RUN).trans(), total)
-    total *= _power(-exponent) * unit(FORM, LAYOUT, WINDOW)
+    if tl.float16 == DTYPE:
+        total *= _power(-exponent) * unit("subnormal", LAYOUT, 8)
     _store(out, bias, split, m[None, :], n[:, None], total, M, N, SPLIT)
