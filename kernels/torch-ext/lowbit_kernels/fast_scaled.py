@@ -84,6 +84,18 @@ def _power(exponent):
 
 
 @triton.jit
+def _stored_scales(scales, row, step, K, EVEN: tl.constexpr):
+    """Those of the groups of a step, (rows, 8), as they are stored."""
+    groups = (K + 31) // 32
+    group = step * 8 + tl.arange(0, 8)[None, :]
+    if EVEN:
+        stored = tl.load(scales + row * tl.multiple_of(groups, 8) + group)
+    else:
+        stored = tl.load(scales + row * groups + group, mask=group < groups, other=0)
+    return stored
+
+
+@triton.jit
 def _exponent(
     scales,
     scale_range,
@@ -99,14 +111,9 @@ def _exponent(
     if LAYOUT.scale == "log8":
         most = tl.exp2(tl.load(scale_range) + 254 * tl.load(scale_range + 1))
     else:
-        groups = (K + 31) // 32
         found = tl.zeros((row.shape[0], 8), tl.float32)
         for step in tl.range(split, steps, SPLIT):
-            group = step * 8 + tl.arange(0, 8)[None, :]
-            if EVEN:
-                stored = tl.load(scales + row * tl.multiple_of(groups, 8) + group)
-            else:
-                stored = tl.load(scales + row * groups + group, mask=group < groups, other=0)
+            stored = _stored_scales(scales, row, step, K, EVEN)
             found = tl.maximum(found, tl.abs(decode_scale(stored, scale_range, LAYOUT)))
         most = tl.max(found, axis=1, keep_dims=True)
     LEAST: tl.constexpr = -16 if LAYOUT.scale == "float16" else -98  # two factors of float16 make up to 2**30
@@ -125,12 +132,7 @@ def _scale_pair(
     scales, scale_range, row, step, K, exponent, LAYOUT: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr
 ):
     """Scales of both groups of the blocks of a step, times their power of two, (rows, 4) each."""
-    groups = (K + 31) // 32
-    group = step * 8 + tl.arange(0, 8)[None, :]
-    if EVEN:
-        scale = tl.load(scales + row * tl.multiple_of(groups, 8) + group)
-    else:
-        scale = tl.load(scales + row * groups + group, mask=group < groups, other=0)
+    scale = _stored_scales(scales, row, step, K, EVEN)
     if LAYOUT.scale == "log8":
         width = tl.load(scale_range + 1)
         code = scale.to(tl.float32)
