@@ -15,7 +15,11 @@ from pathlib import Path
 
 
 def _lines_of(*functions) -> set[tuple[str, int]]:
-    """File name and number of every line of device functions; the compiler may give a load to a neighbouring line."""
+    """File name and number of every line of device functions; the compiler may give a load to a neighbouring line.
+
+    The disassembler does not say when only the file changes: loads of anything else on a line of the same number in
+    another file would be taken for these.
+    """
     found = set()
     for function in functions:
         code = function.fn.__code__

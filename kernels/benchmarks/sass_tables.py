@@ -30,8 +30,8 @@ GROUPS = """
 Group 32, zero points; `subnormal` for fp16, `magic` for bf16. First with scales of 16 bits, then with those of 8 bits
 (`log8`) that the package packs by default. Held to the limits above: integers by vector and for 16 rows, but for 7 bits
 in fp16 and, with scales of 8 bits, for 5 and 6 bits in fp16 (by vector 2.7 where the limit is 2.6, for 16 rows 3.1
-where it is 3.0), 2 bits in fp16 by vector (2.04 on sm_90; 2.0) and 7 in bf16 (by vector 3.8 where the limit is 3.6, for
-16 rows 4.03 where it is 4.0). Not held: NF4 (3.5), and 2 to 4 rows.
+where it is 3.0), 2 bits in fp16 by vector (2.04 on sm_90; 2.0) and 7 in bf16 by vector (3.8; 3.6). Not held: NF4 (3.5),
+and 2 to 4 rows.
 
 16 rows of integers have their scales and zero points in the weights (`fast_scaled.py`): `q s - z s` by one multiply-add
 for two weights in fp16, `(q - z) s` by two in bf16. Where they are in the sums, as with few rows, a group takes one
@@ -43,7 +43,7 @@ where groups of 128 take 0.25. What was compiled and counted on the way, with sc
 | **scales in the weights, each thread with two groups of its own, two steps in flight** | 1.84 | 1.81 |
 | the same, three steps in flight | 1.88 | |
 | the same with scales of 8 bits, two steps in flight | 1.99 | 2.00 |
-| the same in bf16, two steps in flight | 2.37 | 2.33 |
+| the same in bf16, two steps in flight | 2.32 | 2.32 |
 | scales in the sums, as before | 3.47 | 3.38 |
 | the same, 256 rows of W a program, 4 warps | 3.42 | 3.70 |
 | the same, two steps in a turn of the loop, up to 255 registers | 3.29 | 3.18 |

@@ -142,23 +142,28 @@ def value_asm(form, planes, field, window, piece):
 
 
 @triton.constexpr_function
-def scaled_asm(planes, field, brain=None):
+def scaled_asm(planes, field, brain=None, stored=True):
     """Text for a field as a weight. Two more registers of two halves each: a scale and what is added.
 
     float16: the code as in the form ``subnormal``, times the scale, plus the other. bfloat16: the code times
-    ``2**-brain``, by the power of two that its place asks for, plus the other, times the scale.
+    ``2**-brain``, by the power of two that its place asks for, plus the other, times the scale; if it is ``stored``,
+    the other is a zero point that stands where field 0 does, and is taken off.
     """
-    first = 1 + operand_registers(planes)
+    bits, first = sum(planes), 1 + operand_registers(planes)
     text = value_asm("subnormal", planes, field, 8, 0)
     if brain is None:
-        lines = f"fma.rn.f16x2 $0, w, ${first}, ${first + 1};"
+        return text.replace("mov.b32 $0, w;", f"fma.rn.f16x2 $0, w, ${first}, ${first + 1};")
+
+    def power(place, sign):
+        return f"mov.b32 t, {(133 - brain - code_position('subnormal', bits, place, 8) + 127 << 7 | sign) * 0x10001};"
+
+    lines = ["mov.b32 u, 0x80008000;"]  # a product is a multiply-add of minus zero: PTX has it alone from sm_90 on
+    if stored:
+        lines += [power(0, 0x8000), f"fma.rn.bf16x2 z, ${first + 1}, t, u;"]
     else:
-        power = 133 - brain - code_position("subnormal", sum(planes), field, 8)
-        lines = f"mov.b32 t, {(power + 127 << 7) * 0x10001}; fma.rn.bf16x2 w, w, t, ${first + 1};"
-        lines += (
-            f" mov.b32 t, 0x80008000; fma.rn.bf16x2 $0, w, ${first}, t;"  # minus zero: a product alone is for sm_90
-        )
-    return text.replace("mov.b32 $0, w;", lines)
+        lines.append(f"mov.b32 z, ${first + 1};")
+    lines += [power(field, 0), "fma.rn.bf16x2 w, w, t, z;", f"fma.rn.bf16x2 $0, w, ${first}, u;"]
+    return text.replace("mov.b32 $0, w;", " ".join(lines)).replace(".reg .b32 w,", ".reg .b32 u, z, w,")
 
 
 @triton.constexpr_function

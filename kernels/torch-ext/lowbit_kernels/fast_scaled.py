@@ -71,7 +71,8 @@ def _for_lanes(value, LANES: tl.constexpr, RUN: tl.constexpr):
 
 @triton.jit
 def _value(operands, scale, shift, FIELD: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
-    TEXT: tl.constexpr = scaled_asm(LAYOUT.planes, FIELD, BRAIN if tl.bfloat16 == DTYPE else None)
+    BRAINS: tl.constexpr = BRAIN if tl.bfloat16 == DTYPE else None
+    TEXT: tl.constexpr = scaled_asm(LAYOUT.planes, FIELD, BRAINS, LAYOUT.zeros != "fixed")
     COUNT: tl.constexpr = constraints(operand_registers(LAYOUT.planes) + 2)
     operands = operands + (scale, shift)  # noqa: RUF005 (Triton has no other way to join tuples)
     return tl.inline_asm_elementwise(TEXT, COUNT, operands, dtype=results(DTYPE), is_pure=True, pack=2)[0]
@@ -81,18 +82,6 @@ def _value(operands, scale, shift, FIELD: tl.constexpr, LAYOUT: tl.constexpr, DT
 def _power(exponent):
     """2**exponent, float32, for int32 ones from -126 to 127."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _stored_scales(scales, row, step, K, EVEN: tl.constexpr):
-    """Those of the groups of a step, (rows, 8), as they are stored."""
-    groups = (K + 31) // 32
-    group = step * 8 + tl.arange(0, 8)[None, :]
-    if EVEN:
-        stored = tl.load(scales + row * tl.multiple_of(groups, 8) + group)
-    else:
-        stored = tl.load(scales + row * groups + group, mask=group < groups, other=0)
-    return stored
 
 
 @triton.jit
@@ -187,15 +176,25 @@ def _zero_pair(zeros, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _stored_scales(scales, row, step, K, EVEN: tl.constexpr):
+    """Those of the groups of a step, (rows, 8), as they are stored."""
+    groups = (K + 31) // 32
+    group = step * 8 + tl.arange(0, 8)[None, :]
+    if EVEN:
+        stored = tl.load(scales + row * tl.multiple_of(groups, 8) + group)
+    else:
+        stored = tl.load(scales + row * groups + group, mask=group < groups, other=0)
+    return stored
+
+
+@triton.jit
 def _shift(scale, zero, LAYOUT: tl.constexpr):
-    """What is added to a code times ``scale``, or in bfloat16 to the code; ``zero`` of :func:`_zero_pair` if stored."""
+    """What :func:`.fast_asm.scaled_asm` takes besides ``scale``; ``zero`` is of :func:`_zero_pair` if it is stored."""
     if scale.dtype == tl.bfloat16:
-        PLACE: tl.constexpr = 2.0 ** -code_position("subnormal", LAYOUT.bits, 0, 8)
         if LAYOUT.zeros == "fixed":
             shift = tl.full(scale.shape, -LAYOUT.fixed_zero * 2.0**-BRAIN, tl.bfloat16)
         else:
-            code = zero.to(tl.int16, bitcast=True).to(tl.float32)
-            shift = (code * (-PLACE * 2.0**-BRAIN)).to(tl.bfloat16)
+            shift = zero  # its bits
     elif LAYOUT.zeros == "fixed":
         # 2**-24 of a unit, and half of it in 1 bit, is less than a float16 can be: in two steps.
         shift = scale * 2.0**-12 * -(LAYOUT.fixed_zero * 4096.0 / unit("subnormal", LAYOUT, 8))
