@@ -145,8 +145,8 @@ def test_training_has_the_same_gradients(packed, folder, checkpointing, monkeypa
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("after", [0, 3])
-def test_a_full_disk_is_said_once_and_costs_nothing(packed, folder, always, said, after):  # noqa: F811
+def fill_up(monkeypatch, after: int) -> list[int]:
+    """Has the disk full after so many writes; the places of those."""
     written, write = [], Files.write
 
     def full(self, name, data, begin):
@@ -155,8 +155,14 @@ def test_a_full_disk_is_said_once_and_costs_nothing(packed, folder, always, said
         written.append(begin)
         return write(self, name, data, begin)
 
+    monkeypatch.setattr(Files, "write", full)
+    return written
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_full_disk_is_said_once_and_costs_nothing(packed, folder, always, said, after):  # noqa: F811
     model, expected = coded(packed, folder), logits(load(packed / "raw"))
-    always.setattr(Files, "write", full)
+    written = fill_up(always, after)
     for _ in range(12):
         assert torch.equal(logits(model), expected)
     assert len(said) == 1 and f"be laid decoded in {folder} (No space left on device)" in said[0]

@@ -1,7 +1,7 @@
 """Runs the PTX of ``tl.inline_asm_elementwise`` in Triton's interpreter, which has none.
 
 Only what the fast kernels write is understood: 32-bit integer moves, shifts, rotations, logic, byte permutes, a
-subtraction and a multiply-add of pairs of float16, and a power of two, one instruction after another, without branches.
+subtraction and multiply-adds of pairs of halves, and a power of two, one instruction after another, without branches.
 Anything else raises. Each instruction is applied to whole arrays of registers. It accepts operands that an assembler
 refuses, so compile as well.
 
