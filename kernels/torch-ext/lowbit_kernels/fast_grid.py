@@ -46,6 +46,18 @@ def _shift(code, FORM: tl.constexpr):
 
 
 @triton.jit
+def stored_scales(scales, row, step, K, GROUPS: tl.constexpr, EVEN: tl.constexpr):
+    """Those of the GROUPS groups of 32 of a step, as they are stored, and the groups' numbers: (BLOCK_N, GROUPS)."""
+    group = step * GROUPS + tl.arange(0, GROUPS)[None, :]
+    groups = (K + 31) // 32
+    if EVEN:
+        scale = tl.load(scales + row * tl.multiple_of(groups, GROUPS) + group)
+    else:
+        scale = tl.load(scales + row * groups + group, mask=group < groups, other=0)
+    return scale, group
+
+
+@triton.jit
 def pair_grid(
     scales,
     scale_range,
@@ -68,15 +80,13 @@ def pair_grid(
     UNIT: tl.constexpr = unit(FORM, LAYOUT, WINDOW)
     OFFSET: tl.constexpr = 0.0 if FORM != "magic" else 256.0 if LAYOUT.bits == 8 else 128.0
     PER: tl.constexpr = _columns_in_byte(LAYOUT)
-    group = step * GROUPS + tl.arange(0, GROUPS)[None, :]
+    scale, group = stored_scales(scales, row, step, K, GROUPS, EVEN)
     groups = (K + 31) // 32
     if EVEN:
         groups = tl.multiple_of(groups, GROUPS)
         stored = tl.full((1, 1), 1, tl.int1)
-        scale = tl.load(scales + row * groups + group)
     else:
         stored = group < groups
-        scale = tl.load(scales + row * groups + group, mask=stored, other=0)
     first, second = tl.split(decode_scale(scale, scale_range, LAYOUT).reshape(N, COLUMNS, 2))
     if LAYOUT.zeros == "fixed":
         shift = tl.full((1, 1), LAYOUT.fixed_zero / UNIT + OFFSET, tl.float32)

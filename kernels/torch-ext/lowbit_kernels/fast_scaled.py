@@ -26,7 +26,7 @@ import triton.language as tl
 from .decode import decode_scale
 from .fast_asm import code_position, constraints, operand_registers, results, scaled_asm
 from .fast_fields import _inputs, _operands, all_turns
-from .fast_grid import unit
+from .fast_grid import stored_scales, unit
 from .layout import Layout
 from .matmul import _store
 
@@ -102,7 +102,7 @@ def _exponent(
     else:
         found = tl.zeros((row.shape[0], 8), tl.float32)
         for step in tl.range(split, steps, SPLIT):
-            stored = _stored_scales(scales, row, step, K, EVEN)
+            stored, _ = stored_scales(scales, row, step, K, 8, EVEN)
             found = tl.maximum(found, tl.abs(decode_scale(stored, scale_range, LAYOUT)))
         most = tl.max(found, axis=1, keep_dims=True)
     LEAST: tl.constexpr = -16 if LAYOUT.scale == "float16" else -98  # two factors of float16 make up to 2**30
@@ -121,7 +121,7 @@ def _scale_pair(
     scales, scale_range, row, step, K, exponent, LAYOUT: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr
 ):
     """Scales of both groups of the blocks of a step, times their power of two, (rows, 4) each."""
-    scale = _stored_scales(scales, row, step, K, EVEN)
+    scale, _ = stored_scales(scales, row, step, K, 8, EVEN)
     if LAYOUT.scale == "log8":
         width = tl.load(scale_range + 1)
         code = scale.to(tl.float32)
@@ -173,18 +173,6 @@ def _zero_pair(zeros, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
         stream = (stream >> (bit % 8)) << PLACE
         first, second = stream & (MASK << PLACE), (stream >> BITS) & (MASK << PLACE)
     return first.to(tl.int16).to(tl.float16, bitcast=True), second.to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def _stored_scales(scales, row, step, K, EVEN: tl.constexpr):
-    """Those of the groups of a step, (rows, 8), as they are stored."""
-    groups = (K + 31) // 32
-    group = step * 8 + tl.arange(0, 8)[None, :]
-    if EVEN:
-        stored = tl.load(scales + row * tl.multiple_of(groups, 8) + group)
-    else:
-        stored = tl.load(scales + row * groups + group, mask=group < groups, other=0)
-    return stored
 
 
 @triton.jit
