@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from .fast_fields import all_turns, level_tables, moved_e2m1, seen_inputs, with_step
-from .fast_grid import in_pairs, unit
+from .fast_grid import in_pairs, turned, unit
 from .fast_scaled import BLOCKS, in_weights, scaled_kernel
 from .layout import Layout, name_tensors, on_device, parse
 from .matmul import _store, add_shares
@@ -105,9 +105,9 @@ def fast_kernel(
     m = tl.program_id(0) * BLOCK_M + column // COLUMNS
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, STRIP)
     split = tl.program_id(2)
-    x_row = x + tl.minimum(m, M - 1)[:, None].to(tl.int64) * K + split * (SPANS * BLOCKS * 64)
+    x_row = x + tl.minimum(m, M - 1)[:, None].to(tl.int64) * K
     seen = seen_inputs(column, 32 if LAYOUT.bits == 8 else 16, BLOCKS, COLUMNS) & (m < M)[:, None]
-    turns = all_turns(weight, K, FORM, LAYOUT, BLOCKS)
+    turns = all_turns(weight, K, LAYOUT, BLOCKS)
     blocks = (K + 63) // 64
     if EVEN:
         blocks = tl.multiple_of(blocks, BLOCKS * SPANS)
@@ -122,17 +122,17 @@ def fast_kernel(
         totals = totals + (tl.zeros((STRIP, R), tl.float32),)  # noqa: RUF005
     for step in tl.range(split, tl.cdiv(blocks, BLOCKS * SPANS), SPLIT, num_stages=STAGES):
         for span in tl.static_range(SPANS):
+            x_step = x_row + span * (BLOCKS * 64) + turned(step, SPANS * BLOCKS * 64)
             added = ()
             for strip in tl.static_range(STRIPS):
                 start = weight + rows[strip] * (blocks * (4 * LAYOUT.bits))
                 total = with_step(
-                    *(totals[strip], start, rows[strip], tables[strip], turns, x_row + span * (BLOCKS * 64), seen),
+                    *(totals[strip], start, rows[strip], tables[strip], turns, x_step, seen),
                     *(scales, scale_range, zeros, step * SPANS + span, blocks, K, LAYOUT, FORM),
                     *(BLOCK_M, BLOCKS, COLUMNS, WINDOW, EVEN, ROWS_OF_ONES),
                 )
                 added = added + (total,)  # noqa: RUF005
             totals = added
-        x_row += SPLIT * SPANS * (BLOCKS * 64)
 
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     for strip in tl.static_range(STRIPS):

@@ -55,19 +55,13 @@ def _moved(target, source, left):
 
 
 @triton.constexpr_function
-def _base(form, bits):
-    """Where a code of 5 to 7 bits stands in its byte."""
-    return (7 if form == "magic" else 8) - bits
+def first_turn(planes, index):
+    """How far lane 0 of a small plane is turned to the right: to where the texts want its bits.
 
-
-@triton.constexpr_function
-def first_turn(form, planes, index):
-    """How far lane 0 of a small plane is turned to the right: to where its bits of an odd field are wanted.
-
-    In codes of 5 to 7 bits that is the field's place in its byte; in narrower ones it stays in its nibble.
+    Codes of 5 to 7 bits want those of a field at the upper end of the nibble before the field's own.
     """
     bits = sum(planes)
-    return 4 - _base(form, bits) - sum(planes[index + 1 :]) if bits > 4 else -1 % 32 if planes[index:] == (2, 1) else 0
+    return bits - 4 - sum(planes[index + 1 :]) if bits > 4 else -1 % 32 if planes[index:] == (2, 1) else 0
 
 
 @triton.constexpr_function
@@ -96,17 +90,19 @@ def _nibbles(planes):
 def _bytes(planes, odd, base):
     """Lines that leave codes of 5 to 7 bits ``base`` bits up in bytes of ``w`` without other bits: even fields, or odd.
 
-    The bits of small planes are joined for all fields first.
+    The bits of small planes are joined for all fields first, in ``t``, each in the nibble before its field's own: odd
+    fields make bytes with them where they are, even ones when turned.
     """
     lines, small = _turned(planes), sum(planes) - 4
-    lines.append(f"and.b32 t, w1, {(1 << base) * 0x11111111};" if 1 in planes else "mov.b32 t, 0;")
+    place = 4 - small
+    lines.append(f"and.b32 t, w1, {(1 << place) * 0x11111111};" if 1 in planes else "mov.b32 t, 0;")
     if 2 in planes:
-        lines.append(f"lop3.b32 t, w2, {(3 << base + small - 2) * 0x11111111}, t, {AND_OR};")
-    if odd:
-        lines.append(_moved("w", "w4", base + small - 4))
-    else:
-        lines += [_moved("w", "w4", base + small), "shf.l.wrap.b32 t, t, t, 4;"]
-    return [*lines, f"lop3.b32 w, w, t, {(15 << base + small) * 0x1010101}, {SELECT};"]
+        lines.append(f"lop3.b32 t, w2, {(3 << place + small - 2) * 0x11111111}, t, {AND_OR};")
+    lines.append(f"lop3.b32 w, w4, t, {0xF0F0F0F0 if odd else 0x0F0F0F0F}, {SELECT};")
+    left = base - place + (0 if odd else 4)
+    if left:
+        lines.append(f"shf.l.wrap.b32 w, w, w, {left % 32};")
+    return lines
 
 
 @triton.constexpr_function
@@ -115,7 +111,7 @@ def code_position(form, bits, field, window):
     if bits == 8:
         return 0
     if bits > 4:
-        return _base(form, bits)
+        return (7 if form == "magic" else 8) - bits  # at the upper end of what a byte may have
     return 4 * field % window
 
 

@@ -19,7 +19,7 @@ from .fast_asm import (
     table_registers,
     value_asm,
 )
-from .fast_grid import in_pairs, pair_grid, unit
+from .fast_grid import in_pairs, pair_grid, turned, unit
 
 
 @triton.constexpr_function
@@ -88,7 +88,7 @@ def _words(start, step, blocks, LAYOUT: tl.constexpr, INDEX: tl.constexpr, BLOCK
     """
     PLANE: tl.constexpr = LAYOUT.planes[INDEX]
     lane = tl.arange(0, BLOCKS * 4 * PLANE)[None, :]
-    pointer = start + blocks * (4 * _below(LAYOUT.planes, INDEX)) + step * (BLOCKS * 4 * PLANE) + lane
+    pointer = start + blocks * (4 * _below(LAYOUT.planes, INDEX)) + lane + turned(step, BLOCKS * 4 * PLANE)
     if EVEN:
         word = tl.load(pointer)
     else:
@@ -111,11 +111,11 @@ def _turns(weight, K, BELOW: tl.constexpr, LAYOUT: tl.constexpr, INDEX: tl.const
 
 
 @triton.jit
-def all_turns(weight, K, FORM: tl.constexpr, LAYOUT: tl.constexpr, BLOCKS: tl.constexpr):
+def all_turns(weight, K, LAYOUT: tl.constexpr, BLOCKS: tl.constexpr):
     turns = ()
     for index in tl.static_range(len(LAYOUT.planes)):
         if LAYOUT.planes[index] < 4:
-            turns = turns + (_turns(weight, K, first_turn(FORM, LAYOUT.planes, index), LAYOUT, index, BLOCKS),)  # noqa: RUF005
+            turns = turns + (_turns(weight, K, first_turn(LAYOUT.planes, index), LAYOUT, index, BLOCKS),)  # noqa: RUF005
     return turns
 
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from .decode import decode_scale
 from .fast_asm import code_position, constraints, operand_registers, results, scaled_asm
 from .fast_fields import _inputs, _operands, all_turns
-from .fast_grid import stored_scales, unit
+from .fast_grid import power_scale, stored_scales, stored_zeros, turned, unit
 from .layout import Layout
 from .matmul import _store
 
@@ -123,14 +123,7 @@ def _scale_pair(
     """Scales of both groups of the blocks of a step, times their power of two, (rows, 4) each."""
     scale, _ = stored_scales(scales, row, step, K, 8, EVEN)
     if LAYOUT.scale == "log8":
-        width = tl.load(scale_range + 1)
-        code = scale.to(tl.float32)
-        power = tl.inline_asm_elementwise(
-            *("ex2.approx.ftz.f32 $0, $1;", "=r,r"),
-            [code * width + (tl.load(scale_range) + exponent.to(tl.float32) - width)],
-            dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
-        scale = power * tl.minimum(code, 1.0)  # code 0 is 0
+        scale = power_scale(scale, scale_range, exponent)
     elif LAYOUT.scale == "float16" and tl.float16 == DTYPE:  # whose powers of two end at 2**15
         some = tl.minimum(exponent, 15)
         scale = scale * _power(some).to(tl.float16) * _power(exponent - some).to(tl.float16)
@@ -142,36 +135,7 @@ def _scale_pair(
 @triton.jit
 def _zero_pair(zeros, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
     """Zero points of both groups of the blocks of a step, (rows, 4) each: float16 of bits where field 0 has its own."""
-    groups = (K + 31) // 32
-    BITS: tl.constexpr = LAYOUT.bits
-    MASK: tl.constexpr = (1 << BITS) - 1
-    PLACE: tl.constexpr = code_position("subnormal", BITS, 0, 8)
-    size = (groups * BITS + 7) // 8
-    if BITS == 4:  # a byte for each block
-        byte = step * 4 + tl.arange(0, 4)[None, :]
-        if EVEN:
-            stream = tl.load(zeros + row * tl.multiple_of(size, 4) + byte).to(tl.int32)
-        else:
-            stream = tl.load(zeros + row * size + byte, mask=byte < size, other=0).to(tl.int32)
-        first, second = stream & MASK, (stream >> BITS) & MASK
-    elif BITS == 8:
-        byte = step * 8 + tl.arange(0, 8)[None, :]
-        if EVEN:
-            first, second = _pair(tl.load(zeros + row * tl.multiple_of(size, 8) + byte).to(tl.int32))
-        else:
-            first, second = _pair(tl.load(zeros + row * size + byte, mask=byte < size, other=0).to(tl.int32))
-    else:  # those of a block lie in one byte or two, with 7 bits in three, of the BITS that a step has
-        bit = tl.arange(0, 4)[None, :] * (2 * BITS)
-        stream = tl.zeros((1, 1), tl.int32)
-        for part in tl.static_range(3 if BITS == 7 else 1 if BITS < 3 else 2):
-            byte = step * BITS + tl.minimum(bit // 8 + part, BITS - 1)
-            if EVEN:
-                found = tl.load(zeros + row * size + byte)
-            else:
-                found = tl.load(zeros + row * size + byte, mask=byte < size, other=0)
-            stream = stream | (found.to(tl.int32) << (8 * part))
-        stream = (stream >> (bit % 8)) << PLACE
-        first, second = stream & (MASK << PLACE), (stream >> BITS) & (MASK << PLACE)
+    first, second = stored_zeros(zeros, row, step, K, LAYOUT, 4, EVEN)
     return first.to(tl.int16).to(tl.float16, bitcast=True), second.to(tl.int16).to(tl.float16, bitcast=True)
 
 
@@ -228,7 +192,7 @@ def scaled_kernel(
         blocks = tl.multiple_of(blocks, 4)
     start = weight + row * (blocks * (4 * LAYOUT.bits))
     steps = tl.cdiv(blocks, 4)
-    turns = all_turns(weight, K, "subnormal", LAYOUT, 4)
+    turns = all_turns(weight, K, LAYOUT, 4)
     if tl.bfloat16 == DTYPE:
         exponent = tl.full((1, 1), BRAIN, tl.int32)
     else:
@@ -251,7 +215,7 @@ def scaled_kernel(
             if tl.float16 == DTYPE:
                 scale *= _moved(LAYOUT, field)
             value = _value(operands, scale, shift, field, LAYOUT, DTYPE)
-            inputs = _inputs(x_row + step * 256, seen, step * 256, K, field, LANES, 4, 1, EVEN)
+            inputs = _inputs(x_row + turned(step, 256), seen, step * 256, K, field, LANES, 4, 1, EVEN)
             total = tl.dot(value, _quartered(inputs, LANES, RUN).trans(), total)
     if tl.float16 == DTYPE:
         total *= _power(-exponent) * unit("subnormal", LAYOUT, 8)
