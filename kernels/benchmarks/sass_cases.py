@@ -126,7 +126,7 @@ def _portable(case: Case, layout, M: int) -> Launch:
     in_lane = layout.fields if layout.ternary else 1
     most, place = fast.REGISTERS if case.target in NVIDIA else None, (warp, case.target in NVIDIA, full)
     K = 5120 if case.format == TERNARY_EVEN else 4096
-    own = {"EVEN": layouts.even(K, layout, 4096)}
+    own = {"EVEN": layouts.even(K, layout)}
     if case.kernel.startswith("grouped"):
         own |= {"RANGE": 2 if layout.scale == "log8" else 0, "TABLE": 0, "BLOCK_E": 256}
     if case.kernel in UNLOOPED:

@@ -108,7 +108,7 @@ def test_every_expert_computes_what_it_would_alone(problem: Experts, device, buf
         check_sum(y[rows], x[rows].float(), right.T, dtype, K + 1, off, bias[expert].to(dtype))
         check_sum(back[rows], gradient[rows].float(), rounded, dtype, N, more)
     assert not y[R - problem.tail :].any() and not back[R - problem.tail :].any()
-    shares = layout.even(K, lowbit_kernels.parse(spec), E * N) > 1  # those of the gradient are summed in a third buffer
+    shares = layout.even(K, lowbit_kernels.parse(spec)) > 1  # those of the gradient are summed in a third buffer
     assert len(buffers) == 2 + shares
     assert all(intact(b) for b in (*buffers, x, gradient, bias, ends, weight, *companions))
 

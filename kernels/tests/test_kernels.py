@@ -144,8 +144,20 @@ def test_the_list_covers_what_the_kernels_read():
     assert {l.zeros for l in layouts} == {"int", "float", "fixed"}
     for op in ("linear", "input_gradient", "embedding"):
         read = [(lowbit_kernels.parse(parse_format(p.format).spec), p) for p in PROBLEMS if p.op == op]
-        assert {layout.even(p.K, l, p.N) for l, p in read if not l.ternary} == {0, 1}
-        assert {layout.even(p.K, l, p.N) for l, p in read if l.ternary} == {0, 1, 2, 4, 8}
+        assert {layout.even(p.K, l) for l, p in read if not l.ternary} == {0, 1}
+        assert {layout.even(p.K, l) for l, p in read if l.ternary} == {1, 2, 4, 8}
+        assert any(p.N * l.row_lanes(p.K) % 8 for l, p in read if l.ternary)  # the tensor ends within 16 bytes
+
+
+def test_ternary_rows_of_a_tensor_that_begins_anywhere_promise_nothing():
+    ternary, other = (lowbit_kernels.parse(text) for text in ("ternary:bits=1.58", "int:bits=4"))
+    assert [layout.even(K, ternary, address) for K, address in ((320, 0), (320, 32), (320, 2), (213, 6))] == [
+        1,
+        1,
+        0,
+        0,
+    ]
+    assert layout.even(256, other, 2) == 1
 
 
 @pytest.mark.parametrize("K", [315, 121])

@@ -140,7 +140,7 @@ def _portable(x, weight, companions, bias, layout, K, tiles, device) -> torch.Te
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     target = torch.empty((tiles.split, M, N), dtype=torch.float32, device=x.device) if tiles.split > 1 else out
-    apart = even(K, layout, N)
+    apart = even(K, layout, packed.weight.data_ptr())
     across, grid = triton.cdiv(M, tiles.rows), (along(N, tiles.outputs, apart), tiles.split)
     gemv = M <= GEMV_ROWS and across == 1
     kernel, grid = (gemv_kernel, grid) if gemv else (gemm_kernel, (across, *grid))
@@ -179,7 +179,7 @@ def input_gradient(
         return out.view(*gradient.shape[:-1], K)
     device = forms.describe(gradient.device)
     tiles = tiles or gradient_tiles(M, N, K, layout, device.warp, gradient.dtype == torch.float32)
-    apart = even(K, layout, N)
+    apart = even(K, layout, packed.weight.data_ptr())
     step = max(tiles.rows, SHARED_VALUES // (apart * K)) if apart > 1 else M
     with on_device(gradient.device):
         for part, target in zip(rows.split(step), out.split(step), strict=True):
@@ -210,7 +210,7 @@ def _rows(index, weight, companions, format, K, dtype, tiles) -> torch.Tensor:
     if out.numel():
         device = forms.describe(weight.device)
         place = (device.warp, device.vendor == "nvidia", dtype == torch.float32)
-        tiles, apart = tiles or row_tiles(R, K, layout, *place), even(K, layout, N)
+        tiles, apart = tiles or row_tiles(R, K, layout, *place), even(K, layout, packed.weight.data_ptr())
         with on_device(weight.device):
             rows_kernel[(triton.cdiv(R, tiles.rows), along_inputs(K, tiles.inputs, layout, apart))](
                 *(index, *packed, out, R, N, K),

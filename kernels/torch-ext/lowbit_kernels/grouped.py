@@ -218,7 +218,7 @@ def grouped_linear(
     device = forms.describe(x.device)
     place = (device.warp, device.vendor == "nvidia", x.dtype == torch.float32)
     tiles = tiles or grouped_tiles(triton.cdiv(R, E), N, K, layout, *place)
-    apart = even(K, layout, E * N)
+    apart = even(K, layout, packed.weight.data_ptr())
     with on_device(x.device):
         grouped_linear_kernel[(row_tiles_needed(R, E, tiles.rows), along(N, tiles.outputs, apart))](
             *(x.contiguous(), ends.contiguous(), *packed, bias, out, E, R, N, K),
@@ -256,7 +256,7 @@ def grouped_input_gradient(
     device = forms.describe(gradient.device)
     place = (device.warp, device.vendor == "nvidia", gradient.dtype == torch.float32)
     tiles = tiles or grouped_gradient_tiles(triton.cdiv(R, E), N, K, layout, *place)
-    apart = even(K, layout, E * N)
+    apart = even(K, layout, packed.weight.data_ptr())
     shares = torch.empty((apart, R, K), dtype=torch.float32, device=out.device) if apart > 1 else out
     grid = (row_tiles_needed(R, E, tiles.rows), along_inputs(K, tiles.inputs, layout, apart), max(1, apart))
     with on_device(gradient.device):

@@ -184,17 +184,18 @@ def name_tensors(weight: torch.Tensor, companions: list[torch.Tensor], layout: L
     return Packed(weight.contiguous(), *(found.get(name) for name in Packed._fields[1:]))
 
 
-def even(in_features: int, layout: Layout, rows: int) -> int:
-    """1 if every plane of every one of so many rows begins at 16 bytes; of ternary rows, every how many-th does.
+def even(in_features: int, layout: Layout, address: int = 0) -> int:
+    """1 if every plane of every row begins at 16 bytes; of ternary rows, every how many-th does.
 
     Planes do where blocks come in pairs, the least of which has 16 bytes. Ternary rows begin anywhere, unless they have
     whole 8 lanes: each 2nd, 4th or 8th begins at 16 bytes again, and kernels read the 16 bytes that a row begins or
-    ends in whole. 0 if nothing is promised: other planes, and ternary weights that end within 16 bytes.
+    ends in whole. Behind the last row these may be no part of the tensor; but memory is mapped by pages of many times
+    16 bytes, so what lies in 16 such bytes with a part of it can be read, and is left out as another row's is.
+    0 if nothing is promised: other planes, and ternary weights whose ``address`` is no multiple of 16.
     """
     if not layout.ternary:
         return int(in_features % (2 * BLOCK) == 0)
-    lanes = layout.row_lanes(in_features)
-    return 8 // math.gcd(lanes, 8) if rows * lanes % 8 == 0 else 0
+    return 0 if address % 16 else 8 // math.gcd(layout.row_lanes(in_features), 8)
 
 
 def on_device(device: torch.device):
