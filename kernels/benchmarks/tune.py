@@ -29,7 +29,7 @@ FORMATS = (
     *("nf:bits=4,group_size=64", "int:bits=4,group_size=128", "fp4:bits=4", "ternary:bits=1.58"),
 )
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
-BUCKETS = (1, 16, 64, 256, 4)
+BUCKETS = (1, 16, 64, 256, 4, 8)
 VARIED = ("split", "outputs", "blocks", "inputs", "warps", "stages", "rows")
 LEAST = {"outputs": 16, "inputs": 16, "rows": 16}
 MOST = {"warps": 8, "stages": 5, "outputs": 256, "rows": 64}

@@ -110,7 +110,7 @@ def test_formats_that_are_tuned_alike_have_one_name():
         **{"fp4:bits=4": "fp4_g32", "ternary:bits=1.58": "ternary_row"},
     }
     assert {text: tuning.format_class(parse(text)) for text in names} == names
-    assert [tuning.bucket(m) for m in (1, 2, 3, 4, 5, 16, 17, 1000, 5000)] == [1, 2, 4, 4, 16, 16, 64, 1024, 1024]
+    assert [tuning.bucket(m) for m in (1, 2, 3, 4, 5, 9, 17, 1000, 5000)] == [1, 2, 4, 4, 8, 16, 64, 1024, 1024]
 
 
 def test_the_nearest_shape_is_taken_on_a_logarithmic_scale(own):

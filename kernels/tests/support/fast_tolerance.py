@@ -37,7 +37,7 @@ def fast_bound(x, weight, companions, bias, format: str, K: int, form: str) -> t
         low, step = (float(v) for v in named.scale_range)
         error += 2 * 2.0**-23 * (1 + max(abs(low), abs(low + 254 * step))) + 2 * U
     added = 0.0
-    if x.shape[0] > 4 and in_weights(lay, form):
+    if x.shape[0] > 2 and in_weights(lay, form):
         off = half * 2 * values.abs()
         if x.dtype == torch.float16:
             most = scales.amax(1, keepdim=True)

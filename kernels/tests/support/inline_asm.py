@@ -18,6 +18,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np
 from .interpreter import round_to_bfloat16, widen
 
 _STATEMENT = re.compile(r"([a-z][\w.]*)\s+([^;]*)")
+_OPERAND = re.compile(r"\{[^}]*\}|[^,\s]+")
 
 
 def _permute(a, b, selector):
@@ -47,6 +48,30 @@ def _subtract_halves(a, b):
     return (a - b).view(np.uint32)
 
 
+def _multiply_halves(a, b):
+    """``mul.f16x2``: float32 holds the product of two float16, and is rounded once."""
+    shape = np.broadcast(a, b).shape
+    a, b = (np.ascontiguousarray(np.broadcast_to(v, shape)).view(np.float16).astype(np.float32) for v in (a, b))
+    return (a * b).astype(np.float16).view(np.uint32)
+
+
+def _differ(a, b):
+    """``set.ne.f16x2.f16x2``: 1 in every half that differs as a number."""
+    shape = np.broadcast(a, b).shape
+    a, b = (np.ascontiguousarray(np.broadcast_to(v, shape)).view(np.float16) for v in (a, b))
+    return (a != b).astype(np.float16).view(np.uint32)
+
+
+def _round_pair(rounded):
+    """``cvt.rn.*x2.f32``: two float32, the upper half first, rounded to halves of a register."""
+
+    def both(high, low):
+        high, low = (rounded(np.ascontiguousarray(v).view(np.float32)).view(np.uint16) for v in (high, low))
+        return low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
+
+    return both
+
+
 def _multiply_add_halves(a, b, c):
     """``fma.rn.f16x2``: float64 holds the product of two float16, and is rounded once more, by far less."""
     shape = np.broadcast(a, b, c).shape
@@ -63,9 +88,9 @@ def _multiply_add_brains(a, b, c):
     return round_to_bfloat16((a * b + c).astype(np.float32)).view(np.uint32)
 
 
-def _power_of_two(a):
-    """``ex2.approx.ftz.f32``, without its error of two units in the last place."""
-    return np.exp2(np.ascontiguousarray(a).view(np.float32)).view(np.uint32)
+def _single(function):
+    """An instruction on float32."""
+    return lambda *values: function(*(np.ascontiguousarray(v).view(np.float32) for v in values)).view(np.uint32)
 
 
 def _shift(function):
@@ -86,6 +111,8 @@ def _rotate(left):
 
 INSTRUCTIONS = {
     "mov.b32": lambda a: a,
+    "mul.lo.u32": lambda a, b: (a.astype(np.uint64) * b).astype(np.uint32),
+    "mul.wide.u32": lambda a, b: a.astype(np.uint64) * b,
     "and.b32": np.bitwise_and,
     "or.b32": np.bitwise_or,
     "shr.b32": _shift(np.right_shift),
@@ -96,9 +123,16 @@ INSTRUCTIONS = {
     "lop3.b32": _logic,
     "prmt.b32": _permute,
     "sub.f16x2": _subtract_halves,
+    "mul.f16x2": _multiply_halves,
+    "neg.f16x2": lambda a: a ^ np.uint32(0x80008000),
+    "cvt.rn.f16x2.f32": _round_pair(lambda v: v.astype(np.float16)),
+    "cvt.rn.bf16x2.f32": _round_pair(round_to_bfloat16),
     "fma.rn.f16x2": _multiply_add_halves,
     "fma.rn.bf16x2": _multiply_add_brains,
-    "ex2.approx.ftz.f32": _power_of_two,
+    "cvt.f32.f16": lambda a: a.astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32),
+    "fma.rn.f32": _single(lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32)),
+    "ex2.approx.ftz.f32": _single(np.exp2),  # without its error of two units in the last place
+    "set.ne.f16x2.f16x2": _differ,
 }
 
 
@@ -113,11 +147,19 @@ def run(text: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
     def read(name: str) -> np.ndarray:
         return registers[name] if name in registers else np.array([int(name, 0) & 0xFFFFFFFF], dtype=np.uint32)
 
-    for opcode, rest in _STATEMENT.findall(re.sub(r"\.reg[^;]*;|[{}]", "", text)):
+    for opcode, rest in _STATEMENT.findall(re.sub(r"\.reg[^;]*;|^\s*\{|\}\s*$", "", text)):
         if opcode not in INSTRUCTIONS:
             raise NotImplementedError(f"inline assembly: {opcode} in {text!r}")
-        target, *operands = (part.strip() for part in rest.split(","))
-        registers[target] = INSTRUCTIONS[opcode](*(read(name) for name in operands))
+        target, *operands = _OPERAND.findall(rest)
+        if target.startswith("{"):  # a register to its halves
+            low, high = (part.strip() for part in target[1:-1].split(","))
+            value = read(operands[0])
+            registers[low], registers[high] = value & np.uint32(0xFFFF), value >> np.uint32(16)
+        elif operands[0].startswith("{"):  # and back
+            low, high = (read(part.strip()) for part in operands[0][1:-1].split(","))
+            registers[target] = low | high << np.uint32(16)
+        else:
+            registers[target] = INSTRUCTIONS[opcode](*(read(name) for name in operands))
     count = len(inputs[0])
     return [np.ascontiguousarray(np.broadcast_to(registers[f"${i}"], count)) for i in range(outputs)]
 
@@ -135,13 +177,11 @@ def _create_inline_asm(self, text, constraints, values, types, pure, pack):
     shape = np.broadcast_shapes(*(value.data.shape for value in values))
     inputs = [r for value in values for r in _registers(np.broadcast_to(value.data, shape), pack)]
     dtypes = [_get_np_dtype(type.scalar) for type in types]
-    if any(np.dtype(dtype).itemsize * pack != 4 for dtype in dtypes):
-        raise NotImplementedError(f"inline assembly: {pack} results of {dtypes} to an instance")
-    results = run(text, inputs, len(types))
-    handles = [
-        TensorHandle(result.view(dtype).reshape(shape), type.scalar)
-        for result, dtype, type in zip(results, dtypes, types, strict=True)
-    ]
+    counts = [max(np.dtype(dtype).itemsize * pack // 4, 1) if pack > 1 else 1 for dtype in dtypes]
+    results, handles = run(text, inputs, sum(counts)), []
+    for count, dtype, type in zip(counts, dtypes, types, strict=True):
+        registers, results = results[:count], results[count:]
+        handles.append(TensorHandle(np.stack(registers, axis=1).reshape(-1).view(dtype).reshape(shape), type.scalar))
     return _Results(handles)
 
 

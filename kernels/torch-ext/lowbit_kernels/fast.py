@@ -13,7 +13,7 @@ What a weight costs in instructions decides at few bits (a load of 16 bytes brin
   rows of W. What the form of a code multiplies or adds goes into ``s`` and ``z`` of the group.
 - A tile of lanes can reach over several groups. Then a row of x takes a column for each of them, zero outside its
   group, and one product gives the sums of all. With few rows of x those columns would be empty anyway.
-- With many rows of x and groups of 32, scales and zero points go into weights after all: :mod:`.fast_scaled`.
+- From three rows of x on scales and zero points of groups of 32 go into weights after all: :mod:`.fast_scaled`.
 
 Sums are float32; but for that nothing is rounded except, for tables, the level to the dtype of x. Not here: ternary,
 tables of more than 4 bits, groups smaller than what is multiplied at once, float32 activations; those take the portable
@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from .fast_fields import all_turns, level_tables, moved_e2m1, seen_inputs, with_step
-from .fast_grid import in_pairs, turned, unit
+from .fast_grid import in_pairs, power_exponents, step_offset, unit
 from .fast_scaled import BLOCKS, in_weights, scaled_kernel
 from .layout import Layout, name_tensors, on_device, parse
 from .matmul import _store, add_shares
@@ -108,6 +108,7 @@ def fast_kernel(
     x_row = x + tl.minimum(m, M - 1)[:, None].to(tl.int64) * K
     seen = seen_inputs(column, 32 if LAYOUT.bits == 8 else 16, BLOCKS, COLUMNS) & (m < M)[:, None]
     turns = all_turns(weight, K, LAYOUT, BLOCKS)
+    exponents = power_exponents(scale_range, tl.full((1, 1), 0, tl.int32), LAYOUT)
     blocks = (K + 63) // 64
     if EVEN:
         blocks = tl.multiple_of(blocks, BLOCKS * SPANS)
@@ -122,13 +123,13 @@ def fast_kernel(
         totals = totals + (tl.zeros((STRIP, R), tl.float32),)  # noqa: RUF005
     for step in tl.range(split, tl.cdiv(blocks, BLOCKS * SPANS), SPLIT, num_stages=STAGES):
         for span in tl.static_range(SPANS):
-            x_step = x_row + span * (BLOCKS * 64) + turned(step, SPANS * BLOCKS * 64)
+            x_offset = step_offset(step, SPANS * BLOCKS * 64) + span * (BLOCKS * 64)
             added = ()
             for strip in tl.static_range(STRIPS):
                 start = weight + rows[strip] * (blocks * (4 * LAYOUT.bits))
                 total = with_step(
-                    *(totals[strip], start, rows[strip], tables[strip], turns, x_step, seen),
-                    *(scales, scale_range, zeros, step * SPANS + span, blocks, K, LAYOUT, FORM),
+                    *(totals[strip], start, rows[strip], tables[strip], turns, x_row, x_offset, seen),
+                    *(scales, scale_range, exponents, zeros, step * SPANS + span, blocks, K, LAYOUT, FORM),
                     *(BLOCK_M, BLOCKS, COLUMNS, WINDOW, EVEN, ROWS_OF_ONES),
                 )
                 added = added + (total,)  # noqa: RUF005
@@ -158,8 +159,8 @@ def fast_tiles(M: int, layout: Layout, form: str) -> FastTiles:
 
     Two warps, so that Hopper's compiler keeps operands in registers too; as many rows of W as registers hold.
     """
-    if M > 4 and in_weights(layout, form):
-        return FastTiles(16, 128 if layout.bits in (1, 2, 4) else 64, BLOCKS, 1, 8, stages=2, scaled=1)
+    if M > 2 and in_weights(layout, form):
+        return FastTiles(8 if M <= 8 else 16, 128 if layout.bits in (1, 2, 4) else 64, BLOCKS, 1, 8, stages=2, scaled=1)
     table = layout.table != "none" and layout.name != "fp4"
     if M <= 4:
         full = layout.group == 32 and (layout.bits == 8 or layout.table != "none")
@@ -167,15 +168,15 @@ def fast_tiles(M: int, layout: Layout, form: str) -> FastTiles:
         blocks, spans = 2 if few else 4, 1
     else:
         blocks = 1 if 0 < layout.group <= 64 and 1 not in layout.planes else 2
-        spans = 2 if table else 1
+        spans = 2 if table and blocks == 1 else 1
     columns = 1 if layout.group == 0 else blocks if layout.group < 64 else max(1, blocks * 64 // layout.group)
     # Sums for every part of a block take registers: with small groups, 16 rows spill from some widths on.
     many = 8 if 0 < layout.group < 32 or (layout.group == 32 and layout.bits == 7) else 16
     rows = triton.next_power_of_2(M) if M <= 4 else many
     warps = 4 if M > 4 and (layout.group, layout.bits) == (32, 3) else 2
-    outputs = 128 if M > 4 and (columns == 1 or warps == 4) else 64
-    strips = 2 if M > 4 and table else 1
-    stages = 2 if len(layout.planes) > 1 else 3
+    strips = 2 if table and (M > 4 or (M > 2 and layout.group == 32)) else 1
+    outputs = 128 if M > 4 and (columns == 1 or warps == 4) else 64 * (strips if M <= 4 else 1)
+    stages = 2 if len(layout.planes) > 1 or strips == 2 else 3
     window = 4 if M > 4 and 0 < layout.group <= 32 else 8  # one more shift, but no second sum for each group
     return FastTiles(max(rows, 8 // columns), outputs, blocks, columns, window, warps, stages, strips, spans)
 

@@ -27,9 +27,9 @@ AND_OR = "0xEA"  # lop3: (first & second) | third
 
 
 @triton.constexpr_function
-def constraints(inputs):
+def constraints(inputs, outputs=1):
     """Operand constraints of a text: all operands are 32-bit registers."""
-    return ",".join(["=r"] + ["r"] * inputs)
+    return ",".join(["=r"] * outputs + ["r"] * inputs)
 
 
 @triton.constexpr_function
@@ -138,28 +138,55 @@ def value_asm(form, planes, field, window, piece):
 
 
 @triton.constexpr_function
-def scaled_asm(planes, field, brain=None, stored=True):
-    """Text for a field as a weight. Two more registers of two halves each: a scale and what is added.
+def _half(target, source, half):
+    """Lines that repeat one half of a register in both; the assembler makes it a modifier of what reads them."""
+    return [f"mov.b32 {{a, b}}, {source};", f"mov.b32 {target}, {{{'b' if half else 'a'}, {'b' if half else 'a'}}};"]
 
-    float16: the code as in the form ``subnormal``, times the scale, plus the other. bfloat16: the code times
-    ``2**-brain``, by the power of two that its place asks for, plus the other, times the scale; if it is ``stored``,
-    the other is a zero point that stands where field 0 does, and is taken off.
+
+@triton.constexpr_function
+def _power(exponent, brain):
+    """Two halves of ``2**exponent``: bfloat16 if ``brain``, else float16."""
+    return (exponent + 127 << 7 if brain else exponent + 15 << 10) * 0x10001
+
+
+@triton.constexpr_function
+def scaled_asm(planes, field, half, stored, brain=None):
+    """Text for a field as a weight, ``(code - zero point) * scale``, of one of two groups: ``half`` 0 or 1.
+
+    One more register has the scales of both, and if ``stored`` another their zero points, as codes that stand where
+    field 0 does; else they are half of what a code can be. A pair of lanes has these registers twice.
+    float16: the code as in the form ``subnormal``, times the scale, less the zero point times the scale. bfloat16: the
+    code times ``2**-brain``, by the power of two that its place asks for, less the zero point in that unit, times the
+    scale.
     """
     bits, first = sum(planes), 1 + operand_registers(planes)
-    text = value_asm("subnormal", planes, field, 8, 0)
+    middle = bits - 1 if bits > 1 else -1  # half of what a code can be, as a power of two
+    start, place = (code_position("subnormal", bits, at, 8) for at in (0, field))
+    scale = f"${first}"
     if brain is None:
-        return text.replace("mov.b32 $0, w;", f"fma.rn.f16x2 $0, w, ${first}, ${first + 1};")
-
-    def power(place, sign):
-        return f"mov.b32 t, {(133 - brain - code_position('subnormal', bits, place, 8) + 127 << 7 | sign) * 0x10001};"
-
-    lines = ["mov.b32 u, 0x80008000;"]  # a product is a multiply-add of minus zero: PTX has it alone from sm_90 on
-    if stored:
-        lines += [power(0, 0x8000), f"fma.rn.bf16x2 z, ${first + 1}, t, u;"]
+        if stored:
+            lines = [f"mul.f16x2 z, ${first + 2}, {scale};"]
+        else:  # 2**-24 of a unit, and half of it in 1 bit, is less than a float16 can be: in two steps
+            lines = [f"mov.b32 t, {_power(-12, False)};", f"mul.f16x2 z, {scale}, t;"]
+            lines += [f"mov.b32 t, {_power(middle + start - 12, False)};", "mul.f16x2 z, z, t;"]
+        lines += [*_half("z", "z", half), "neg.f16x2 z, z;"]
+        if place != start:
+            lines += [f"mov.b32 t, {_power(start - place, False)};", f"mul.f16x2 s, {scale}, t;"]
+            scale = "s"
+        lines += [*_half("s", scale, half), "fma.rn.f16x2 $0, w, s, z;"]
     else:
-        lines.append(f"mov.b32 z, ${first + 1};")
-    lines += [power(field, 0), "fma.rn.bf16x2 w, w, t, z;", f"fma.rn.bf16x2 $0, w, ${first}, u;"]
-    return text.replace("mov.b32 $0, w;", " ".join(lines)).replace(".reg .b32 w,", ".reg .b32 u, z, w,")
+        lines = ["mov.b32 u, 0x80008000;"]  # a product is a multiply-add of minus zero: PTX has it alone from sm_90 on
+        if stored:
+            lines += [f"mov.b32 t, {_power(133 - brain - start, True) | 0x80008000};"]
+            lines += [f"fma.rn.bf16x2 z, ${first + 2}, t, u;", *_half("z", "z", half)]
+        else:
+            lines.append(f"mov.b32 z, {_power(middle - brain, True) | 0x80008000};")
+        lines += [f"mov.b32 t, {_power(133 - brain - place, True)};", "fma.rn.bf16x2 w, w, t, z;"]
+        lines += [*_half("s", scale, half), "fma.rn.bf16x2 $0, w, s, u;"]
+    text = value_asm("subnormal", planes, field, 8, 0)
+    return text.replace("mov.b32 $0, w;", " ".join(lines)).replace(
+        ".reg .b32 w,", ".reg .b16 a, b; .reg .b32 u, s, z, w,"
+    )
 
 
 @triton.constexpr_function

@@ -19,7 +19,7 @@ from .fast_asm import (
     table_registers,
     value_asm,
 )
-from .fast_grid import in_pairs, pair_grid, turned, unit
+from .fast_grid import in_pairs, pair_grid, power_scale, step_offset, unit
 
 
 @triton.constexpr_function
@@ -53,6 +53,7 @@ def _below(planes, index):
 @triton.jit
 def _inputs(
     x_row,
+    offset,
     seen,
     first,
     K,
@@ -62,15 +63,18 @@ def _inputs(
     COLUMNS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """The inputs (R, BLOCKS * LANES) that belong to one field; ``seen`` says which columns see them."""
+    """The inputs (R, BLOCKS * LANES) that belong to one field of the step at ``x_row + offset``.
+
+    ``seen`` says which columns see them, ``first`` is the step's first input.
+    """
     k = tl.arange(0, BLOCKS * LANES)[None, :]
     place = k // LANES * 64 + k % LANES + LANES * FIELD
     if not EVEN:
         seen = seen & (place + first < K)
     if EVEN and COLUMNS == 1:
-        inputs = tl.load(x_row + place)
+        inputs = tl.load(x_row + place + offset)
     else:
-        inputs = tl.load(x_row + place, mask=seen, other=0)
+        inputs = tl.load(x_row + place + offset, mask=seen, other=0)
     return inputs
 
 
@@ -88,7 +92,7 @@ def _words(start, step, blocks, LAYOUT: tl.constexpr, INDEX: tl.constexpr, BLOCK
     """
     PLANE: tl.constexpr = LAYOUT.planes[INDEX]
     lane = tl.arange(0, BLOCKS * 4 * PLANE)[None, :]
-    pointer = start + blocks * (4 * _below(LAYOUT.planes, INDEX)) + lane + turned(step, BLOCKS * 4 * PLANE)
+    pointer = start + blocks * (4 * _below(LAYOUT.planes, INDEX)) + lane + step_offset(step, BLOCKS * 4 * PLANE)
     if EVEN:
         word = tl.load(pointer)
     else:
@@ -187,6 +191,7 @@ def _table_sums(
     sums,
     operands,
     x_row,
+    x_offset,
     seen,
     first,
     K,
@@ -204,14 +209,14 @@ def _table_sums(
     if moved_e2m1(FORM, LAYOUT):
         for field in tl.static_range(4):
             if field * PARTS // 4 == PART:
-                x_field = _inputs(x_row, seen, first, K, field, 16, BLOCKS, COLUMNS, EVEN)
+                x_field = _inputs(x_row, x_offset, seen, first, K, field, 16, BLOCKS, COLUMNS, EVEN)
                 sums = tl.dot(_moved(operands[0], field), x_field.trans(), sums)
     else:
         for lane in tl.static_range(2):
             for half in tl.static_range(2):
                 if half * PARTS // 2 == PART:
-                    x_even = _inputs(x_row, seen, first, K, 2 * half, 16, BLOCKS, COLUMNS, EVEN)
-                    x_odd = _inputs(x_row, seen, first, K, 2 * half + 1, 16, BLOCKS, COLUMNS, EVEN)
+                    x_even = _inputs(x_row, x_offset, seen, first, K, 2 * half, 16, BLOCKS, COLUMNS, EVEN)
+                    x_odd = _inputs(x_row, x_offset, seen, first, K, 2 * half + 1, 16, BLOCKS, COLUMNS, EVEN)
                     level = _level(operands, tables, lane, half, LAYOUT, DTYPE)
                     sums = tl.dot(level, _paired(x_even, x_odd, lane).trans(), sums)
     return sums
@@ -223,6 +228,7 @@ def _plane_sums(
     inputs_sum,
     operands,
     x_row,
+    x_offset,
     seen,
     first,
     K,
@@ -244,7 +250,7 @@ def _plane_sums(
         share = sums if position == 0 or FORM == "lop3" else tl.zeros(sums.shape, tl.float32)
         for field in tl.static_range(64 // LANES):
             if field * LANES * PARTS // 64 == PART and 4 * field % SPAN == position:
-                x_field = _inputs(x_row, seen, first, K, field, LANES, BLOCKS, COLUMNS, EVEN).trans()
+                x_field = _inputs(x_row, x_offset, seen, first, K, field, LANES, BLOCKS, COLUMNS, EVEN).trans()
                 for piece in tl.static_range(2 if LAYOUT.bits == 8 and FORM == "magic" else 1):
                     share = tl.dot(_value(operands, FORM, field, SPAN, piece, LAYOUT, DTYPE), x_field, share)
                 inputs_sum = tl.dot(ones, x_field, inputs_sum)
@@ -272,9 +278,11 @@ def with_step(
     tables,
     turns,
     x_row,
+    x_offset,
     seen,
     scales,
     scale_range,
+    exponents,
     zeros,
     step,
     blocks,
@@ -298,7 +306,7 @@ def with_step(
     first = step * (BLOCKS * 64)
     operands = _operands(start, step, blocks, turns, LAYOUT, BLOCKS, EVEN)
     if PAIRS:
-        grid = pair_grid(scales, scale_range, zeros, row, step, K, LAYOUT, FORM, WINDOW, COLUMNS, EVEN)
+        grid = pair_grid(scales, exponents, zeros, row, step, K, LAYOUT, FORM, WINDOW, COLUMNS, EVEN)
     for part in tl.static_range(PARTS):
         sums = tl.zeros((N, R), tl.float32)
         column = tl.arange(0, COLUMNS)[None, :]
@@ -309,25 +317,44 @@ def with_step(
         stored = tl.full((1, 1), 1, tl.int1) if EVEN else group < group_of(K - 1, LAYOUT) + 1
         if PAIRS:
             scale = grid[part]
+        elif LAYOUT.scale == "log8":
+            stored_scale = tl.load(scales + row * (group_of(K - 1, LAYOUT) + 1) + group, mask=stored, other=0)
+            scale = power_scale(stored_scale, exponents) * UNIT
         else:
             scale = load_scale(scales, scale_range, row, group, stored, K, LAYOUT) * UNIT
         if LAYOUT.table != "none":
             sums = _table_sums(
-                *(sums, operands, x_row, seen, first, K, tables, LAYOUT, FORM, part, PARTS, BLOCKS, COLUMNS, EVEN),
+                *(
+                    sums,
+                    operands,
+                    x_row,
+                    x_offset,
+                    seen,
+                    first,
+                    K,
+                    tables,
+                    LAYOUT,
+                    FORM,
+                    part,
+                    PARTS,
+                    BLOCKS,
+                    COLUMNS,
+                    EVEN,
+                ),
             )
             total += sums * _spread(scale, BLOCK_M)
         else:
             inputs_sum = tl.zeros((ROWS_OF_ONES, R), tl.float32)
             sums, inputs_sum = _plane_sums(
-                *(sums, inputs_sum, operands, x_row, seen, first, K),
+                *(sums, inputs_sum, operands, x_row, x_offset, seen, first, K),
                 *(LAYOUT, FORM, part, PARTS, BLOCKS, COLUMNS, WINDOW, EVEN),
             )
             if PAIRS:
                 shift = grid[2 + part]
             else:
-                shift = load_zero(zeros, row, group, stored, K, LAYOUT) * (1.0 / UNIT) + OFFSET
+                shift = load_zero(zeros, row, group, stored, K, LAYOUT) * (-1.0 / UNIT) - OFFSET
             shift = _spread(shift, BLOCK_M)
             inputs_sum = inputs_sum.reshape(1, ROWS_OF_ONES, R)
             inputs_sum = inputs_sum.broadcast_to(N // ROWS_OF_ONES, ROWS_OF_ONES, R).reshape(N, R)
-            total += (sums - shift * inputs_sum) * _spread(scale, BLOCK_M)
+            total += (sums + shift * inputs_sum) * _spread(scale, BLOCK_M)
     return total

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .decode import load_zero
-from .fast_asm import code_position
+from .fast_asm import AND_OR, code_position, constraints
 
 
 @triton.constexpr_function
@@ -29,25 +29,35 @@ def in_pairs(layout, columns):
 
 @triton.jit
 def _shift(code, LAYOUT: tl.constexpr, FORM: tl.constexpr):
-    """What has to be subtracted from a value for each unit of its input, float32; ``code`` as in stored_zeros."""
+    """What has to be added to a value for each unit of its input, float32; ``code`` as in :func:`stored_zeros`."""
     PLACE: tl.constexpr = code_position("subnormal", LAYOUT.bits, 0, 8)
     if FORM == "subnormal":
-        value = code.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        value = (-code.to(tl.int16).to(tl.float16, bitcast=True)).to(tl.float32)
     elif FORM == "magic" and LAYOUT.bits == 8:
-        value = ((code << 15) | 0x43800000).to(tl.float32, bitcast=True)  # 256 + code
+        value = ((code << 15) | -0x3C800000).to(tl.float32, bitcast=True)  # -256 - code
     elif FORM == "magic":
         MOVED: tl.constexpr = 16 + code_position(FORM, LAYOUT.bits, 0, 8) - PLACE
-        value = ((code << MOVED) | 0x43000000).to(tl.float32, bitcast=True)  # 128 + code * 2**t
+        value = ((code << MOVED) | -0x3D000000).to(tl.float32, bitcast=True)  # -128 - code * 2**t
     else:
-        value = (code >> PLACE).to(tl.float32)
+        value = -(code >> PLACE).to(tl.float32)
     return value
 
 
+@triton.constexpr_function
+def _wide_asm(size):
+    return f"mul.wide.u32 $0, $1, {size};"
+
+
 @triton.jit
-def turned(step, SIZE: tl.constexpr):
-    """``step * SIZE``, int64, of which the compiler does not know how it grows."""
-    hidden = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [step], dtype=tl.int32, is_pure=True, pack=1)
-    return hidden.to(tl.int64) * SIZE
+def step_offset(step, SIZE: tl.constexpr):
+    """``step * SIZE``, int64, for addresses.
+
+    The compiler, which does not see what it is, adds it to an address that it makes before the loop, by one instruction
+    a load; else it carries a pointer for every load from turn to turn, by two to four.
+    """
+    TEXT: tl.constexpr = _wide_asm(SIZE)
+    size = tl.inline_asm_elementwise(TEXT, "=l,r", [step], dtype=tl.int64, is_pure=True, pack=1)
+    return tl.multiple_of(size, SIZE & -SIZE)
 
 
 @triton.jit
@@ -57,69 +67,105 @@ def stored_scales(scales, row, step, K, GROUPS: tl.constexpr, EVEN: tl.constexpr
     group = step * GROUPS + first
     groups = (K + 31) // 32
     if EVEN:
-        scale = tl.load(scales + row * tl.multiple_of(groups, GROUPS) + first + turned(step, GROUPS))
+        scale = tl.load(scales + row * tl.multiple_of(groups, GROUPS) + first + step_offset(step, GROUPS))
     else:
         scale = tl.load(scales + row * groups + group, mask=group < groups, other=0)
     return scale, group
 
 
 @triton.jit
-def power_scale(code, scale_range, exponent):
-    """As :func:`.decode.decode_scale` of log8, times ``2**exponent`` (int32), by fewer instructions; float32."""
-    width = tl.load(scale_range + 1)
-    code = code.to(tl.float32)
-    power = tl.exp2(code * width + (tl.load(scale_range) + exponent.to(tl.float32) - width))
-    return power * tl.minimum(code, 1.0)  # code 0 is 0
+def power_exponents(scale_range, exponent, LAYOUT: tl.constexpr):
+    """What :func:`power_scale` needs for scales of log8 times ``2**exponent`` (int32); nothing for others."""
+    if LAYOUT.scale == "log8":
+        width = tl.load(scale_range + 1)
+        found = (width, tl.load(scale_range) + exponent.to(tl.float32) - width)
+    else:
+        found = ()
+    return found
 
 
 @triton.jit
-def stored_zeros(zeros, row, step, K, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr, EVEN: tl.constexpr):
-    """Zero points of the first and second group of the COLUMNS blocks of a step: (BLOCK_N, COLUMNS) each, int32.
+def power_scale(code, exponents):
+    """As :func:`.decode.decode_scale` of log8, by fewer instructions; ``exponents`` is of :func:`power_exponents`."""
+    code = code.to(tl.float32)
+    return tl.exp2(code * exponents[0] + exponents[1]) * tl.minimum(code, 1.0)  # code 0 is 0
 
-    They stand where field 0 has its code in :mod:`.fast_asm`, without other bits.
+
+@triton.constexpr_function
+def _bytes_of_two(bits):
+    """How many bytes the zero points of two groups side by side lie in, at most."""
+    return 3 if bits == 7 else 1 if 8 % bits == 0 else 2
+
+
+@triton.constexpr_function
+def _joined_asm(bits, place, pack):
+    """Text that makes the zero points of two groups, as halves, of the bytes that they lie in; less than 8 bits.
+
+    Registers: ``pack`` first bytes, as many second ones, with 7 bits third ones; then ``pack`` of how far to turn them.
+    """
+    mask, parts, lines = ((1 << bits) - 1) << place, _bytes_of_two(bits), []
+    for i in range(pack):
+        bytes = [f"${pack + part}" for part in range(parts)]
+        if parts == 1:  # nothing else is in the register: what moves one zero point up cannot carry into the other
+            lines.append(f"prmt.b32 z, {bytes[0]}, 0, {0x4440 + i};")
+            lines += [f"shr.b32 z, z, ${pack + 1 + i};"] if bits < 4 else []
+            lines.append(f"mul.lo.u32 z, z, {1 + (1 << 16 - bits)}; and.b32 ${i}, z, {mask * 0x10001};")
+            continue
+        lines.append(f"prmt.b32 z, {bytes[0]}, {bytes[1]}, {i | 4 + i << 4};")
+        lines += [f"prmt.b32 z, z, {bytes[2]}, {0x10 | 4 + i << 8};"] if parts == 3 else []
+        lines += [f"shf.r.wrap.b32 z, z, z, ${pack + parts + i};", f"and.b32 t, z, {mask}; shl.b32 z, z, {16 - bits};"]
+        lines.append(f"lop3.b32 ${i}, z, {mask << 16}, t, {AND_OR};")
+    return " ".join(["{ .reg .b32 z, t;", *lines, "}"])
+
+
+@triton.jit
+def stored_zeros(
+    zeros, row, step, K, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr, PACK: tl.constexpr, EVEN: tl.constexpr
+):
+    """Zero points of both groups of the COLUMNS blocks of a step, (BLOCK_N, COLUMNS): int32, the first in the low half.
+
+    They stand where field 0 has its code in :mod:`.fast_asm`, without other bits. ``PACK`` is 4 where the compiler
+    brings bytes to a thread four to a register, else 1.
     """
     BITS: tl.constexpr = LAYOUT.bits
     PLACE: tl.constexpr = code_position("subnormal", BITS, 0, 8)
-    MASK: tl.constexpr = ((1 << BITS) - 1) << PLACE
+    BYTES: tl.constexpr = COLUMNS * BITS // 4
+    PARTS: tl.constexpr = _bytes_of_two(BITS)
     size = ((K + 31) // 32 * BITS + 7) // 8
-    if BITS == 8:
-        first_byte = tl.arange(0, 2 * COLUMNS)[None, :]
-        if EVEN:
-            found = tl.load(zeros + row * tl.multiple_of(size, 2 * COLUMNS) + first_byte + turned(step, 2 * COLUMNS))
+    if EVEN and 8 % BITS == 0:
+        size = tl.multiple_of(size, BYTES)
+    bit = tl.arange(0, COLUMNS)[None, :] * (2 * BITS)
+    first_byte = tl.minimum(bit // 8, BYTES - PARTS)
+    parts = ()
+    for part in tl.static_range(PARTS):
+        if BITS == 8:
+            byte = tl.arange(0, BYTES)[None, :]
+        elif BITS == 4:
+            byte = tl.arange(0, COLUMNS)[None, :]
         else:
-            byte = step * (2 * COLUMNS) + first_byte
-            found = tl.load(zeros + row * size + byte, mask=byte < size, other=0)
-        first, second = tl.split(found.to(tl.int32).reshape(found.shape[0], COLUMNS, 2))
-    else:  # those of a block lie in one byte or two, with 7 bits in three, of those that a step has
-        STEP: tl.constexpr = COLUMNS * BITS // 4
-        PARTS: tl.constexpr = 3 if BITS == 7 else 1 if 8 % BITS == 0 else 2
-        bit = tl.arange(0, COLUMNS)[None, :] * (2 * BITS)
-        stream = tl.zeros((1, 1), tl.int32)
-        for part in tl.static_range(PARTS):
-            first_byte = tl.minimum(bit // 8 + part, STEP - 1)
-            if EVEN:
-                if BITS == 4:
-                    found = tl.load(
-                        zeros
-                        + row * tl.multiple_of(size, COLUMNS)
-                        + tl.arange(0, COLUMNS)[None, :]
-                        + turned(step, STEP)
-                    )
-                else:
-                    found = tl.load(zeros + row * size + first_byte + turned(step, STEP))
-            else:
-                byte = step * STEP + first_byte
-                found = tl.load(zeros + row * size + byte, mask=byte < size, other=0)
-            stream += found.to(tl.int32) << (8 * part + 8)
-        stream = stream >> (bit % 8 + (8 - PLACE))
-        first, second = stream & MASK, (stream >> BITS) & MASK
-    return first, second
+            byte = first_byte + part
+        if EVEN:
+            found = tl.load(zeros + row * size + byte + step_offset(step, BYTES))
+        else:
+            found = tl.load(zeros + row * size + step * BYTES + byte, mask=step * BYTES + byte < size, other=0)
+        if PACK == 1 or BITS == 8:
+            found = found.to(tl.int32)
+        parts = parts + (found,)  # noqa: RUF005
+    if BITS == 8:
+        first, second = tl.split(parts[0].reshape(row.shape[0], COLUMNS, 2))
+        pairs = first | (second << 16)
+    else:
+        TEXT: tl.constexpr = _joined_asm(BITS, PLACE, PACK)
+        COUNT: tl.constexpr = constraints(PARTS + PACK, PACK)
+        parts = parts + ((bit - 8 * first_byte - PLACE) & 31,)  # noqa: RUF005
+        pairs = tl.inline_asm_elementwise(TEXT, COUNT, parts, dtype=tl.int32, is_pure=True, pack=PACK)
+    return pairs
 
 
 @triton.jit
 def pair_grid(
     scales,
-    scale_range,
+    exponents,
     zeros,
     row,
     step,
@@ -139,25 +185,20 @@ def pair_grid(
     UNIT: tl.constexpr = unit(FORM, LAYOUT, WINDOW)
     OFFSET: tl.constexpr = 0.0 if FORM != "magic" else 256.0 if LAYOUT.bits == 8 else 128.0
     scale, group = stored_scales(scales, row, step, K, GROUPS, EVEN)
-    groups = (K + 31) // 32
-    if EVEN:
-        groups = tl.multiple_of(groups, GROUPS)
-        stored = tl.full((1, 1), 1, tl.int1)
-    else:
-        stored = group < groups
     if LAYOUT.scale == "log8":
-        scale = power_scale(scale, scale_range, tl.full((1, 1), 0, tl.int32))
+        scale = power_scale(scale, exponents)
     else:
         scale = scale.to(tl.float32)
     first, second = tl.split(scale.reshape(N, COLUMNS, 2))
     if LAYOUT.zeros == "fixed":
-        shift = tl.full((1, 1), LAYOUT.fixed_zero / UNIT + OFFSET, tl.float32)
+        shift = tl.full((1, 1), -LAYOUT.fixed_zero / UNIT - OFFSET, tl.float32)
         found = (first, second, shift, shift)
     elif LAYOUT.zeros == "float":
+        stored = group < (K + 31) // 32
         zero = load_zero(zeros, row, group, stored, K, LAYOUT)
-        third, fourth = tl.split((zero * (1.0 / UNIT) + OFFSET).reshape(N, COLUMNS, 2))
+        third, fourth = tl.split((zero * (-1.0 / UNIT) - OFFSET).reshape(N, COLUMNS, 2))
         found = (first, second, third, fourth)
     else:
-        third, fourth = stored_zeros(zeros, row, step, K, LAYOUT, COLUMNS, EVEN)
-        found = (first, second, _shift(third, LAYOUT, FORM), _shift(fourth, LAYOUT, FORM))
+        pairs = stored_zeros(zeros, row, step, K, LAYOUT, COLUMNS, 1, EVEN)
+        found = (first, second, _shift(pairs & 0xFFFF, LAYOUT, FORM), _shift((pairs >> 16) & 0xFFFF, LAYOUT, FORM))
     return found

@@ -1,9 +1,10 @@
-"""The fast product for many rows of x and groups of 32: scales and zero points go into the weights, not into sums.
+"""The fast product for several rows of x and groups of 32: scales and zero points go into the weights, not into sums.
 
-With few rows of x a scale for a sum is less than one for its weights. With 16 rows and a group of 32 it is more: two
-instructions for each of 16 sums of 32 weights, where one or two make two weights ``(q - z) * s``. So here a field,
-which read as a half-precision number is the code times a power of two (:mod:`.fast_asm`), becomes the weight by
-multiply-adds of pairs, and all groups go into one sum.
+For two rows of x a scale for a sum is less than one for its weights. For 16 rows and a group of 32 it is more: two
+instructions for each of 16 sums of 32 weights, where one or two make two weights ``(q - z) * s``; already for three,
+whose sums do not fit a tensor core's columns next to those of other groups. So here a field, which read as a
+half-precision number is the code times a power of two (:mod:`.fast_asm`), becomes the weight by multiply-adds of pairs,
+and all groups go into one sum.
 
 - float16: ``q * s - z * s`` by one. The field is ``q * 2**-24`` or more. A scale must neither be rounded away nor be
   too large when that is taken into it: those of a row are multiplied by a power of two by which the greatest is from
@@ -24,9 +25,9 @@ import triton
 import triton.language as tl
 
 from .decode import decode_scale
-from .fast_asm import code_position, constraints, operand_registers, results, scaled_asm
+from .fast_asm import constraints, operand_registers, results, scaled_asm
 from .fast_fields import _inputs, _operands, all_turns
-from .fast_grid import power_scale, stored_scales, stored_zeros, turned, unit
+from .fast_grid import power_exponents, power_scale, step_offset, stored_scales, stored_zeros, unit
 from .layout import Layout
 from .matmul import _store
 
@@ -44,12 +45,6 @@ def in_weights(layout: Layout, form: str) -> bool:
 def _run(layout):
     """Inputs that a thread takes side by side: the compiler goes by the narrowest load that an operand is made of."""
     return 4 if layout.zeros == "int" or layout.scale == "log8" else 2
-
-
-@triton.constexpr_function
-def _moved(layout, field):
-    """What a scale is multiplied with for a field that stands further up than the first one."""
-    return 2.0 ** (code_position("subnormal", layout.bits, 0, 8) - code_position("subnormal", layout.bits, field, 8))
 
 
 @triton.jit
@@ -70,12 +65,12 @@ def _for_lanes(value, LANES: tl.constexpr, RUN: tl.constexpr):
 
 
 @triton.jit
-def _value(operands, scale, shift, FIELD: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
+def _value(operands, grid, FIELD: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
+    LANES: tl.constexpr = 32 if LAYOUT.bits == 8 else 16
     BRAINS: tl.constexpr = BRAIN if tl.bfloat16 == DTYPE else None
-    TEXT: tl.constexpr = scaled_asm(LAYOUT.planes, FIELD, BRAINS, LAYOUT.zeros != "fixed")
-    COUNT: tl.constexpr = constraints(operand_registers(LAYOUT.planes) + 2)
-    operands = operands + (scale, shift)  # noqa: RUF005 (Triton has no other way to join tuples)
-    return tl.inline_asm_elementwise(TEXT, COUNT, operands, dtype=results(DTYPE), is_pure=True, pack=2)[0]
+    TEXT: tl.constexpr = scaled_asm(LAYOUT.planes, FIELD, FIELD * LANES // 32, LAYOUT.zeros != "fixed", BRAINS)
+    COUNT: tl.constexpr = constraints(operand_registers(LAYOUT.planes) + 2 * len(grid))
+    return tl.inline_asm_elementwise(TEXT, COUNT, operands + grid, dtype=results(DTYPE), is_pure=True, pack=2)[0]
 
 
 @triton.jit
@@ -111,48 +106,29 @@ def _exponent(
 
 
 @triton.jit
-def _pair(tile):
-    """The first and second group of each block, (rows, 4) each, of a tile (rows, 8)."""
-    return tl.split(tile.reshape(tile.shape[0], 4, 2))
+def _halves(first, second, DTYPE: tl.constexpr):
+    """Two tiles of ``DTYPE`` or float32 as one, int32: the first in the low halves."""
+    if first.dtype == tl.float32:
+        TEXT: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;" if tl.float16 == DTYPE else "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        pairs = tl.inline_asm_elementwise(TEXT, "=r,r,r", [first, second], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        pairs = first.to(tl.uint16, bitcast=True).to(tl.int32) | (second.to(tl.uint16, bitcast=True).to(tl.int32) << 16)
+    return pairs
 
 
 @triton.jit
-def _scale_pair(
-    scales, scale_range, row, step, K, exponent, LAYOUT: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr
-):
-    """Scales of both groups of the blocks of a step, times their power of two, (rows, 4) each."""
+def _scales(scales, exponents, row, step, K, exponent, LAYOUT: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr):
+    """Scales of both groups of the blocks of a step, times their power of two: (rows, 4) of :func:`_halves`."""
     scale, _ = stored_scales(scales, row, step, K, 8, EVEN)
     if LAYOUT.scale == "log8":
-        scale = power_scale(scale, scale_range, exponent)
+        scale = power_scale(scale, exponents)
     elif LAYOUT.scale == "float16" and tl.float16 == DTYPE:  # whose powers of two end at 2**15
         some = tl.minimum(exponent, 15)
         scale = scale * _power(some).to(tl.float16) * _power(exponent - some).to(tl.float16)
     else:
         scale = scale.to(tl.float32) * _power(exponent)
-    return _pair(scale.to(DTYPE))
-
-
-@triton.jit
-def _zero_pair(zeros, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
-    """Zero points of both groups of the blocks of a step, (rows, 4) each: float16 of bits where field 0 has its own."""
-    first, second = stored_zeros(zeros, row, step, K, LAYOUT, 4, EVEN)
-    return first.to(tl.int16).to(tl.float16, bitcast=True), second.to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def _shift(scale, zero, LAYOUT: tl.constexpr):
-    """What :func:`.fast_asm.scaled_asm` takes besides ``scale``; ``zero`` is of :func:`_zero_pair` if it is stored."""
-    if scale.dtype == tl.bfloat16:
-        if LAYOUT.zeros == "fixed":
-            shift = tl.full(scale.shape, -LAYOUT.fixed_zero * 2.0**-BRAIN, tl.bfloat16)
-        else:
-            shift = zero  # its bits
-    elif LAYOUT.zeros == "fixed":
-        # 2**-24 of a unit, and half of it in 1 bit, is less than a float16 can be: in two steps.
-        shift = scale * 2.0**-12 * -(LAYOUT.fixed_zero * 4096.0 / unit("subnormal", LAYOUT, 8))
-    else:
-        shift = -zero * scale
-    return shift
+    first, second = tl.split(scale.reshape(scale.shape[0], 4, 2))
+    return _halves(first, second, DTYPE)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -198,6 +174,7 @@ def scaled_kernel(
     else:
         exponent = _exponent(scales, scale_range, row, split, steps, K, LAYOUT, SPLIT, EVEN)
 
+    exponents = power_exponents(scale_range, exponent, LAYOUT)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for turn in tl.range(0, tl.cdiv(steps - split, SPLIT), num_stages=STAGES):
         step = split + turn * SPLIT
@@ -205,17 +182,13 @@ def scaled_kernel(
         operands = ()
         for index in tl.static_range(len(words)):
             operands = operands + (_quartered(words[index], LANES, RUN),)  # noqa: RUF005
-        found = _scale_pair(scales, scale_range, row, step, K, exponent, LAYOUT, EVEN, DTYPE)
-        zeros_found = found
+        found = _scales(scales, exponents, row, step, K, exponent, LAYOUT, EVEN, DTYPE)
+        grid = (_for_lanes(found, LANES, RUN),)
         if LAYOUT.zeros != "fixed":
-            zeros_found = _zero_pair(zeros, row, step, K, LAYOUT, EVEN)
+            grid = grid + (_for_lanes(stored_zeros(zeros, row, step, K, LAYOUT, 4, 4, EVEN), LANES, RUN),)  # noqa: RUF005
         for field in tl.static_range(64 // LANES):
-            scale = _for_lanes(found[field * LANES // 32], LANES, RUN)
-            shift = _shift(scale, _for_lanes(zeros_found[field * LANES // 32], LANES, RUN), LAYOUT)
-            if tl.float16 == DTYPE:
-                scale *= _moved(LAYOUT, field)
-            value = _value(operands, scale, shift, field, LAYOUT, DTYPE)
-            inputs = _inputs(x_row + turned(step, 256), seen, step * 256, K, field, LANES, 4, 1, EVEN)
+            value = _value(operands, grid, field, LAYOUT, DTYPE)
+            inputs = _inputs(x_row, step_offset(step, 256), seen, step * 256, K, field, LANES, 4, 1, EVEN)
             total = tl.dot(value, _quartered(inputs, LANES, RUN).trans(), total)
     if tl.float16 == DTYPE:
         total *= _power(-exponent) * unit("subnormal", LAYOUT, 8)

@@ -32,7 +32,7 @@ from .tiles import Tiles
 
 ENVIRONMENT_VARIABLE = "HF_LOWBIT_TUNING"
 SHIPPED = Path(__file__).parent / "tuning"
-BUCKETS = (1, 2, 4, 16, 64, 256, 1024)
+BUCKETS = (1, 2, 4, 8, 16, 64, 256, 1024)
 # Architectures that take the file of another; the others have one of their own, or that of "default".
 FAMILIES = {
     **{f"sm_{n}": f"nvidia-sm{n}" for n in (80, 89, 90, 100, 120)},
