@@ -175,7 +175,7 @@ def fast_tiles(M: int, layout: Layout, form: str) -> FastTiles:
     rows = triton.next_power_of_2(M) if M <= 4 else many
     warps = 4 if M > 4 and (layout.group, layout.bits) == (32, 3) else 2
     strips = 2 if table and (M > 4 or (M > 2 and layout.group == 32)) else 1
-    outputs = 128 if M > 4 and (columns == 1 or warps == 4) else 64 * (strips if M <= 4 else 1)
+    outputs = 128 if warps == 4 or (columns == 1 if M > 4 else strips == 2) else 64
     stages = 2 if len(layout.planes) > 1 or strips == 2 else 3
     window = 4 if M > 4 and 0 < layout.group <= 32 else 8  # one more shift, but no second sum for each group
     return FastTiles(max(rows, 8 // columns), outputs, blocks, columns, window, warps, stages, strips, spans)

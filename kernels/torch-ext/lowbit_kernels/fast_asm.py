@@ -45,16 +45,6 @@ def operand_registers(planes):
 
 
 @triton.constexpr_function
-def _moved(target, source, left):
-    """A shift to the left, to the right where negative."""
-    return (
-        f"{'shl' if left > 0 else 'shr'}.b32 {target}, {source}, {abs(left)};"
-        if left
-        else f"mov.b32 {target}, {source};"
-    )
-
-
-@triton.constexpr_function
 def first_turn(planes, index):
     """How far lane 0 of a small plane is turned to the right: to where the texts want its bits.
 

@@ -324,23 +324,8 @@ def with_step(
             scale = load_scale(scales, scale_range, row, group, stored, K, LAYOUT) * UNIT
         if LAYOUT.table != "none":
             sums = _table_sums(
-                *(
-                    sums,
-                    operands,
-                    x_row,
-                    x_offset,
-                    seen,
-                    first,
-                    K,
-                    tables,
-                    LAYOUT,
-                    FORM,
-                    part,
-                    PARTS,
-                    BLOCKS,
-                    COLUMNS,
-                    EVEN,
-                ),
+                *(sums, operands, x_row, x_offset, seen, first, K, tables),
+                *(LAYOUT, FORM, part, PARTS, BLOCKS, COLUMNS, EVEN),
             )
             total += sums * _spread(scale, BLOCK_M)
         else:

@@ -106,7 +106,7 @@ def _joined_asm(bits, place, pack):
     mask, parts, lines = ((1 << bits) - 1) << place, _bytes_of_two(bits), []
     for i in range(pack):
         bytes = [f"${pack + part}" for part in range(parts)]
-        if parts == 1:  # nothing else is in the register: what moves one zero point up cannot carry into the other
+        if parts == 1:  # a byte alone: times this it is there twice, apart
             lines.append(f"prmt.b32 z, {bytes[0]}, 0, {0x4440 + i};")
             lines += [f"shr.b32 z, z, ${pack + 1 + i};"] if bits < 4 else []
             lines.append(f"mul.lo.u32 z, z, {1 + (1 << 16 - bits)}; and.b32 ${i}, z, {mask * 0x10001};")
