@@ -1,7 +1,7 @@
 """Runs the PTX of ``tl.inline_asm_elementwise`` in Triton's interpreter, which has none.
 
-Only what the fast kernels write is understood: 32-bit integer moves, shifts, rotations, logic, byte permutes, a
-subtraction and multiply-adds of pairs of halves, and a power of two, one instruction after another, without branches.
+Only what the fast kernels write is understood: 32-bit integer moves, products, shifts, rotations, logic, byte permutes,
+arithmetic of pairs of halves and rounding to them, and their parts, one instruction after another, without branches.
 Anything else raises. Each instruction is applied to whole arrays of registers. It accepts operands that an assembler
 refuses, so compile as well.
 
@@ -55,13 +55,6 @@ def _multiply_halves(a, b):
     return (a * b).astype(np.float16).view(np.uint32)
 
 
-def _differ(a, b):
-    """``set.ne.f16x2.f16x2``: 1 in every half that differs as a number."""
-    shape = np.broadcast(a, b).shape
-    a, b = (np.ascontiguousarray(np.broadcast_to(v, shape)).view(np.float16) for v in (a, b))
-    return (a != b).astype(np.float16).view(np.uint32)
-
-
 def _round_pair(rounded):
     """``cvt.rn.*x2.f32``: two float32, the upper half first, rounded to halves of a register."""
 
@@ -86,11 +79,6 @@ def _multiply_add_brains(a, b, c):
         widen(np.ascontiguousarray(np.broadcast_to(v, shape)).view(np.uint16)).astype(np.float64) for v in (a, b, c)
     )
     return round_to_bfloat16((a * b + c).astype(np.float32)).view(np.uint32)
-
-
-def _single(function):
-    """An instruction on float32."""
-    return lambda *values: function(*(np.ascontiguousarray(v).view(np.float32) for v in values)).view(np.uint32)
 
 
 def _shift(function):
@@ -129,10 +117,6 @@ INSTRUCTIONS = {
     "cvt.rn.bf16x2.f32": _round_pair(round_to_bfloat16),
     "fma.rn.f16x2": _multiply_add_halves,
     "fma.rn.bf16x2": _multiply_add_brains,
-    "cvt.f32.f16": lambda a: a.astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32),
-    "fma.rn.f32": _single(lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32)),
-    "ex2.approx.ftz.f32": _single(np.exp2),  # without its error of two units in the last place
-    "set.ne.f16x2.f16x2": _differ,
 }
 
 
@@ -177,7 +161,10 @@ def _create_inline_asm(self, text, constraints, values, types, pure, pack):
     shape = np.broadcast_shapes(*(value.data.shape for value in values))
     inputs = [r for value in values for r in _registers(np.broadcast_to(value.data, shape), pack)]
     dtypes = [_get_np_dtype(type.scalar) for type in types]
-    counts = [max(np.dtype(dtype).itemsize * pack // 4, 1) if pack > 1 else 1 for dtype in dtypes]
+    sizes = [np.dtype(dtype).itemsize * pack for dtype in dtypes]
+    if any(size % 4 for size in sizes):
+        raise NotImplementedError(f"inline assembly: {pack} results of {dtypes} to an instance")
+    counts = [1 if pack == 1 else size // 4 for size in sizes]  # a register alone may have 64 bits
     results, handles = run(text, inputs, sum(counts)), []
     for count, dtype, type in zip(counts, dtypes, types, strict=True):
         registers, results = results[:count], results[count:]
