@@ -72,8 +72,8 @@ two bytes: for four codes four permutes, two that choose, two that pair, and wha
 tensor cores 0.25, and scales 0.5, in sums as in weights: 3.5 before any load. With scales in the weights it was counted
 on sm_80, too: 5.1, of which 1.0 are moves of the table out of uniform registers.
 
-Other versions of Triton were looked at for 16 rows of 1, 2, 4 and 6 bits, fp16, on sm_80: 3.5.1 and 3.6.0 come
-within 0.1 of 3.9.0; 3.7.1 and 3.8.0, too, but for 2 and 6 bits, which take 3.2 to 4.0 there, because operands go through
+Other versions of Triton were looked at for 16 rows of 1, 2, 4 and 6 bits, fp16, on sm_80: 3.5.1 and 3.6.0 come within
+0.1 of 3.9.0; 3.7.1 and 3.8.0, too, but for 2 and 6 bits, which take 3.2 to 4.0 there, because operands go through
 shared memory once more.
 """
 PORTABLE = """
