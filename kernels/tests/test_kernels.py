@@ -156,6 +156,35 @@ def test_ternary_rows_of_a_tensor_that_begins_anywhere_promise_nothing():
     assert layout.even(256, other, 2) == 1
 
 
+@pytest.mark.parametrize("K", [315, 213, 121])
+def test_ternary_weights_that_begin_anywhere_are_read_all_the_same(K, device):
+    """By other loads in another order: inputs are small whole numbers, so that every sum is exact."""
+    format, N = parse_format("ternary:bits=1.58,scale_dtype=float16"), 9
+    weight, companions = packed(format, N, K, device)
+    moved = torch.full((weight.numel() + 2,), -1, dtype=weight.dtype, device=device)[1:-1].view(weight.shape)
+    moved.copy_(weight)
+    assert weight.data_ptr() % 16 == 0 and moved.data_ptr() % 16
+    generator = torch.Generator().manual_seed(K)
+    for dtype in (FP16, FP32):
+        for M in (1, 6):
+            x = torch.randint(-3, 4, (M, K), generator=generator).to(device, dtype)
+            gradient = torch.randint(-3, 4, (M, N), generator=generator).to(device, dtype)
+            ends = torch.tensor([M], dtype=torch.int32, device=device)
+            found = [
+                (
+                    lowbit_kernels.linear(x, given, companions, None, format.spec, K),
+                    lowbit_kernels.input_gradient(gradient, given, companions, format.spec, K),
+                    lowbit_kernels.grouped_linear(
+                        x, ends, given[None], [c[None] for c in companions], None, format.spec, K
+                    ),
+                )
+                for given in (weight, moved)
+            ]
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        rows = [lowbit_kernels.dequantize(given, companions, format.spec, K, dtype) for given in (weight, moved)]
+        assert torch.equal(*rows)
+
+
 @pytest.mark.parametrize("K", [315, 121])
 def test_a_gradient_of_many_rows_takes_them_in_parts(K, device, buffers, monkeypatch):
     """Shares of sums, of ternary rows that begin anywhere, take memory: only so much at a time."""

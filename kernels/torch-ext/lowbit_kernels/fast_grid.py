@@ -1,4 +1,4 @@
-"""Scales and zero points of one step of the fast NVIDIA kernel, as the tiles that its sums are multiplied with.
+"""Scales and zero points of one step of the fast NVIDIA kernels, and those of :mod:`.fast` as tiles for its sums.
 
 In groups of 32 a block of 64 inputs has two groups side by side: their scales are loaded together, as wide as the rows
 of a step allow, and so are bytes of zero points. A zero point becomes the number that :mod:`.fast_asm` makes of the
@@ -62,15 +62,15 @@ def step_offset(step, SIZE: tl.constexpr):
 
 @triton.jit
 def stored_scales(scales, row, step, K, GROUPS: tl.constexpr, EVEN: tl.constexpr):
-    """Those of the GROUPS groups of 32 of a step, as they are stored, and the groups' numbers: (BLOCK_N, GROUPS)."""
-    first = tl.arange(0, GROUPS)[None, :]
-    group = step * GROUPS + first
+    """Those of the GROUPS groups of 32 of a step, as they are stored: (BLOCK_N, GROUPS)."""
+    group = tl.arange(0, GROUPS)[None, :]
     groups = (K + 31) // 32
     if EVEN:
-        scale = tl.load(scales + row * tl.multiple_of(groups, GROUPS) + first + step_offset(step, GROUPS))
+        scale = tl.load(scales + row * tl.multiple_of(groups, GROUPS) + group + step_offset(step, GROUPS))
     else:
+        group += step * GROUPS
         scale = tl.load(scales + row * groups + group, mask=group < groups, other=0)
-    return scale, group
+    return scale
 
 
 @triton.jit
@@ -138,10 +138,8 @@ def stored_zeros(
     first_byte = tl.minimum(bit // 8, BYTES - PARTS)
     parts = ()
     for part in tl.static_range(PARTS):
-        if BITS == 8:
+        if BITS == 4 or BITS == 8:
             byte = tl.arange(0, BYTES)[None, :]
-        elif BITS == 4:
-            byte = tl.arange(0, COLUMNS)[None, :]
         else:
             byte = first_byte + part
         if EVEN:
@@ -184,7 +182,7 @@ def pair_grid(
     GROUPS: tl.constexpr = 2 * COLUMNS
     UNIT: tl.constexpr = unit(FORM, LAYOUT, WINDOW)
     OFFSET: tl.constexpr = 0.0 if FORM != "magic" else 256.0 if LAYOUT.bits == 8 else 128.0
-    scale, group = stored_scales(scales, row, step, K, GROUPS, EVEN)
+    scale = stored_scales(scales, row, step, K, GROUPS, EVEN)
     if LAYOUT.scale == "log8":
         scale = power_scale(scale, exponents)
     else:
@@ -194,8 +192,8 @@ def pair_grid(
         shift = tl.full((1, 1), -LAYOUT.fixed_zero / UNIT - OFFSET, tl.float32)
         found = (first, second, shift, shift)
     elif LAYOUT.zeros == "float":
-        stored = group < (K + 31) // 32
-        zero = load_zero(zeros, row, group, stored, K, LAYOUT)
+        group = step * GROUPS + tl.arange(0, GROUPS)[None, :]
+        zero = load_zero(zeros, row, group, group < (K + 31) // 32, K, LAYOUT)
         third, fourth = tl.split((zero * (-1.0 / UNIT) - OFFSET).reshape(N, COLUMNS, 2))
         found = (first, second, third, fourth)
     else:

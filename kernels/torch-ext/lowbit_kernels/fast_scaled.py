@@ -97,7 +97,7 @@ def _exponent(
     else:
         found = tl.zeros((row.shape[0], 8), tl.float32)
         for step in tl.range(split, steps, SPLIT):
-            stored, _ = stored_scales(scales, row, step, K, 8, EVEN)
+            stored = stored_scales(scales, row, step, K, 8, EVEN)
             found = tl.maximum(found, tl.abs(decode_scale(stored, scale_range, LAYOUT)))
         most = tl.max(found, axis=1, keep_dims=True)
     LEAST: tl.constexpr = -16 if LAYOUT.scale == "float16" else -98  # two factors of float16 make up to 2**30
@@ -119,7 +119,7 @@ def _halves(first, second, DTYPE: tl.constexpr):
 @triton.jit
 def _scales(scales, exponents, row, step, K, exponent, LAYOUT: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr):
     """Scales of both groups of the blocks of a step, times their power of two: (rows, 4) of :func:`_halves`."""
-    scale, _ = stored_scales(scales, row, step, K, 8, EVEN)
+    scale = stored_scales(scales, row, step, K, 8, EVEN)
     if LAYOUT.scale == "log8":
         scale = power_scale(scale, exponents)
     elif LAYOUT.scale == "float16" and tl.float16 == DTYPE:  # whose powers of two end at 2**15
