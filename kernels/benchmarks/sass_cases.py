@@ -66,6 +66,11 @@ FULLEST = ("int:bits=1,", "int:bits=3,", "int:bits=5,", "int:bits=7,", "nf:")  #
 SMALL = (*(f"int:bits={bits},group_size=32" for bits in range(1, 9)), "nf:bits=4,group_size=32")
 # What the package packs integers as unless told otherwise; in fast forms alone.
 DEFAULTS = tuple(f"int:bits={bits},group_size=32,scale_dtype=log8" for bits in range(1, 9))
+# Tables as they are packed unless told otherwise, and those of each row; in fast forms alone, too.
+TABLES = (
+    *("nf:bits=4,group_size=64", "codebook:bits=3,group_size=64"),
+    *(f"codebook:bits={bits},group_size=-1,codebook=row" for bits in (3, 4)),
+)
 
 
 def cases() -> list[Case]:
@@ -81,7 +86,7 @@ def cases() -> list[Case]:
     for target in (*NVIDIA, *AMD):
         if target in NVIDIA:
             products = [kernel for kernel in PRODUCTS if kernel != "gemm64"]
-            asked = [*read, *DEFAULTS]
+            asked = [*read, *DEFAULTS, *TABLES]
             found += [Case(target, k, f, dtype, form) for dtype, form in FAST.items() for k in products for f in asked]
             asked = [f for f in portable if f.startswith(("int:bits=4,", "int:bits=7,"))]
             found += [Case(target, k, f, "fp16", "lop3") for k in ("gemv", "gemm16") for f in asked]
@@ -180,7 +185,7 @@ def launch_of(case: Case, layout) -> Launch:
         return Launch(fast_scaled.scaled_kernel, constants, size.warps, weights, maxnreg=fast.REGISTERS)
     constants |= {"FORM": case.form, "BLOCKS": size.blocks, "STRIPS": size.strips, "SPANS": size.spans}
     constants |= {"COLUMNS": size.columns, "WINDOW": size.window}
-    constants["ROWS_OF_ONES"] = min(16 * size.warps, size.outputs // size.strips)
+    constants |= {"ROWS_OF_ONES": min(16 * size.warps, size.outputs // size.strips), "PAIRS": size.pairs}
     return Launch(fast.fast_kernel, constants, size.warps, weights, maxnreg=fast.REGISTERS)
 
 

@@ -116,6 +116,10 @@ def count(case: Case) -> Cost:
     ratio = per_weight(loops, looped, launch.warps * warp, launch.weights, launch.turns, work)
     bits = {"hadamard": 16, "entropy": 8}[case.kernel] if layout is None else 1.6 if layout.ternary else layout.bits
     shared = compiled.metadata.shared
+    if launch.constants.get("PAIRS"):
+        from lowbit_kernels import fast_pairs
+
+        shared += fast_pairs.BYTES  # declared in the code itself
     return Cost(bits, round(ratio, 3), registers, spills, load_bits, shared, launch.warps, tensor)
 
 

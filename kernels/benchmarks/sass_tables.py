@@ -28,7 +28,7 @@ GROUPS = """
 ## Fast forms, small groups
 
 Group 32, zero points; `subnormal` for fp16, `magic` for bf16. First with scales of 16 bits, then with those of 8 bits
-(`log8`) that the package packs by default. Above a limit are 7 bits in fp16 with 4 rows and NF4 in fp16 with 16.
+(`log8`) that the package packs by default. Above a limit are 7 bits in fp16 with 4 rows.
 
 From 3 rows on integers have their scales and zero points in the weights (`fast_scaled.py`): `q s - z s` by one
 multiply-add for two weights in fp16, `(q - z) s` by two in bf16. Where they are in the sums, as with fewer rows, a
@@ -67,14 +67,41 @@ What made all of them cheaper, on sm_80, one after the other, counted as each wa
 | bytes are joined by permutes, four zero points to a register; fewer addresses | 2.42 | 2.58 | 2.84 | 2.97 |
 
 With 4 rows, 7 bits in fp16 take 2.7 (8-bit scales 2.8; 2.6 asked): 1.4 unpacking, 0.5 the multiply-add, 0.1 tensor
-cores, the rest loads, addresses and zero points. For NF4 with 16 rows (4.1; 3.5 asked) the table takes 2.6 (levels of
-two bytes: for four codes four permutes, two that choose, two that pair, and what these permute by), pairing inputs 0.1,
-tensor cores 0.25, and scales 0.5, in sums as in weights: 3.5 before any load. With scales in the weights it was counted
-on sm_80, too: 5.1, of which 1.0 are moves of the table out of uniform registers.
+cores, the rest loads, addresses and zero points.
 
 Other versions of Triton were looked at for 16 rows of 1, 2, 4 and 6 bits, fp16, on sm_80: 3.5.1 and 3.6.0 come within
 0.1 of 3.9.0; 3.7.1 and 3.8.0, too, but for 2 and 6 bits, which take 3.2 to 4.0 there, because operands go through
 shared memory once more.
+"""
+TABLES_TEXT = """
+## Fast forms, tables
+
+NF4 in groups of 64, as the package packs it by default, learned tables of 3 bits, and tables of each row of W.
+
+Looked up in registers a level of 4 bits takes 2.6 instructions: for four codes four permutes of bytes, two that choose,
+two that pair, and what these permute by. With more than 4 rows two levels are looked up at once in a table of all
+pairs in shared memory (`fast_pairs.py`): two instructions for an address and one that loads, 1.5 a weight. The table
+has 32 KiB, a column for each lane of a warp, so that no two lanes meet in a bank, and making it takes each thread 104
+instructions (sm_80), where a turn of the loop is 296 shorter. Before the loop begins nothing hides them, so with fewer
+rows, where instructions are not the limit on paper, registers stay. `tune.py` tries both on a GPU.
+
+A table of each row was brought to its threads by way of looked up levels in shared memory, 0.3 to 1.3 a weight: the
+compiler gives a load of as many rows as there are threads a layout that it keeps. A strip of fewer rows it loads anew
+in the layout of the product.
+
+| sm_80, fp16 | before | now |
+|---|---|---|
+| NF4, groups of 32, 16 rows | 4.14 | 2.93 |
+| the same in groups of 64 | 3.73 | 2.55 |
+| NF4, groups of 64, 4 rows: two blocks a step, in two strips | 4.61 | 3.29 |
+| table of 3 bits, groups of 64, 16 rows: one block a step, not two with empty columns | 3.62 | 2.73 |
+| the same in groups of 32 | 3.97 | 3.11 |
+| table of 4 bits a row, vector | 4.84 | 3.09 |
+| the same, 16 rows: in four strips | 5.02 | 3.32 |
+| table of 3 bits a row, vector | 3.75 | 2.13 |
+
+Learned tables of 1 and 3 bits load their plane of one bit 64 bits at a time with 16 rows in groups of 32 and 64: a step
+takes one block, and a row's share of it has no more.
 """
 PORTABLE = """
 ## Portable form
@@ -106,9 +133,9 @@ def name(format: str) -> str:
     """What a format is called in a table."""
     from lowbit_kernels import parse
 
-    if not format.startswith("int"):
-        return format.partition(",")[0]
     layout = parse(format)
+    if not format.startswith("int"):
+        return format.partition(",")[0] + (", a table a row" if layout.table == "row" else "")
     plural = "bit" if layout.bits == 1 else "bits"
     return f"{layout.bits} {plural}, {'symmetric' if layout.zeros == 'fixed' else 'zero points'}"
 
@@ -226,6 +253,9 @@ def main(arguments: list[str] | None = None) -> int:
     for formats, scales in ((SMALL, "16"), (DEFAULTS, "8")):
         for kernel in titles:
             lines += [f"{kernel}, scales of {scales} bits:\n", *fast(counts, kernel, formats, True), ""]
+    lines.append(TABLES_TEXT)
+    for kernel in titles:
+        lines += [f"{kernel}:\n", *fast(counts, kernel, sass_cases.TABLES, True), ""]
     lines += ["## `lop3`\n", "float16; for who asks for it. Groups of 128 and of 32.\n"]
     for kernel in ("gemv", "gemm16"):
         for formats in (large, SMALL):

@@ -30,14 +30,17 @@ FORMATS = (
 )
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
 BUCKETS = (1, 16, 64, 256, 4, 8)
-VARIED = ("split", "outputs", "blocks", "inputs", "warps", "stages", "rows")
-LEAST = {"outputs": 16, "inputs": 16, "rows": 16}
-MOST = {"warps": 8, "stages": 5, "outputs": 256, "rows": 64}
+VARIED = ("split", "outputs", "blocks", "inputs", "warps", "stages", "rows", "pairs")
+LEAST = {"outputs": 16, "inputs": 16, "rows": 16, "pairs": 0}
+MOST = {"warps": 8, "stages": 5, "outputs": 256, "rows": 64, "pairs": 1}
 GEMV_ROWS = 4
 
 
 def neighbours(sizes: dict[str, int], name: str) -> list[dict[str, int]]:
-    """``sizes`` with the size called ``name`` halved and doubled (stages: one less and more), where there is room."""
+    """``sizes`` with the size called ``name`` halved and doubled (stages: one less and more), where there is room.
+
+    ``pairs`` is 1 where it is there, and is left out.
+    """
     value = sizes[name]
     steps = (value - 1, value + 1) if name == "stages" else (value // 2, value * 2)
     found = []
@@ -45,6 +48,8 @@ def neighbours(sizes: dict[str, int], name: str) -> list[dict[str, int]]:
         if not LEAST.get(name, 1) <= new <= MOST.get(name, 2**20):
             continue
         changed = {**sizes, name: new}
+        if new == 0:  # as it is written: sizes of 0 are not
+            del changed[name]
         if name == "blocks" and sizes["columns"] > 1:  # columns are groups in a step: they go with it
             changed["columns"] = max(1, sizes["columns"] * new // value)
             changed["rows"] = max(sizes["rows"], 8 // changed["columns"])  # a tensor core takes 8 at least

@@ -7,6 +7,8 @@ result is rounded once to the dtype. Tables are rounded to the dtype first. In b
 in ``test_fast_scaled.py``.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from problems import guard, intact, packed
@@ -38,6 +40,9 @@ CASES = [
     ("nf:bits=4,group_size=32", 2, 192, FP16, None),
     ("nf:bits=4,group_size=32", 4, 192, FP16, None),
     ("nf:bits=4,group_size=32", 2, 512, BF16, None),
+    *(("nf:bits=4,group_size=32", M, K, d, None) for M, K, d in ((16, 512, FP16), (9, 330, FP16), (17, 192, BF16))),
+    ("codebook:bits=4,group_size=32,scale_dtype=e4m3", 6, 200, FP16, None),
+    ("codebook:bits=4,group_size=-1", 5, 330, FP16, "lop3"),
     ("fp4:bits=4", 3, 320, BF16, None),
     ("fp4:bits=4,group_size=16,scale_dtype=e4m3", 2, 192, FP16, None),
     *((f"codebook:bits={b},group_size=-1,codebook=row", 2, 200, FP16, None) for b in (3, 4)),
@@ -94,6 +99,47 @@ def test_every_weight_alone_is_exact_to_a_rounding(bits, dtype, device):
     result = fast_linear(x, weight, companions, None, format.spec, K).double()
     # The float32 sums see codes of at most 8 bits and offsets of 12: they are exact; so is a float16 scale in float32.
     assert ((result - expected).abs() <= expected.abs() * (torch.finfo(dtype).eps / 2 + 2.0**-23) + 2.0**-25).all()
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("pairs", [0, 1])
+@pytest.mark.parametrize("bits", range(1, 5))
+def test_every_level_alone_is_exact_to_a_rounding(bits, pairs, dtype, device):
+    """In registers and by pairs in shared memory, whichever the rules take."""
+    from lowbit_kernels.fast import fast_linear, fast_tiles
+    from lowbit_kernels.layout import parse
+
+    format, N, K = parse_format(f"codebook:bits={bits},group_size=64,scale_dtype=float16"), 64, 256
+    form = "magic" if dtype == BF16 else "subnormal"
+    tiles = replace(fast_tiles(16, parse(format.spec), form), pairs=pairs)
+    weight, companions = packed(format, N, K, device)
+    k = torch.randperm(K, generator=torch.Generator().manual_seed(bits))[:16]
+    x = torch.zeros(16, K, dtype=dtype, device=device)
+    x[torch.arange(16), k] = 1
+    expected = reference.dequantize(weight, companions, format.spec, K, torch.float64)[:, k].T
+    result = fast_linear(x, weight, companions, None, format.spec, K, tiles=tiles).double()
+    # The level is rounded to the dtype, and the result.
+    assert ((result - expected).abs() <= expected.abs() * (torch.finfo(dtype).eps + 2.0**-23) + 2.0**-25).all()
+
+
+def test_a_table_of_pairs_is_for_one_table_of_levels_and_many_rows(device):
+    from lowbit_kernels import Device, _fast_tiles
+    from lowbit_kernels.fast import fast_linear, fast_tiles
+    from lowbit_kernels.layout import parse
+
+    def taken(text, M=16, form="subnormal"):
+        return fast_tiles(M, parse(text), form).pairs
+
+    assert taken("nf:bits=4") and taken("codebook:bits=4", 5) and taken("fp4:bits=4", form="magic")
+    by_row = "codebook:bits=4,group_size=-1,codebook=row"
+    assert not any(map(taken, ("nf:bits=3", "fp4:bits=4", by_row, "int:bits=4"))) and not taken("nf:bits=4", 4)
+    weight, companions = packed(parse_format(by_row), 16, 64, device)
+    tiles = replace(fast_tiles(16, parse(by_row), "subnormal"), pairs=1)
+    with pytest.raises(ValueError, match=r"levels of .*codebook=row.* have no table of pairs in the form 'subnormal'"):
+        fast_linear(torch.zeros(16, 64, dtype=FP16), weight, companions, None, by_row, 64, tiles=tiles)
+    device = Device("nvidia", "sm_90", 132)  # its file has sizes for all tables of 4 bits in groups of 64
+    for text in ("nf:bits=4,group_size=64", "codebook:bits=4,group_size=64"):
+        assert _fast_tiles(device, "subnormal", parse(text), 16, 4096, 4096)[0].pairs
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,17 @@
 """Runs the PTX of ``tl.inline_asm_elementwise`` in Triton's interpreter, which has none.
 
 Only what the fast kernels write is understood: 32-bit integer moves, products, shifts, rotations, logic, byte permutes,
-arithmetic of pairs of halves and rounding to them, and their parts, one instruction after another, without branches.
-Anything else raises. Each instruction is applied to whole arrays of registers. It accepts operands that an assembler
-refuses, so compile as well.
+arithmetic of pairs of halves and rounding to them, and their parts, one instruction after another, without branches;
+and one array in shared memory, which a barrier does nothing to. Anything else raises. Each instruction is applied to
+whole arrays of registers; to all of them a thread is the same lane of its warp, another one each time that it is asked.
+It accepts operands that an assembler refuses, so compile as well.
 
 Tensors are packed as Triton packs them: ``pack`` elements an instance, those of less than 32 bits several to a
 register, wider ones a register each.
 """
 
 import functools
+import itertools
 import re
 
 import numpy as np
@@ -18,6 +20,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np
 from .interpreter import round_to_bfloat16, widen
 
 _STATEMENT = re.compile(r"([a-z][\w.]*)\s+([^;]*)")
+_SHARED = re.compile(r"\.shared \.align \d+ \.b8 (\w+)\[(\d+)\];")
 _OPERAND = re.compile(r"\{[^}]*\}|[^,\s]+")
 
 
@@ -97,8 +100,39 @@ def _rotate(left):
     return rotate
 
 
+class _Memory:
+    """The array in shared memory: not at 0, and NaN until something is stored."""
+
+    begin, name, words = 1024, "", np.zeros(0, np.uint32)
+    lanes = itertools.cycle(range(32))
+
+    @classmethod
+    def declare(cls, name: str, size: int) -> None:
+        cls.name, cls.words = name, np.full(size // 4, 0xFFFFFFFF, dtype=np.uint32)
+
+    @classmethod
+    def places(cls, address: np.ndarray, words: int) -> np.ndarray:
+        """Where ``address`` is in ``words``: an access of so many words, inside and aligned."""
+        offset = address.astype(np.int64) - cls.begin
+        if (offset % (4 * words)).any() or offset.min() < 0 or offset.max() > 4 * (len(cls.words) - words):
+            raise IndexError(f"inline assembly: shared memory at {offset.min()} to {offset.max()} of {cls.name}")
+        return offset // 4
+
+    @classmethod
+    def load(cls, address: np.ndarray) -> np.ndarray:
+        return cls.words[cls.places(address, 1)]
+
+    @classmethod
+    def store(cls, address: np.ndarray, values: list[np.ndarray]) -> None:
+        place = cls.places(address, len(values))
+        for i, value in enumerate(values):
+            cls.words[place + i] = value
+
+
 INSTRUCTIONS = {
     "mov.b32": lambda a: a,
+    "mov.u32": lambda a: a,
+    "add.u32": lambda a, b: (a.astype(np.uint64) + b).astype(np.uint32),
     "mul.lo.u32": lambda a, b: (a.astype(np.uint64) * b).astype(np.uint32),
     "mul.wide.u32": lambda a, b: a.astype(np.uint64) * b,
     "and.b32": np.bitwise_and,
@@ -127,11 +161,26 @@ def run(text: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
         NotImplementedError: for an instruction that is not known here.
     """
     registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
+    for name, size in _SHARED.findall(text):
+        _Memory.declare(name, int(size))
+    registers[_Memory.name] = np.array([_Memory.begin], dtype=np.uint32)
 
     def read(name: str) -> np.ndarray:
+        if name == "%laneid":
+            return np.array([next(_Memory.lanes)], dtype=np.uint32)
         return registers[name] if name in registers else np.array([int(name, 0) & 0xFFFFFFFF], dtype=np.uint32)
 
-    for opcode, rest in _STATEMENT.findall(re.sub(r"\.reg[^;]*;|^\s*\{|\}\s*$", "", text)):
+    for opcode, rest in _STATEMENT.findall(re.sub(r"(?<!\w)\.(?:reg|shared)[^;]*;|^\s*\{|\}\s*$", "", text)):
+        if opcode == "bar.sync":
+            continue
+        if opcode in ("ld.shared.b32", "st.shared.v4.b32"):
+            target, address = _OPERAND.findall(rest)[:: 1 if opcode.startswith("ld") else -1]
+            place = read(address.strip("[]"))
+            if opcode.startswith("ld"):
+                registers[target] = _Memory.load(place)
+            else:
+                _Memory.store(place, [read(name.strip()) for name in target[1:-1].split(",")])
+            continue
         if opcode not in INSTRUCTIONS:
             raise NotImplementedError(f"inline assembly: {opcode} in {text!r}")
         target, *operands = _OPERAND.findall(rest)

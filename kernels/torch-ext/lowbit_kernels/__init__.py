@@ -16,6 +16,7 @@ import triton
 
 from . import forms, plain, tuning
 from .fast import FastTiles, fast_linear, fast_tiles
+from .fast_pairs import has_pairs
 from .fast_scaled import in_weights
 from .forms import Device
 from .grouped import grouped_input_gradient, grouped_linear
@@ -110,7 +111,11 @@ def _ruled(form: str, M: int, N: int, K: int, layout: Layout, multiprocessors: i
 def _fast_tiles(device: Device, form: str, layout: Layout, M: int, N: int, K: int) -> tuple[FastTiles, int]:
     """Sizes for a fast form, and the programs that share a sum: those of a file, or those of the rules."""
     entry = tuning.find(device.architecture, form, layout, M, N, K, device.multiprocessors)
-    if entry is None or (entry.tiles.get("scaled") and not in_weights(layout, form)):
+    if (
+        entry is None
+        or (entry.tiles.get("scaled") and not in_weights(layout, form))
+        or (entry.tiles.get("pairs") and not has_pairs(layout, form))
+    ):
         return _ruled(form, M, N, K, layout, device.multiprocessors)
     sizes = FastTiles(**entry.tiles)
     return sizes, at_most(entry.split, triton.cdiv(K, 64 * sizes.blocks * sizes.spans))

@@ -241,11 +241,10 @@ def decode_scale(stored, scale_range, LAYOUT: tl.constexpr):
         code = stored.to(tl.int32)
         scale = tl.where(code == 0, 0x00400000, code << 23).to(tl.float32, bitcast=True)
     elif LAYOUT.scale == "e4m3":
-        code = stored.to(tl.int32)
-        small = (code & 7).to(tl.float32) * 0.001953125  # 2**-9
-        normal = (((code & 127) << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-        magnitude = tl.where((code & 127) < 8, small, normal)
-        scale = tl.where(code < 128, magnitude, -magnitude) * tl.load(scale_range)
+        code = stored.to(tl.int8, bitcast=True).to(tl.int32)
+        # The bits of a float16 of 2**-8 times the value, subnormal ones too.
+        half = ((code << 7) & 0xBF80).to(tl.int16).to(tl.float16, bitcast=True)
+        scale = half.to(tl.float32) * (tl.load(scale_range) * 256.0)
     else:
         scale = stored.to(tl.float32)
     return scale

@@ -28,6 +28,7 @@ import triton.language as tl
 
 from .fast_fields import all_turns, level_tables, moved_e2m1, seen_inputs, with_step
 from .fast_grid import in_pairs, power_exponents, step_offset, unit
+from .fast_pairs import has_pairs, pair_table
 from .fast_scaled import BLOCKS, in_weights, scaled_kernel
 from .layout import Layout, name_tensors, on_device, parse
 from .matmul import _store, add_shares
@@ -52,6 +53,7 @@ class FastTiles:
         warps: Warps a program.
         stages: Steps in flight.
         scaled: 1 if :mod:`.fast_scaled` computes it.
+        pairs: 1 if levels are looked up in a table of pairs (:mod:`.fast_pairs`).
     """
 
     rows: int
@@ -64,6 +66,7 @@ class FastTiles:
     strips: int = 1
     spans: int = 1
     scaled: int = 0
+    pairs: int = 0
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -92,6 +95,7 @@ def fast_kernel(
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
     ROWS_OF_ONES: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """Grid (cdiv(M, BLOCK_M), cdiv(N, BLOCK_N), SPLIT); ``EVEN`` says that whole steps fill K.
 
@@ -113,13 +117,18 @@ def fast_kernel(
     if EVEN:
         blocks = tl.multiple_of(blocks, BLOCKS * SPANS)
 
+    if PAIRS:
+        pairs = pair_table(levels, weight, K, LAYOUT, DTYPE)
     rows = ()
     tables = ()
     totals = ()
     for strip in tl.static_range(STRIPS):
         row = tl.minimum(n + strip * STRIP, N - 1)[:, None].to(tl.int64)
         rows = rows + (row,)  # noqa: RUF005 (Triton has no other way to join tuples)
-        tables = tables + (level_tables(levels, row, LAYOUT, FORM, DTYPE),)  # noqa: RUF005
+        if PAIRS:
+            tables = tables + ((pairs,),)  # noqa: RUF005
+        else:
+            tables = tables + (level_tables(levels, row, LAYOUT, FORM, DTYPE),)  # noqa: RUF005
         totals = totals + (tl.zeros((STRIP, R), tl.float32),)  # noqa: RUF005
     for step in tl.range(split, tl.cdiv(blocks, BLOCKS * SPANS), SPLIT, num_stages=STAGES):
         for span in tl.static_range(SPANS):
@@ -162,23 +171,41 @@ def fast_tiles(M: int, layout: Layout, form: str) -> FastTiles:
     if M > 2 and in_weights(layout, form):
         return FastTiles(8 if M <= 8 else 16, 128 if layout.bits in (1, 2, 4) else 64, BLOCKS, 1, 8, stages=2, scaled=1)
     table = layout.table != "none" and layout.name != "fp4"
+    if layout.table == "row":
+        return _row_table_tiles(M, layout)
     if M <= 4:
-        full = layout.group == 32 and (layout.bits == 8 or layout.table != "none")
+        full = (layout.group == 32 and layout.bits == 8) or (layout.group in (32, 64) and layout.table != "none")
         few = (layout.group, layout.bits) == (16, 7) or (M > 2 and full)
         blocks, spans = 2 if few else 4, 1
     else:
-        blocks = 1 if 0 < layout.group <= 64 and 1 not in layout.planes else 2
+        blocks = 1 if 0 < layout.group <= 64 and (1 not in layout.planes or table) else 2
         spans = 2 if table and blocks == 1 else 1
     columns = 1 if layout.group == 0 else blocks if layout.group < 64 else max(1, blocks * 64 // layout.group)
     # Sums for every part of a block take registers: with small groups, 16 rows spill from some widths on.
     many = 8 if 0 < layout.group < 32 or (layout.group == 32 and layout.bits == 7) else 16
     rows = triton.next_power_of_2(M) if M <= 4 else many
-    warps = 4 if M > 4 and (layout.group, layout.bits) == (32, 3) else 2
-    strips = 2 if table and (M > 4 or (M > 2 and layout.group == 32)) else 1
+    warps = 4 if M > 4 and (layout.group, layout.bits) == (32, 3) and not table else 2
+    pairs = int(M > 4 and layout.bits == 4 and has_pairs(layout, form))  # fewer bits: less by registers
+    strips = 2 if table and 2 < M <= 4 and layout.group in (32, 64) else 1
     outputs = 128 if warps == 4 or (columns == 1 if M > 4 else strips == 2) else 64
-    stages = 2 if len(layout.planes) > 1 or strips == 2 else 3
+    stages = 2 if len(layout.planes) > 1 or strips == 2 or (M > 4 and table) or pairs else 3
     window = 4 if M > 4 and 0 < layout.group <= 32 else 8  # one more shift, but no second sum for each group
-    return FastTiles(max(rows, 8 // columns), outputs, blocks, columns, window, warps, stages, strips, spans)
+    rows = max(rows, 8 // columns)
+    return FastTiles(rows, outputs, blocks, columns, window, warps, stages, strips, spans, pairs=pairs)
+
+
+def _row_table_tiles(M: int, layout: Layout) -> FastTiles:
+    """As :func:`fast_tiles`, for a table of each row of W.
+
+    A strip has fewer rows than the program has threads. The compiler takes the loads of so small a tile for free, and
+    lets each thread load the tables of the rows that it multiplies; else it brings looked up levels through shared
+    memory.
+    """
+    if M <= 4:
+        return FastTiles(8, 64, 4, 1, 8, stages=2, strips=2)
+    if layout.bits == 4:
+        return FastTiles(16, 128, 1, 1, 8, stages=2, strips=4)
+    return FastTiles(16, 64, 4, 1, 8, stages=2, strips=2)
 
 
 def fast_linear(
@@ -209,6 +236,8 @@ def fast_linear(
     tiles = tiles or fast_tiles(M, layout, form)
     if tiles.scaled and not in_weights(layout, form):
         raise ValueError(f"scales of {format!r} cannot go into weights in the form {form!r}: give other tiles")
+    if tiles.pairs and not has_pairs(layout, form):
+        raise ValueError(f"levels of {format!r} have no table of pairs in the form {form!r}: give other tiles")
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     target = torch.empty((split, M, N), dtype=torch.float32, device=x.device) if split > 1 else out
     grid = (triton.cdiv(M, tiles.rows), triton.cdiv(N, tiles.outputs), split)
@@ -242,6 +271,7 @@ def fast_linear(
                 EVEN=K % (64 * tiles.blocks * tiles.spans) == 0,
                 STAGES=tiles.stages,
                 ROWS_OF_ONES=min(16 * tiles.warps, tiles.outputs // tiles.strips),
+                PAIRS=tiles.pairs,
                 num_warps=tiles.warps,
                 maxnreg=REGISTERS,
             )

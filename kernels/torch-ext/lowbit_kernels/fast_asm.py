@@ -24,6 +24,7 @@ import triton
 
 SELECT = "0xE4"  # lop3: bits of the first operand where the third has ones, of the second elsewhere
 AND_OR = "0xEA"  # lop3: (first & second) | third
+PAIRS = "lowbit_pairs"  # the table in shared memory
 
 
 @triton.constexpr_function
@@ -218,6 +219,21 @@ def table_asm(planes, lane, half, mirrored):
         lines.append(f"lop3.b32 h, c, 0x80808080, h, {AND_OR};")
     lines.append(f"prmt.b32 $0, l, h, {'0x7362' if half else '0x5140'};")
     return " ".join(["{ .reg .b32 w, w1, w2, w4, i, c, u, l, h;", *lines, "}"])
+
+
+@triton.constexpr_function
+def pair_asm(planes, lane, half):
+    """Text for two fields of one lane, 0 and 1 or (``half`` 1) 2 and 3, as levels; codes of at most 4 bits.
+
+    Inputs: as for :func:`value_asm`, then what :func:`.fast_pairs.pair_table` returns.
+    """
+    from_bit = 16 * lane + 8 * half
+    turn = f"shr.b32 w, w, {from_bit - 7};" if from_bit > 7 else f"shl.b32 w, w, {7 - from_bit};"
+    column = 1 + operand_registers(planes)
+    mask = (2 ** sum(planes) - 1) * 0x11 << 7
+    lines = [*_nibbles(planes), turn, f"lop3.b32 w, w, {mask}, ${column}, {AND_OR};"]
+    lines += [f"mov.u32 t, {PAIRS};", "add.u32 w, w, t;", "ld.shared.b32 $0, [w];"]
+    return " ".join(["{ .reg .b32 w, t, w1, w2, w4;", *lines, "}"])
 
 
 @triton.constexpr_function

@@ -13,13 +13,14 @@ from .fast_asm import (
     e2m1_asm,
     first_turn,
     operand_registers,
+    pair_asm,
     paired_asm,
     results,
     table_asm,
     table_registers,
     value_asm,
 )
-from .fast_grid import in_pairs, pair_grid, power_scale, step_offset, unit
+from .fast_grid import as_loaded, in_pairs, pair_grid, power_scale, step_offset, unit
 
 
 @triton.constexpr_function
@@ -109,8 +110,7 @@ def _turns(weight, K, BELOW: tl.constexpr, LAYOUT: tl.constexpr, INDEX: tl.const
     PLANE: tl.constexpr = LAYOUT.planes[INDEX]
     lane = tl.arange(0, 16)[None, :]
     turn = lane // (4 * PLANE) * PLANE + BELOW
-    # A load that reads nothing, for ``other``: the compiler brings operands of a product into place back to loads only.
-    turn = tl.load(weight + lane, mask=lane + K < 0, other=turn.to(tl.int16)).to(tl.int32)
+    turn = as_loaded(turn.to(tl.int16), weight, K).to(tl.int32)
     return turn.reshape(1, 1, 16).broadcast_to(1, BLOCKS, 16).reshape(1, BLOCKS * 16)
 
 
@@ -154,7 +154,10 @@ def level_tables(levels, row, LAYOUT: tl.constexpr, FORM: tl.constexpr, DTYPE: t
 
 @triton.jit
 def _level(operands, tables, LANE: tl.constexpr, HALF: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
-    TEXT: tl.constexpr = table_asm(LAYOUT.planes, LANE, HALF, LAYOUT.name == "fp4")
+    if len(tables) == 1:
+        TEXT: tl.constexpr = pair_asm(LAYOUT.planes, LANE, HALF)
+    else:
+        TEXT: tl.constexpr = table_asm(LAYOUT.planes, LANE, HALF, LAYOUT.name == "fp4")
     COUNT: tl.constexpr = constraints(operand_registers(LAYOUT.planes) + 2 * len(tables))
     return tl.inline_asm_elementwise(TEXT, COUNT, operands + tables, dtype=results(DTYPE), is_pure=True, pack=2)[0]
 
@@ -308,7 +311,7 @@ def with_step(
     if PAIRS:
         grid = pair_grid(scales, exponents, zeros, row, step, K, LAYOUT, FORM, WINDOW, COLUMNS, EVEN)
     for part in tl.static_range(PARTS):
-        sums = tl.zeros((N, R), tl.float32)
+        sums = total if LAYOUT.scale == "none" else tl.zeros((N, R), tl.float32)
         column = tl.arange(0, COLUMNS)[None, :]
         if LAYOUT.group == BLOCKS * 64 // COLUMNS // PARTS:
             group = (step * COLUMNS + column) * PARTS + part
@@ -327,7 +330,7 @@ def with_step(
                 *(sums, operands, x_row, x_offset, seen, first, K, tables),
                 *(LAYOUT, FORM, part, PARTS, BLOCKS, COLUMNS, EVEN),
             )
-            total += sums * _spread(scale, BLOCK_M)
+            total = sums if LAYOUT.scale == "none" else total + sums * _spread(scale, BLOCK_M)
         else:
             inputs_sum = tl.zeros((ROWS_OF_ONES, R), tl.float32)
             sums, inputs_sum = _plane_sums(

@@ -61,6 +61,16 @@ def step_offset(step, SIZE: tl.constexpr):
 
 
 @triton.jit
+def as_loaded(value, pointer, K):
+    """``value``, a tensor, from a load that reads nothing and has it for ``other``.
+
+    The compiler brings operands of a product into place back to loads only.
+    """
+    place = tl.full(value.shape, 0, tl.int32)
+    return tl.load(pointer.to(tl.pointer_type(value.dtype)) + place, mask=place + K < 0, other=value)
+
+
+@triton.jit
 def stored_scales(scales, row, step, K, GROUPS: tl.constexpr, EVEN: tl.constexpr):
     """Those of the GROUPS groups of 32 of a step, as they are stored: (BLOCK_N, GROUPS)."""
     group = tl.arange(0, GROUPS)[None, :]
