@@ -30,17 +30,21 @@ FORMATS = (
 )
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
 BUCKETS = (1, 16, 64, 256, 4, 8)
-VARIED = ("split", "outputs", "blocks", "inputs", "warps", "stages", "rows", "pairs")
+VARIED = ("pairs", "split", "outputs", "blocks", "inputs", "warps", "stages", "rows")
 LEAST = {"outputs": 16, "inputs": 16, "rows": 16, "pairs": 0}
 MOST = {"warps": 8, "stages": 5, "outputs": 256, "rows": 64, "pairs": 1}
 GEMV_ROWS = 4
 
 
-def neighbours(sizes: dict[str, int], name: str) -> list[dict[str, int]]:
+def neighbours(sizes: dict[str, int], name: str, layout) -> list[dict[str, int]]:
     """``sizes`` with the size called ``name`` halved and doubled (stages: one less and more), where there is room.
 
     ``pairs`` is 1 where it is there, and is left out.
     """
+    from lowbit_kernels import fast
+
+    if name == "blocks" and "scaled" in sizes:
+        return []  # its steps have 4
     value = sizes[name]
     steps = (value - 1, value + 1) if name == "stages" else (value // 2, value * 2)
     found = []
@@ -50,8 +54,8 @@ def neighbours(sizes: dict[str, int], name: str) -> list[dict[str, int]]:
         changed = {**sizes, name: new}
         if new == 0:  # as it is written: sizes of 0 are not
             del changed[name]
-        if name == "blocks" and sizes["columns"] > 1:  # columns are groups in a step: they go with it
-            changed["columns"] = max(1, sizes["columns"] * new // value)
+        if name == "blocks":  # columns are groups in a step: they go with it
+            changed["columns"] = fast.columns_of(new, layout)
             changed["rows"] = max(sizes["rows"], 8 // changed["columns"])  # a tensor core takes 8 at least
         # Each warp of a fast form multiplies 16 rows of W at a time, of each strip.
         if "strips" not in changed or changed["outputs"] >= 16 * changed["warps"] * changed["strips"]:
@@ -98,7 +102,7 @@ class Tuner:
             RuntimeError: if a candidate computes something else.
         """
         import torch
-        from lowbit_kernels import parse, plain
+        from lowbit_kernels import fast, fast_pairs, parse, plain
         from problems import packed
         from triton.compiler.errors import CompilationError
         from triton.runtime.errors import OutOfResources, PTXASError
@@ -118,9 +122,13 @@ class Tuner:
         before = after = self.seconds({"best": lambda: call(best)})["best"]
         tried = 1
         for name in (n for n in VARIED if n in best and (rows > GEMV_ROWS or n != "rows")):
-            for sizes in neighbours(best, name):
+            for sizes in neighbours(best, name, layout):
                 if sizes.get("inputs", layout.step) < layout.step:
                     continue
+                if sizes.get("pairs"):
+                    given = fast.FastTiles(**{name: size for name, size in sizes.items() if name != "split"})
+                    if not fast_pairs.has_room(given, layout):
+                        continue
                 tried += 1
                 try:
                     result = call(sizes)

@@ -152,6 +152,15 @@ def test_groups_smaller_than_a_block_compile_and_do_not_spill(case):
         assert found["instructions_per_weight"] <= limit(case.kernel, case.format, case.dtype)
 
 
+@pytest.mark.parametrize("group", [32, -1])
+def test_a_table_of_pairs_and_what_triton_asks_for_are_what_any_program_may_have(group):
+    """Triton asks the driver for more than 48 KiB only by its own part."""
+    from lowbit_kernels import fast_pairs
+
+    found = sound(Case("sm_90", "gemm16", f"nf:bits=4,group_size={group}", "fp16", "subnormal"))
+    assert fast_pairs.BYTES < found["shared_bytes"] <= 48 * 1024
+
+
 def _shipped():
     for target in (*NVIDIA, *AMD):
         forms = ("portable",) if target in AMD else tuple(count_tiles.FORMS)

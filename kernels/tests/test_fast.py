@@ -137,6 +137,10 @@ def test_a_table_of_pairs_is_for_one_table_of_levels_and_many_rows(device):
     tiles = replace(fast_tiles(16, parse(by_row), "subnormal"), pairs=1)
     with pytest.raises(ValueError, match=r"levels of .*codebook=row.* have no table of pairs in the form 'subnormal'"):
         fast_linear(torch.zeros(16, 64, dtype=FP16), weight, companions, None, by_row, 64, tiles=tiles)
+    with pytest.raises(ValueError, match=r"stages=3.* leave no room for a table of pairs"):
+        tiles = replace(fast_tiles(16, parse("nf:bits=4"), "subnormal"), stages=3)
+        weight, companions = packed(parse_format("nf:bits=4"), 16, 64, device)
+        fast_linear(torch.zeros(16, 64, dtype=FP16), weight, companions, None, "nf:bits=4", 64, tiles=tiles)
     device = Device("nvidia", "sm_90", 132)  # its file has sizes for all tables of 4 bits in groups of 64
     for text in ("nf:bits=4,group_size=64", "codebook:bits=4,group_size=64"):
         assert _fast_tiles(device, "subnormal", parse(text), 16, 4096, 4096)[0].pairs

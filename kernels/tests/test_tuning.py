@@ -211,3 +211,34 @@ def test_the_command_tunes_goes_on_and_writes_what_is_read(tmp_path, device):
     assert more.returncode == 0 and "1/2" not in more.stdout and tuning.read(output).entries == settings.entries
     refused = tune()
     assert refused.returncode == 2 and "tune needs a GPU and a build of torch that supports it" in refused.stderr
+
+
+def test_a_table_of_pairs_is_tuned_away_where_registers_are_faster(device, tmp_path, monkeypatch):
+    import tune
+    from gpu_check import interpreted
+    from lowbit_kernels import fast, fast_pairs
+    from support.inline_asm import emulate_inline_asm
+
+    emulate_inline_asm()
+    output, spec = tmp_path / "nvidia-sm90.json", "nf:bits=4,group_size=64"
+    tuner, tried = tune.Tuner(device, interpreted(), output, 1), []
+
+    def caller(form, layout, arguments):
+        call = tune.Tuner.caller(tuner, form, layout, arguments)
+        return lambda sizes: (tried.append(sizes), call(sizes))[1]
+
+    def seconds(calls):  # the last tried is faster if it has no table of pairs
+        for call in calls.values():
+            call()
+        return {"best": 2.0, "new": 1.0 if "new" in calls and "pairs" not in tried[-1] else 3.0}
+
+    monkeypatch.setattr(tuner, "caller", caller)
+    monkeypatch.setattr(tuner, "seconds", seconds)
+    tuner.tune("subnormal", spec, 16, 128, 128)
+    tuner.write("the interpreter")
+    (entry,) = tuning.read(output).entries
+    assert "pairs" in tried[0] and "pairs" not in entry.tiles
+    for sizes in tried:
+        tiles = fast.FastTiles(**{name: size for name, size in sizes.items() if name != "split"})
+        assert not tiles.pairs or fast_pairs.has_room(tiles, parse(spec))
+    assert not any(sizes.get("pairs") and sizes["stages"] > tried[0]["stages"] for sizes in tried)

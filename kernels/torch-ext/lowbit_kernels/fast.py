@@ -28,7 +28,7 @@ import triton.language as tl
 
 from .fast_fields import all_turns, level_tables, moved_e2m1, seen_inputs, with_step
 from .fast_grid import in_pairs, power_exponents, step_offset, unit
-from .fast_pairs import has_pairs, pair_table
+from .fast_pairs import has_pairs, has_room, pair_table
 from .fast_scaled import BLOCKS, in_weights, scaled_kernel
 from .layout import Layout, name_tensors, on_device, parse
 from .matmul import _store, add_shares
@@ -163,6 +163,11 @@ def reads(layout: Layout, form: str) -> bool:
     return fits and (layout.table == "none" or layout.bits <= 4)
 
 
+def columns_of(blocks: int, layout: Layout) -> int:
+    """The columns of :class:`FastTiles` that so many blocks a step need: as many groups as a step has, or blocks."""
+    return 1 if layout.group == 0 else blocks if layout.group < 64 else max(1, blocks * 64 // layout.group)
+
+
 def fast_tiles(M: int, layout: Layout, form: str) -> FastTiles:
     """Tiles for M rows of x, chosen by instructions and registers of compiled code; nothing here was timed.
 
@@ -180,7 +185,7 @@ def fast_tiles(M: int, layout: Layout, form: str) -> FastTiles:
     else:
         blocks = 1 if 0 < layout.group <= 64 and (1 not in layout.planes or table) else 2
         spans = 2 if table and blocks == 1 else 1
-    columns = 1 if layout.group == 0 else blocks if layout.group < 64 else max(1, blocks * 64 // layout.group)
+    columns = columns_of(blocks, layout)
     # Sums for every part of a block take registers: with small groups, 16 rows spill from some widths on.
     many = 8 if 0 < layout.group < 32 or (layout.group == 32 and layout.bits == 7) else 16
     rows = triton.next_power_of_2(M) if M <= 4 else many
@@ -238,6 +243,8 @@ def fast_linear(
         raise ValueError(f"scales of {format!r} cannot go into weights in the form {form!r}: give other tiles")
     if tiles.pairs and not has_pairs(layout, form):
         raise ValueError(f"levels of {format!r} have no table of pairs in the form {form!r}: give other tiles")
+    if tiles.pairs and not has_room(tiles, layout):
+        raise ValueError(f"{tiles} leave no room for a table of pairs: give smaller ones, or pairs=0")
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     target = torch.empty((split, M, N), dtype=torch.float32, device=x.device) if split > 1 else out
     grid = (triton.cdiv(M, tiles.rows), triton.cdiv(N, tiles.outputs), split)

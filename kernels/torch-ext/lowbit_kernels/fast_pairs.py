@@ -6,6 +6,8 @@ instruction for two weights after the two that make its address, and no two lane
 worth it where a program has many rows of x and so many weights for each of its threads.
 
 Shared memory that Triton does not know of is declared in the assembly; the driver adds it to what Triton asks for.
+Triton lets a program have more than 48 KiB only if it asks for more than that itself, so both together have to stay
+below.
 """
 
 import triton
@@ -17,11 +19,18 @@ from .fast_grid import as_loaded
 from .layout import Layout
 
 BYTES = 256 * 32 * 4
+ROOM = 48 * 1024 - BYTES - 1024  # for steps in flight; 1 KiB is for tiles of scales that change their layout
 
 
 def has_pairs(layout: Layout, form: str) -> bool:
     """Whether levels of such weights can be looked up here: those of one table, by codes of at most 4 bits."""
     return layout.table == "tensor" and layout.bits <= 4 and not moved_e2m1(form, layout)
+
+
+def has_room(tiles, layout: Layout) -> bool:
+    """Whether the steps in flight of :class:`.fast.FastTiles` fit beside the table."""
+    block = 8 * layout.bits * tiles.outputs + 128 * tiles.rows * tiles.columns  # bytes of 64 inputs: codes, and x
+    return (tiles.stages - 1) * tiles.spans * tiles.blocks * block <= ROOM
 
 
 @triton.constexpr_function
