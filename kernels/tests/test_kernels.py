@@ -197,3 +197,17 @@ def test_a_gradient_of_many_rows_takes_them_in_parts(K, device, buffers, monkeyp
     assert torch.equal(lowbit_kernels.input_gradient(gradient, weight, companions, format.spec, K), whole)
     shared = [tuple(b.shape) for b in buffers[1:]]
     assert shared == ([(8, 40, K), (8, 30, K)] if K == 121 else []) and all(intact(b) for b in buffers)
+
+
+def test_every_e4m3_scale_is_the_number_that_torch_reads(device):
+    format, codes = parse_format("codebook:bits=4,group_size=32,scale_dtype=e4m3"), torch.arange(256, device=device)
+    codes = codes[codes % 128 != 127]  # not a number
+    weight, companions = packed(format, len(codes), 32, device)
+    scales, shared, *rest = companions
+    companions = [guard(codes.to(torch.uint8)[:, None]), shared, *rest]
+    assert scales.shape == companions[0].shape and shared.numel() == 1
+    found = lowbit_kernels.dequantize(weight, companions, format.spec, 32, torch.float32)
+    named = layout.name_tensors(weight, companions, layout.parse(format.spec))
+    expected = codes.to(torch.uint8).view(torch.float8_e4m3fn).float() * shared
+    assert torch.equal(plain.group_scales(named, layout.parse(format.spec))[:, 0], expected)
+    assert torch.equal(found, plain.dequantize(weight, companions, format.spec, 32, torch.float32))
