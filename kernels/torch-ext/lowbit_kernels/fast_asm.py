@@ -13,8 +13,9 @@ The forms of an integer code:
   8 bits come as two values, 7 bits and the highest, whose sum is 256 more than the code. The kernel takes the offset
   off the sum.
 
-Tables are looked up four codes at a time by byte permutes of their low and high bytes. That makes pairs of two fields
-of the same lane, so inputs are paired in that way too. E2M1 in float16 is moved to where it means ``level * 2**-14``.
+Tables are looked up four codes at a time by byte permutes of their low and high bytes, or two at a time in a table of
+pairs (:mod:`.fast_pairs`). That makes pairs of two fields of the same lane, so inputs are paired in that way too. E2M1
+in float16 is moved to where it means ``level * 2**-14``.
 
 Every function is a ``triton.constexpr_function``: kernels call them with constants, and Triton's cache sees their text.
 The compiler finds what several texts share.
