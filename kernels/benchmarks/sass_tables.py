@@ -81,9 +81,9 @@ NF4 in groups of 64, as the package packs it by default, learned tables of 3 bit
 Looked up in registers a level of 4 bits takes 2.6 instructions: for four codes four permutes of bytes, two that choose,
 two that pair, and what these permute by. With more than 4 rows two levels are looked up at once in a table of all
 pairs in shared memory (`fast_pairs.py`): two instructions for an address and one that loads, 1.5 a weight. The table
-has 32 KiB, a column for each lane of a warp, so that no two lanes meet in a bank, and making it takes each thread 104
-instructions (sm_80), where a turn of the loop is 296 shorter. Before the loop begins nothing hides them, so with fewer
-rows, where instructions are not the limit on paper, registers stay. `tune.py` tries both on a GPU.
+has 32 KiB, a column for each lane of a warp, so that no two lanes meet in a bank. For NF4 in groups of 32 on sm_80 the
+code outside the loop is 104 instructions longer than with registers, a turn of the loop 296 shorter. What is made
+before the loop begins nothing hides, so with up to 4 rows registers stay. With more, `tune.py` tries both on a GPU.
 
 A table of each row was brought to its threads by way of looked up levels in shared memory, 0.3 to 1.3 a weight: the
 compiler gives a load of as many rows as there are threads a layout that it keeps. A strip of fewer rows it loads anew
