@@ -63,6 +63,13 @@ def neighbours(sizes: dict[str, int], name: str, layout) -> list[dict[str, int]]
     return found
 
 
+def tiles_of(sizes: dict[str, int]):
+    """The record of a fast form's sizes, without the split."""
+    from lowbit_kernels import fast
+
+    return fast.FastTiles(**{name: size for name, size in sizes.items() if name != "split"})
+
+
 class Tuner:
     """One device and the file that is being made for it."""
 
@@ -102,7 +109,7 @@ class Tuner:
             RuntimeError: if a candidate computes something else.
         """
         import torch
-        from lowbit_kernels import fast, fast_pairs, parse, plain
+        from lowbit_kernels import fast_pairs, parse, plain
         from problems import packed
         from triton.compiler.errors import CompilationError
         from triton.runtime.errors import OutOfResources, PTXASError
@@ -125,10 +132,8 @@ class Tuner:
             for sizes in neighbours(best, name, layout):
                 if sizes.get("inputs", layout.step) < layout.step:
                     continue
-                if sizes.get("pairs"):
-                    given = fast.FastTiles(**{name: size for name, size in sizes.items() if name != "split"})
-                    if not fast_pairs.has_room(given, layout):
-                        continue
+                if sizes.get("pairs") and not fast_pairs.has_room(tiles_of(sizes), layout):
+                    continue
                 tried += 1
                 try:
                     result = call(sizes)
@@ -168,8 +173,7 @@ class Tuner:
         def call(sizes):
             if form == "portable":
                 return linear(*arguments, tiles=Tiles(**sizes))
-            rest = {k: v for k, v in sizes.items() if k != "split"}
-            return fast.fast_linear(*arguments, form=form, tiles=fast.FastTiles(**rest), split=sizes["split"])
+            return fast.fast_linear(*arguments, form=form, tiles=tiles_of(sizes), split=sizes["split"])
 
         return call
 

@@ -213,10 +213,11 @@ def test_the_command_tunes_goes_on_and_writes_what_is_read(tmp_path, device):
     assert refused.returncode == 2 and "tune needs a GPU and a build of torch that supports it" in refused.stderr
 
 
-def test_a_table_of_pairs_is_tuned_away_where_registers_are_faster(device, tmp_path, monkeypatch):
+@pytest.mark.parametrize("registers", [True, False], ids=["registers are faster", "pairs are faster"])
+def test_a_table_of_pairs_is_tuned_away_or_kept_with_room_for_it(registers, device, tmp_path, monkeypatch):
     import tune
     from gpu_check import interpreted
-    from lowbit_kernels import fast, fast_pairs
+    from lowbit_kernels import fast_pairs
     from support.inline_asm import emulate_inline_asm
 
     emulate_inline_asm()
@@ -227,18 +228,18 @@ def test_a_table_of_pairs_is_tuned_away_where_registers_are_faster(device, tmp_p
         call = tune.Tuner.caller(tuner, form, layout, arguments)
         return lambda sizes: (tried.append(sizes), call(sizes))[1]
 
-    def seconds(calls):  # the last tried is faster if it has no table of pairs
+    def seconds(calls):
         for call in calls.values():
             call()
-        return {"best": 2.0, "new": 1.0 if "new" in calls and "pairs" not in tried[-1] else 3.0}
+        faster = "new" in calls and registers and "pairs" not in tried[-1]
+        return {"best": 2.0, "new": 1.0 if faster else 3.0}
 
     monkeypatch.setattr(tuner, "caller", caller)
     monkeypatch.setattr(tuner, "seconds", seconds)
     tuner.tune("subnormal", spec, 16, 128, 128)
     tuner.write("the interpreter")
     (entry,) = tuning.read(output).entries
-    assert "pairs" in tried[0] and "pairs" not in entry.tiles
-    for sizes in tried:
-        tiles = fast.FastTiles(**{name: size for name, size in sizes.items() if name != "split"})
-        assert not tiles.pairs or fast_pairs.has_room(tiles, parse(spec))
-    assert not any(sizes.get("pairs") and sizes["stages"] > tried[0]["stages"] for sizes in tried)
+    assert "pairs" in tried[0] and ("pairs" in entry.tiles) is not registers
+    # Three steps in flight are tried where no table is beside them, and are too much beside one.
+    assert any(sizes["stages"] == 3 for sizes in tried) is registers
+    assert all(not tiles.pairs or fast_pairs.has_room(tiles, parse(spec)) for tiles in map(tune.tiles_of, tried))

@@ -2,8 +2,8 @@
 
 A byte of two codes is the number of a row of 32 equal pairs, and each lane of a warp reads its own column: one
 instruction for two weights after the two that make its address, and no two lanes of a warp meet in a bank. In registers
-(:func:`.fast_asm.table_asm`) two weights take five. The table has 32 KiB and is made once by each program, which is
-worth it where a program has many rows of x and so many weights for each of its threads.
+(:func:`.fast_asm.table_asm`) two weights take five. The table has 32 KiB and is made once by each program, before its
+loop begins and so in time that nothing hides: the rules take it for more than 4 rows of x, by counting alone.
 
 Shared memory that Triton does not know of is declared in the assembly; the driver adds it to what Triton asks for.
 Triton lets a program have more than 48 KiB only if it asks for more than that itself, so both together have to stay
