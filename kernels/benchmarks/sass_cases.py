@@ -3,7 +3,8 @@
 For every kernel, target and dtype, with the sizes that are taken by default for a weight of 4096 x 4096:
 
 - the form that a device takes by default, of all widths with zero points and all tables, in groups of 128 (FP4: 32) and
-  of 32, and of ternary rows: those of 4096 inputs have 410 lanes, each 4th begins at 16 bytes; those of 5120 all do;
+  of 32, fast forms of integers in groups of 64, too, and of ternary rows: those of 4096 inputs have 410 lanes, each 4th
+  begins at 16 bytes; those of 5120 all do;
 - the portable form in float16 also where a fast form goes before it, but for 2 to 4 rows; ``lop3``, which no device
   takes by default, in 4 and 7 bits.
 
@@ -64,6 +65,8 @@ def formats(group: int = 128) -> list[str]:
 
 FULLEST = ("int:bits=1,", "int:bits=3,", "int:bits=5,", "int:bits=7,", "nf:")  # how they begin
 SMALL = (*(f"int:bits={bits},group_size=32" for bits in range(1, 9)), "nf:bits=4,group_size=32")
+# Groups of 64, in fast forms alone.
+MIDDLE = tuple(f"int:bits={bits},group_size=64" for bits in range(1, 9))
 # What the package packs integers as unless told otherwise; in fast forms alone.
 DEFAULTS = tuple(f"int:bits={bits},group_size=32,scale_dtype=log8" for bits in range(1, 9))
 # Tables as they are packed unless told otherwise, and those of each row; in fast forms alone, too.
@@ -86,7 +89,7 @@ def cases() -> list[Case]:
     for target in (*NVIDIA, *AMD):
         if target in NVIDIA:
             products = [kernel for kernel in PRODUCTS if kernel != "gemm64"]
-            asked = [*read, *DEFAULTS, *TABLES]
+            asked = [*read, *MIDDLE, *DEFAULTS, *TABLES]
             found += [Case(target, k, f, dtype, form) for dtype, form in FAST.items() for k in products for f in asked]
             asked = [f for f in portable if f.startswith(("int:bits=4,", "int:bits=7,"))]
             found += [Case(target, k, f, "fp16", "lop3") for k in ("gemv", "gemm16") for f in asked]

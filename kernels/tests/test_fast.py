@@ -17,6 +17,9 @@ from hf_lowbit import reference
 from hf_lowbit.formats import parse_format
 
 FP16, BF16 = torch.float16, torch.bfloat16
+EIGHT_BITS = ("e4m3", "e8m0")  # scales
+# Two blocks whose plane of one bit is loaded at once, and rows that end after the first or within one.
+SPANNED = ((1, "log8", 512), (1, "float16", 320), (3, "log8", 330), (3, "e8m0", 512), (3, "log8", 64))
 CASES = [
     *((f"int:bits={b},group_size=64", M, 512, FP16, None) for b in range(1, 9) for M in (1, 5)),
     *((f"int:bits={b},group_size=128,symmetric=True", 3, 512, BF16, None) for b in range(1, 9)),
@@ -25,6 +28,7 @@ CASES = [
     *((f"int:bits=4,group_size={g}", 2, 320, FP16, None) for g in (16, 128, 256, -1)),
     *((f"int:bits={b},group_size=32", M, K, FP16, None) for b in range(1, 9) for M, K in ((2, 330), (1, 512))),
     *((f"int:bits={b},group_size=32", 2, 512, BF16, None) for b in range(1, 9)),
+    *((f"codebook:bits={b},group_size=32,scale_dtype={s}", 12, K, FP16, None) for b, s, K in SPANNED),
     ("int:bits=4,group_size=32,zeros=float,scale_dtype=bfloat16", 2, 512, FP16, None),
     ("int:bits=4,group_size=32,symmetric=True", 2, 512, FP16, "lop3"),
     *((f"int:bits={b},group_size=32", 2, 512, FP16, "lop3") for b in (2, 5)),
@@ -41,7 +45,7 @@ CASES = [
     ("nf:bits=4,group_size=32", 4, 192, FP16, None),
     ("nf:bits=4,group_size=32", 2, 512, BF16, None),
     *(("nf:bits=4,group_size=32", M, K, d, None) for M, K, d in ((16, 512, FP16), (9, 330, FP16), (17, 192, BF16))),
-    ("codebook:bits=4,group_size=32,scale_dtype=e4m3", 6, 200, FP16, None),
+    *((f"codebook:bits=4,group_size=32,scale_dtype={s}", M, 200, FP16, None) for s in EIGHT_BITS for M in (2, 4, 6)),
     ("codebook:bits=4,group_size=-1", 5, 330, FP16, "lop3"),
     ("fp4:bits=4", 3, 320, BF16, None),
     ("fp4:bits=4,group_size=16,scale_dtype=e4m3", 2, 192, FP16, None),
@@ -60,7 +64,8 @@ def assembly(device):
     "case", CASES, ids=lambda c: f"{c[0].replace(',', '_')}_M{c[1]}_K{c[2]}_{str(c[3])[6:]}_{c[4]}"
 )
 def test_fast_linear_is_the_reference(case, device):
-    from lowbit_kernels.fast import fast_linear
+    from lowbit_kernels.fast import fast_linear, sum_tiles
+    from lowbit_kernels.layout import parse
 
     text, M, K, dtype, form = case
     format, N, split = parse_format(text), 70, 2 if M == 1 else 1
@@ -78,7 +83,8 @@ def test_fast_linear_is_the_reference(case, device):
     table = half * (x.double().abs() @ values.abs().T) if format.name in ("nf", "fp4", "codebook") else 0
     tolerance = magnitude * 4 * K**0.5 * 2.0**-24 + table + half * expected.abs() * 1.01 + 2.0**-24
 
-    result = fast_linear(x, weight, companions, bias, format.spec, K, form=form, split=split)
+    tiles = sum_tiles(M, parse(format.spec), form or ("magic" if dtype == BF16 else "subnormal"))
+    result = fast_linear(x, weight, companions, bias, format.spec, K, form=form, tiles=tiles, split=split)
 
     assert ((result.double() - expected).abs() <= tolerance).all()
     assert intact(x) and intact(bias) and intact(weight)
@@ -88,15 +94,17 @@ def test_fast_linear_is_the_reference(case, device):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_weight_alone_is_exact_to_a_rounding(bits, dtype, device):
     """With a single input not 0 there is nothing to sum: an error of one code anywhere it looks would show."""
-    from lowbit_kernels.fast import fast_linear
+    from lowbit_kernels.fast import fast_linear, sum_tiles
+    from lowbit_kernels.layout import parse
 
     format, N, K = parse_format(f"int:bits={bits},group_size=64"), 64, 256
+    tiles = sum_tiles(16, parse(format.spec), "magic" if dtype == BF16 else "subnormal")
     weight, companions = packed(format, N, K, device)
     k = torch.randperm(K, generator=torch.Generator().manual_seed(bits))[:16]
     x = torch.zeros(16, K, dtype=dtype, device=device)
     x[torch.arange(16), k] = 1
     expected = reference.dequantize(weight, companions, format.spec, K, torch.float64)[:, k].T
-    result = fast_linear(x, weight, companions, None, format.spec, K).double()
+    result = fast_linear(x, weight, companions, None, format.spec, K, tiles=tiles).double()
     # The float32 sums see codes of at most 8 bits and offsets of 12: they are exact; so is a float16 scale in float32.
     assert ((result - expected).abs() <= expected.abs() * (torch.finfo(dtype).eps / 2 + 2.0**-23) + 2.0**-25).all()
 

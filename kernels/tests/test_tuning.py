@@ -107,7 +107,11 @@ def test_formats_that_are_tuned_alike_have_one_name():
     names = {
         **{"int:bits=3": "int3_g64", "int:bits=3,symmetric=True": "int3_g64", "nf:bits=4": "table4_g64"},
         **{"codebook:bits=4": "table4_g64", "codebook:bits=4,group_size=-1,codebook=row": "table4_row"},
-        **{"fp4:bits=4": "fp4_g32", "ternary:bits=1.58": "ternary_row"},
+        **{
+            "codebook:bits=4,scale_dtype=e4m3": "table4_g64_e4m3",
+            "fp4:bits=4": "fp4_g32",
+            "ternary:bits=1.58": "ternary_row",
+        },
     }
     assert {text: tuning.format_class(parse(text)) for text in names} == names
     assert [tuning.bucket(m) for m in (1, 2, 3, 4, 5, 9, 17, 1000, 5000)] == [1, 2, 4, 4, 8, 16, 64, 1024, 1024]

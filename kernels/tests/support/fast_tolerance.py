@@ -14,8 +14,8 @@ is brought to 2**14 or more (float16 ones by 2**30 at most), times 2**-24, or mo
 
 import torch
 from lowbit_kernels import layout, plain
+from lowbit_kernels.fast import fast_tiles
 from lowbit_kernels.fast_asm import code_position
-from lowbit_kernels.fast_scaled import in_weights
 
 U = 2.0**-24
 
@@ -37,7 +37,7 @@ def fast_bound(x, weight, companions, bias, format: str, K: int, form: str) -> t
         low, step = (float(v) for v in named.scale_range)
         error += 2 * 2.0**-23 * (1 + max(abs(low), abs(low + 254 * step))) + 2 * U
     added = 0.0
-    if x.shape[0] > 2 and in_weights(lay, form):
+    if fast_tiles(x.shape[0], lay, form).scaled:
         off = half * 2 * values.abs()
         if x.dtype == torch.float16:
             most = scales.amax(1, keepdim=True)

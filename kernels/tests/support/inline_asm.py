@@ -1,10 +1,10 @@
 """Runs the PTX of ``tl.inline_asm_elementwise`` in Triton's interpreter, which has none.
 
 Only what the fast kernels write is understood: 32-bit integer moves, products, shifts, rotations, logic, byte permutes,
-arithmetic of pairs of halves and rounding to them, and their parts, one instruction after another, without branches;
-and one array in shared memory, which a barrier does nothing to. Anything else raises. Each instruction is applied to
-whole arrays of registers; to all of them a thread is the same lane of its warp, another one each time that it is asked.
-It accepts operands that an assembler refuses, so compile as well.
+arithmetic of pairs of halves and rounding to them, their parts, powers of two, one instruction after another, without
+branches; and one array in shared memory, which a barrier does nothing to. Anything else raises. Each instruction is
+applied to whole arrays of registers; to all of them a thread is the same lane of its warp, another one each time that
+it is asked. It accepts operands that an assembler refuses, so compile as well.
 
 Tensors are packed as Triton packs them: ``pack`` elements an instance, those of less than 32 bits several to a
 register, wider ones a register each.
@@ -66,6 +66,20 @@ def _round_pair(rounded):
         return low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
 
     return both
+
+
+def _differs_halves(a, b):
+    """``set.ne.u32.f16x2``: all bits of each half where they differ, also by less than a normal number."""
+    shape = np.broadcast(a, b).shape
+    a, b = (np.ascontiguousarray(np.broadcast_to(v, shape)).view(np.float16) for v in (a, b))
+    return np.where(a != b, np.uint16(0xFFFF), np.uint16(0)).view(np.uint32)
+
+
+def _multiply_add(a, b, c):
+    """``fma.rn.f32``: float64 holds the product of two float32, and is rounded once more, by far less."""
+    shape = np.broadcast(a, b, c).shape
+    a, b, c = (np.ascontiguousarray(np.broadcast_to(v, shape)).view(np.float32).astype(np.float64) for v in (a, b, c))
+    return (a * b + c).astype(np.float32).view(np.uint32)
 
 
 def _multiply_add_halves(a, b, c):
@@ -130,6 +144,7 @@ class _Memory:
 
 
 INSTRUCTIONS = {
+    "mov.b16": lambda a: a,
     "mov.b32": lambda a: a,
     "mov.u32": lambda a: a,
     "add.u32": lambda a, b: (a.astype(np.uint64) + b).astype(np.uint32),
@@ -149,6 +164,11 @@ INSTRUCTIONS = {
     "neg.f16x2": lambda a: a ^ np.uint32(0x80008000),
     "cvt.rn.f16x2.f32": _round_pair(lambda v: v.astype(np.float16)),
     "cvt.rn.bf16x2.f32": _round_pair(round_to_bfloat16),
+    "cvt.f32.f16": lambda a: a.astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32),
+    "mul.f32": lambda a, b: (a.view(np.float32) * b.view(np.float32)).view(np.uint32),
+    "fma.rn.f32": _multiply_add,
+    "ex2.approx.ftz.f32": lambda a: np.exp2(np.ascontiguousarray(a).view(np.float32)).view(np.uint32),
+    "set.ne.u32.f16x2": _differs_halves,
     "fma.rn.f16x2": _multiply_add_halves,
     "fma.rn.bf16x2": _multiply_add_brains,
 }

@@ -230,6 +230,13 @@ def group_of(k, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def halves_of_e4m3(stored):
+    """Codes of e4m3 as float16 of ``2**-8`` times their value, subnormal ones too: their bits, moved."""
+    code = stored.to(tl.int8, bitcast=True).to(tl.int32)
+    return ((code << 7) & 0xBF80).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
 def decode_scale(stored, scale_range, LAYOUT: tl.constexpr):
     """Scales, float32, as they are ``stored``."""
     if LAYOUT.scale == "log8":
@@ -241,10 +248,7 @@ def decode_scale(stored, scale_range, LAYOUT: tl.constexpr):
         code = stored.to(tl.int32)
         scale = tl.where(code == 0, 0x00400000, code << 23).to(tl.float32, bitcast=True)
     elif LAYOUT.scale == "e4m3":
-        code = stored.to(tl.int8, bitcast=True).to(tl.int32)
-        # The bits of a float16 of 2**-8 times the value, subnormal ones too.
-        half = ((code << 7) & 0xBF80).to(tl.int16).to(tl.float16, bitcast=True)
-        scale = half.to(tl.float32) * (tl.load(scale_range) * 256.0)
+        scale = halves_of_e4m3(stored).to(tl.float32) * (tl.load(scale_range) * 256.0)
     else:
         scale = stored.to(tl.float32)
     return scale

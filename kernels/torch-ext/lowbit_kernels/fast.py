@@ -13,7 +13,7 @@ What a weight costs in instructions decides at few bits (a load of 16 bytes brin
   rows of W. What the form of a code multiplies or adds goes into ``s`` and ``z`` of the group.
 - A tile of lanes can reach over several groups. Then a row of x takes a column for each of them, zero outside its
   group, and one product gives the sums of all. With few rows of x those columns would be empty anyway.
-- From three rows of x on scales and zero points of groups of 32 go into weights after all: :mod:`.fast_scaled`.
+- From three rows of x on scales and zero points of small groups go into weights after all: :mod:`.fast_scaled`.
 
 Sums are float32; but for that nothing is rounded except, for tables, the level to the dtype of x. Not here: ternary,
 tables of more than 4 bits, groups smaller than what is multiplied at once, float32 activations; those take the portable
@@ -26,8 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .fast_fields import all_turns, level_tables, moved_e2m1, seen_inputs, with_step
-from .fast_grid import in_pairs, power_exponents, step_offset, unit
+from .fast_fields import all_turns, level_tables, moved_e2m1, operands, seen_inputs, with_step
+from .fast_grid import has_unit, power_exponents, shared_scale, step_offset, unit
 from .fast_pairs import has_pairs, has_room, pair_table
 from .fast_scaled import BLOCKS, in_weights, scaled_kernel
 from .layout import Layout, name_tensors, on_device, parse
@@ -47,7 +47,8 @@ class FastTiles:
         outputs: Rows of W.
         blocks: Blocks of 64 inputs a step.
         strips: Parts that the rows of W are multiplied in, one after another, all with the same inputs in registers.
-        spans: Times that a step is taken in one turn of the loop.
+        spans: Times that a step is taken in one turn of the loop, 1 or 2. Lanes of which a step has less than 16 bytes
+            a row are loaded for both together.
         columns: Columns that a row of x takes: groups in a step, or blocks where groups are smaller.
         window: Bits of a lane that are read from one shift, 4 or 8, in float16 with codes of at most 4 bits.
         warps: Warps a program.
@@ -131,14 +132,17 @@ def fast_kernel(
             tables = tables + (level_tables(levels, row, LAYOUT, FORM, DTYPE),)  # noqa: RUF005
         totals = totals + (tl.zeros((STRIP, R), tl.float32),)  # noqa: RUF005
     for step in tl.range(split, tl.cdiv(blocks, BLOCKS * SPANS), SPLIT, num_stages=STAGES):
+        words = ()
+        for strip in tl.static_range(STRIPS):
+            start = weight + rows[strip] * (blocks * (4 * LAYOUT.bits))
+            words = words + (operands(start, step, blocks, turns, LAYOUT, BLOCKS, SPANS, EVEN),)  # noqa: RUF005
         for span in tl.static_range(SPANS):
             x_offset = step_offset(step, SPANS * BLOCKS * 64) + span * (BLOCKS * 64)
             added = ()
             for strip in tl.static_range(STRIPS):
-                start = weight + rows[strip] * (blocks * (4 * LAYOUT.bits))
                 total = with_step(
-                    *(totals[strip], start, rows[strip], tables[strip], turns, x_row, x_offset, seen),
-                    *(scales, scale_range, exponents, zeros, step * SPANS + span, blocks, K, LAYOUT, FORM),
+                    *(totals[strip], words[strip][span], rows[strip], tables[strip], x_row, x_offset, seen),
+                    *(scales, exponents, zeros, step * SPANS + span, K, LAYOUT, FORM),
                     *(BLOCK_M, BLOCKS, COLUMNS, WINDOW, EVEN, ROWS_OF_ONES),
                 )
                 added = added + (total,)  # noqa: RUF005
@@ -147,7 +151,8 @@ def fast_kernel(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     for strip in tl.static_range(STRIPS):
         total = totals[strip]
-        if in_pairs(LAYOUT, COLUMNS):
+        total *= shared_scale(scale_range, LAYOUT)
+        if has_unit(LAYOUT, COLUMNS):
             total *= unit(FORM, LAYOUT, WINDOW)
         if COLUMNS > 1:
             total = tl.sum(total.reshape(STRIP, BLOCK_M, COLUMNS), axis=2)
@@ -173,14 +178,20 @@ def fast_tiles(M: int, layout: Layout, form: str) -> FastTiles:
 
     Two warps, so that Hopper's compiler keeps operands in registers too; as many rows of W as registers hold.
     """
-    if M > 2 and in_weights(layout, form):
-        return FastTiles(8 if M <= 8 else 16, 128 if layout.bits in (1, 2, 4) else 64, BLOCKS, 1, 8, stages=2, scaled=1)
+    if (M > 2 or layout.group == 16) and in_weights(layout, form):
+        many = layout.bits in (1, 2, 4) and (layout.group, layout.bits) != (16, 2)
+        return FastTiles(8 if M <= 8 else 16, 128 if many else 64, BLOCKS.value, 1, 8, stages=2, scaled=1)
+    return sum_tiles(M, layout, form)
+
+
+def sum_tiles(M: int, layout: Layout, form: str) -> FastTiles:
+    """As :func:`fast_tiles`, with scales and zero points in sums."""
     table = layout.table != "none" and layout.name != "fp4"
     if layout.table == "row":
         return _row_table_tiles(M, layout)
     if M <= 4:
         full = (layout.group == 32 and layout.bits == 8) or (layout.group in (32, 64) and layout.table != "none")
-        few = (layout.group, layout.bits) == (16, 7) or (M > 2 and full)
+        few = (layout.group == 16 and layout.bits in (5, 7)) or (M > 2 and full)
         blocks, spans = 2 if few else 4, 1
     else:
         blocks = 1 if 0 < layout.group <= 64 and (1 not in layout.planes or table) else 2
@@ -190,10 +201,14 @@ def fast_tiles(M: int, layout: Layout, form: str) -> FastTiles:
     many = 8 if 0 < layout.group < 32 or (layout.group == 32 and layout.bits == 7) else 16
     rows = triton.next_power_of_2(M) if M <= 4 else many
     warps = 4 if M > 4 and (layout.group, layout.bits) == (32, 3) and not table else 2
-    pairs = int(M > 4 and layout.bits == 4 and has_pairs(layout, form))  # fewer bits: less by registers
+    eight = layout.scale in ("e4m3", "e8m0") and layout.group == 32  # scales whose decoding leaves too few registers
+    # Fewer bits take less by registers.
+    pairs = int((2 if eight else 4) < M and layout.bits == 4 and has_pairs(layout, form))
     strips = 2 if table and 2 < M <= 4 and layout.group in (32, 64) else 1
-    outputs = 128 if warps == 4 or (columns == 1 if M > 4 else strips == 2) else 64
-    stages = 2 if len(layout.planes) > 1 or strips == 2 or (M > 4 and table) or pairs else 3
+    # A plane of one bit loaded for two blocks at once, next to a table and two sums a block, takes too many registers.
+    wide = columns == 1 and not (table and layout.group == 32 and 1 in layout.planes) if M > 4 else strips == 2
+    outputs = 128 if warps == 4 or wide else 64
+    stages = 2 if len(layout.planes) > 1 or strips == 2 or (table and (M > 4 or layout.group == 32)) else 3
     window = 4 if M > 4 and 0 < layout.group <= 32 else 8  # one more shift, but no second sum for each group
     rows = max(rows, 8 // columns)
     return FastTiles(rows, outputs, blocks, columns, window, warps, stages, strips, spans, pairs=pairs)
@@ -239,6 +254,8 @@ def fast_linear(
     M = rows.shape[0]
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     tiles = tiles or fast_tiles(M, layout, form)
+    if tiles.spans > 2:
+        raise ValueError(f"{tiles} take more than two steps a turn of the loop: give spans=1 or 2")
     if tiles.scaled and not in_weights(layout, form):
         raise ValueError(f"scales of {format!r} cannot go into weights in the form {form!r}: give other tiles")
     if tiles.pairs and not has_pairs(layout, form):
@@ -257,7 +274,7 @@ def fast_linear(
                 SPLIT=split,
                 BLOCK_M=tiles.rows,
                 BLOCK_N=tiles.outputs,
-                EVEN=K % (64 * BLOCKS) == 0,
+                EVEN=K % (64 * BLOCKS.value) == 0,
                 STAGES=tiles.stages,
                 num_warps=tiles.warps,
                 maxnreg=REGISTERS,

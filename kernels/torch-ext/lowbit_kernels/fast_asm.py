@@ -4,7 +4,8 @@ Two lanes are one 32-bit register, so every instruction below makes two values. 
 spread: a lane of theirs is there for each of the lanes of a plane of four bits that it has fields for, and is shifted
 first so that those fields stand where the nibbles of a lane of four bits do. Then planes are joined by bit selects:
 codes of at most 4 bits in nibbles, those of 5 to 7 bits in bytes, the even fields in one word and the odd in another.
-The forms of an integer code:
+Of 7 bits, which have two small planes, the 16 lanes of a block are two sides of 8, each with texts of its own: they
+know where in the plane of two bits their own bits are. The forms of an integer code:
 
 - ``subnormal`` (float16): the field alone, which read as a float16 is exactly ``code * 2**(t - 24)`` where it stands
   ``t`` bits up: one AND for two weights. It needs tensor cores that keep subnormals, as documented for float16.
@@ -41,19 +42,31 @@ def results(dtype):
 
 
 @triton.constexpr_function
+def sides(planes):
+    """How many texts the lanes of a block take."""
+    return 2 if planes == (4, 2, 1) else 1
+
+
+@triton.constexpr_function
+def is_turned(planes, index):
+    """Whether the lanes of a plane are turned by a number that comes with them."""
+    return planes[index] < (4 if sides(planes) == 1 else 2)
+
+
+@triton.constexpr_function
 def operand_registers(planes):
-    """Registers of the lanes of all planes and of two shifts for each small one."""
-    return len(planes) + 2 * sum(plane < 4 for plane in planes)
+    """Registers of the lanes of all planes and of two shifts for each that is turned."""
+    return len(planes) + 2 * sum(is_turned(planes, i) for i in range(len(planes)))
 
 
 @triton.constexpr_function
 def first_turn(planes, index):
     """How far lane 0 of a small plane is turned to the right: to where the texts want its bits.
 
-    Codes of 5 to 7 bits want those of a field at the upper end of the nibble before the field's own.
+    Codes of 5 and 6 bits want those of a field at the upper end of the nibble before the field's own; codes of 7 bits
+    want the bit of the last plane below the two of the one before.
     """
-    bits = sum(planes)
-    return bits - 4 - sum(planes[index + 1 :]) if bits > 4 else -1 % 32 if planes[index:] == (2, 1) else 0
+    return planes[index] if sum(planes) > 4 else -1 % 32 if planes[index:] == (2, 1) else 0
 
 
 @triton.constexpr_function
@@ -61,7 +74,7 @@ def _turned(planes):
     """Lines that turn the lanes of small planes: ``w<bits>`` is the lane of each plane."""
     lines, turn = [], len(planes) + 1
     for i, plane in enumerate(planes):
-        if plane < 4:
+        if is_turned(planes, i):
             lines.append(f"shf.r.wrap.b32 w{plane}, ${i + 1}, ${i + 1}, ${turn};")
             turn += 2
         else:
@@ -79,7 +92,7 @@ def _nibbles(planes):
 
 
 @triton.constexpr_function
-def _bytes(planes, odd, base):
+def _bytes(planes, odd, base, side):
     """Lines that leave codes of 5 to 7 bits ``base`` bits up in bytes of ``w`` without other bits: even fields, or odd.
 
     The bits of small planes are joined for all fields first, in ``t``, each in the nibble before its field's own: odd
@@ -87,9 +100,12 @@ def _bytes(planes, odd, base):
     """
     lines, small = _turned(planes), sum(planes) - 4
     place = 4 - small
-    lines.append(f"and.b32 t, w1, {(1 << place) * 0x11111111};" if 1 in planes else "mov.b32 t, 0;")
-    if 2 in planes:
-        lines.append(f"lop3.b32 t, w2, {(3 << place + small - 2) * 0x11111111}, t, {AND_OR};")
+    if sides(planes) == 2:  # of a nibble of ``w2`` one side has the lower two bits, the other the upper two
+        lines.append("and.b32 w1, w1, 0xAAAAAAAA;")
+        lines.append(f"lop3.b32 t, w2, w1, {0xCCCCCCCC if side else 0x33333333}, {SELECT};")
+        lines.append(f"shf.r.wrap.b32 t, t, t, {2 + 2 * side};")
+    else:
+        lines.append(f"and.b32 t, w{small}, {((1 << small) - 1 << place) * 0x11111111};")
     lines.append(f"lop3.b32 w, w4, t, {0xF0F0F0F0 if odd else 0x0F0F0F0F}, {SELECT};")
     left = base - place + (0 if odd else 4)
     if left:
@@ -108,7 +124,7 @@ def code_position(form, bits, field, window):
 
 
 @triton.constexpr_function
-def value_asm(form, planes, field, window, piece):
+def value_asm(form, planes, field, window, piece, side=0):
     """Text for one of the four fields of a lane of 16 (8 bits: one of the two) as a value; ``piece`` 1 is bit 7."""
     bits = sum(planes)
     position = code_position(form, bits, field, window)
@@ -117,7 +133,7 @@ def value_asm(form, planes, field, window, piece):
         mask = (0x80 if piece else 0x7F) * 0x10001
         lines = [f"shr.b32 w, $1, {8 * field};", f"lop3.b32 w, w, {mask}, {magic}, {AND_OR};"]
     elif bits > 4:
-        lines = ["mov.b32 w, $1;"] if bits == 8 else _bytes(planes, field % 2, position)
+        lines = ["mov.b32 w, $1;"] if bits == 8 else _bytes(planes, field % 2, position, side)
         byte = field if bits == 8 else field // 2
         lines.append(f"prmt.b32 w, w, {(magic >> 24) * 0x1010101}, {0x4240 + 0x0101 * byte};")
     else:
@@ -142,7 +158,7 @@ def _power(exponent, brain):
 
 
 @triton.constexpr_function
-def scaled_asm(planes, field, half, stored, brain=None):
+def scaled_asm(planes, field, half, stored, brain, side):
     """Text for a field as a weight, ``(code - zero point) * scale``, of one of two groups: ``half`` 0 or 1.
 
     One more register has the scales of both, and if ``stored`` another their zero points, as codes that stand where
@@ -175,7 +191,7 @@ def scaled_asm(planes, field, half, stored, brain=None):
             lines.append(f"mov.b32 z, {_power(middle - brain, True) | 0x80008000};")
         lines += [f"mov.b32 t, {_power(133 - brain - place, True)};", "fma.rn.bf16x2 w, w, t, z;"]
         lines += [*_half("s", scale, half), "fma.rn.bf16x2 $0, w, s, u;"]
-    text = value_asm("subnormal", planes, field, 8, 0)
+    text = value_asm("subnormal", planes, field, 8, 0, side)
     return text.replace("mov.b32 $0, w;", " ".join(lines)).replace(
         ".reg .b32 w,", ".reg .b16 a, b; .reg .b32 u, s, z, w,"
     )

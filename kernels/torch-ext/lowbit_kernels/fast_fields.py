@@ -7,20 +7,32 @@ inputs; ``R`` columns hold the rows of x, each as often as ``COLUMNS`` says.
 import triton
 import triton.language as tl
 
-from .decode import group_of, load_scale, load_zero
+from .decode import group_of, load_zero
 from .fast_asm import (
     constraints,
     e2m1_asm,
     first_turn,
+    is_turned,
     operand_registers,
     pair_asm,
     paired_asm,
     results,
+    sides,
     table_asm,
     table_registers,
     value_asm,
 )
-from .fast_grid import as_loaded, in_pairs, pair_grid, power_scale, step_offset, unit
+from .fast_grid import (
+    as_loaded,
+    computed_once,
+    has_unit,
+    in_pairs,
+    pair_grid,
+    power_scale,
+    relative_scale,
+    step_offset,
+    unit,
+)
 
 
 @triton.constexpr_function
@@ -89,9 +101,10 @@ def seen_inputs(column, LANES: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.c
 def _words(start, step, blocks, LAYOUT: tl.constexpr, INDEX: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr):
     """Lanes (BLOCK_N, BLOCKS * LANES) of a plane in a step; those of a small plane as often as they have fields for.
 
-    Lanes behind the end of the row are 0.
+    Where lanes have two sides, they are there for one. Lanes behind the end of the row are 0.
     """
     PLANE: tl.constexpr = LAYOUT.planes[INDEX]
+    SIDE: tl.constexpr = 16 // sides(LAYOUT.planes)
     lane = tl.arange(0, BLOCKS * 4 * PLANE)[None, :]
     pointer = start + blocks * (4 * _below(LAYOUT.planes, INDEX)) + lane + step_offset(step, BLOCKS * 4 * PLANE)
     if EVEN:
@@ -100,36 +113,58 @@ def _words(start, step, blocks, LAYOUT: tl.constexpr, INDEX: tl.constexpr, BLOCK
         word = tl.load(pointer, mask=step * (BLOCKS * 4 * PLANE) + lane < blocks * (4 * PLANE), other=0)
     if PLANE < 4:
         word = word.reshape(word.shape[0], BLOCKS, 1, 4 * PLANE)
-        word = word.broadcast_to(word.shape[0], BLOCKS, 4 // PLANE, 4 * PLANE).reshape(word.shape[0], BLOCKS * 16)
+        word = word.broadcast_to(word.shape[0], BLOCKS, SIDE // (4 * PLANE), 4 * PLANE)
+        word = word.reshape(word.shape[0], BLOCKS * SIDE)
     return word
 
 
 @triton.jit
 def _turns(weight, K, BELOW: tl.constexpr, LAYOUT: tl.constexpr, INDEX: tl.constexpr, BLOCKS: tl.constexpr):
-    """How far a spread lane of a small plane is turned to the right, int32 (1, BLOCKS * 16)."""
+    """How far a spread lane of a small plane is turned to the right, int32 (1, BLOCKS * 16), or of one side."""
     PLANE: tl.constexpr = LAYOUT.planes[INDEX]
-    lane = tl.arange(0, 16)[None, :]
+    SIDE: tl.constexpr = 16 // sides(LAYOUT.planes)
+    lane = tl.arange(0, SIDE)[None, :]
     turn = lane // (4 * PLANE) * PLANE + BELOW
     turn = as_loaded(turn.to(tl.int16), weight, K).to(tl.int32)
-    return turn.reshape(1, 1, 16).broadcast_to(1, BLOCKS, 16).reshape(1, BLOCKS * 16)
+    return turn.reshape(1, 1, SIDE).broadcast_to(1, BLOCKS, SIDE).reshape(1, BLOCKS * SIDE)
 
 
 @triton.jit
 def all_turns(weight, K, LAYOUT: tl.constexpr, BLOCKS: tl.constexpr):
     turns = ()
     for index in tl.static_range(len(LAYOUT.planes)):
-        if LAYOUT.planes[index] < 4:
+        if is_turned(LAYOUT.planes, index):
             turns = turns + (_turns(weight, K, first_turn(LAYOUT.planes, index), LAYOUT, index, BLOCKS),)  # noqa: RUF005
     return turns
 
 
 @triton.jit
-def _operands(start, step, blocks, turns, LAYOUT: tl.constexpr, BLOCKS: tl.constexpr, EVEN: tl.constexpr):
-    """What the texts of :mod:`.fast_asm` take: the lanes of all planes, then how far those of small ones are turned."""
+def operands(
+    start, step, blocks, turns, LAYOUT: tl.constexpr, BLOCKS: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr
+):
+    """What the texts of :mod:`.fast_asm` take: the lanes of all planes, then how far those of small ones are turned.
+
+    A tuple of them for each of one or two ``SPANS``. Lanes of two that are less than 16 bytes each are loaded together.
+    Where lanes have two sides, :func:`on_sides` takes them apart.
+    """
     words = ()
+    others = ()
     for index in tl.static_range(len(LAYOUT.planes)):
-        words = words + (_words(start, step, blocks, LAYOUT, index, BLOCKS, EVEN),)  # noqa: RUF005
-    return words + turns
+        if SPANS == 2 and LAYOUT.planes[index] * BLOCKS < 2:
+            word = _words(start, step, blocks, LAYOUT, index, 2 * BLOCKS, EVEN)
+            word, other = tl.split(word.reshape(word.shape[0], 2, word.shape[1] // 2).permute(0, 2, 1))
+            others = others + (other,)  # noqa: RUF005
+        else:
+            word = _words(start, step * SPANS, blocks, LAYOUT, index, BLOCKS, EVEN)
+            if SPANS == 2:
+                other = _words(start, step * 2 + 1, blocks, LAYOUT, index, BLOCKS, EVEN)
+                others = others + (other,)  # noqa: RUF005
+        words = words + (word,)  # noqa: RUF005
+    if SPANS == 2:
+        found = (words + turns, others + turns)
+    else:
+        found = (words + turns,)
+    return found
 
 
 @triton.jit
@@ -153,18 +188,48 @@ def level_tables(levels, row, LAYOUT: tl.constexpr, FORM: tl.constexpr, DTYPE: t
 
 
 @triton.jit
-def _level(operands, tables, LANE: tl.constexpr, HALF: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
+def _level(words, tables, LANE: tl.constexpr, HALF: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
     if len(tables) == 1:
         TEXT: tl.constexpr = pair_asm(LAYOUT.planes, LANE, HALF)
     else:
         TEXT: tl.constexpr = table_asm(LAYOUT.planes, LANE, HALF, LAYOUT.name == "fp4")
     COUNT: tl.constexpr = constraints(operand_registers(LAYOUT.planes) + 2 * len(tables))
-    return tl.inline_asm_elementwise(TEXT, COUNT, operands + tables, dtype=results(DTYPE), is_pure=True, pack=2)[0]
+    return tl.inline_asm_elementwise(TEXT, COUNT, words + tables, dtype=results(DTYPE), is_pure=True, pack=2)[0]
+
+
+@triton.jit
+def parts(tile, PARTS: tl.constexpr):
+    """What (rows, BLOCKS * 16) has of each side of the lanes, a tuple of (rows, BLOCKS * 8); one tile if PARTS is 1."""
+    if PARTS == 1:
+        found = (tile,)
+    else:
+        HALF: tl.constexpr = tile.shape[1] // 2
+        first, second = tl.split(tile.reshape(tile.shape[0], HALF // 8, 2, 8).permute(0, 1, 3, 2))
+        found = (first.reshape(tile.shape[0], HALF), second.reshape(tile.shape[0], HALF))
+    return found
+
+
+@triton.jit
+def on_sides(words, more, TEXTS: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
+    """What the text of each side makes of its part of :func:`operands` and of ``more``: a tuple of values."""
+    COUNT: tl.constexpr = constraints(operand_registers(LAYOUT.planes) + 2 * len(more))
+    lanes = parts(words[0], len(TEXTS))
+    values = ()
+    for side in tl.static_range(len(TEXTS)):
+        asked = (lanes[side],) + words[1:] + more  # noqa: RUF005
+        value = tl.inline_asm_elementwise(TEXTS[side], COUNT, asked, dtype=results(DTYPE), is_pure=True, pack=2)
+        values = values + (value[0],)  # noqa: RUF005
+    return values
+
+
+@triton.constexpr_function
+def _value_texts(form, planes, field, window, piece):
+    return tuple(value_asm(form, planes, field, window, piece, side) for side in range(sides(planes)))
 
 
 @triton.jit
 def _value(
-    operands,
+    words,
     FORM: tl.constexpr,
     FIELD: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -172,9 +237,15 @@ def _value(
     LAYOUT: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    TEXT: tl.constexpr = value_asm(FORM, LAYOUT.planes, FIELD, WINDOW, PIECE)
-    COUNT: tl.constexpr = constraints(operand_registers(LAYOUT.planes))
-    return tl.inline_asm_elementwise(TEXT, COUNT, operands, dtype=results(DTYPE), is_pure=True, pack=2)[0]
+    TEXTS: tl.constexpr = _value_texts(FORM, LAYOUT.planes, FIELD, WINDOW, PIECE)
+    values = on_sides(words, (), TEXTS, LAYOUT, DTYPE)
+    if len(TEXTS) == 1:
+        value = values[0]
+    else:
+        N: tl.constexpr = values[0].shape[0]
+        BLOCKS: tl.constexpr = values[0].shape[1] // 8
+        value = tl.join(values[0], values[1]).reshape(N, BLOCKS, 8, 2).permute(0, 1, 3, 2).reshape(N, BLOCKS * 16)
+    return value
 
 
 @triton.jit
@@ -192,7 +263,7 @@ def _moved(word, FIELD: tl.constexpr):
 @triton.jit
 def _table_sums(
     sums,
-    operands,
+    words,
     x_row,
     x_offset,
     seen,
@@ -213,14 +284,14 @@ def _table_sums(
         for field in tl.static_range(4):
             if field * PARTS // 4 == PART:
                 x_field = _inputs(x_row, x_offset, seen, first, K, field, 16, BLOCKS, COLUMNS, EVEN)
-                sums = tl.dot(_moved(operands[0], field), x_field.trans(), sums)
+                sums = tl.dot(_moved(words[0], field), x_field.trans(), sums)
     else:
         for lane in tl.static_range(2):
             for half in tl.static_range(2):
                 if half * PARTS // 2 == PART:
                     x_even = _inputs(x_row, x_offset, seen, first, K, 2 * half, 16, BLOCKS, COLUMNS, EVEN)
                     x_odd = _inputs(x_row, x_offset, seen, first, K, 2 * half + 1, 16, BLOCKS, COLUMNS, EVEN)
-                    level = _level(operands, tables, lane, half, LAYOUT, DTYPE)
+                    level = _level(words, tables, lane, half, LAYOUT, DTYPE)
                     sums = tl.dot(level, _paired(x_even, x_odd, lane).trans(), sums)
     return sums
 
@@ -229,7 +300,7 @@ def _table_sums(
 def _plane_sums(
     sums,
     inputs_sum,
-    operands,
+    words,
     x_row,
     x_offset,
     seen,
@@ -255,7 +326,7 @@ def _plane_sums(
             if field * LANES * PARTS // 64 == PART and 4 * field % SPAN == position:
                 x_field = _inputs(x_row, x_offset, seen, first, K, field, LANES, BLOCKS, COLUMNS, EVEN).trans()
                 for piece in tl.static_range(2 if LAYOUT.bits == 8 and FORM == "magic" else 1):
-                    share = tl.dot(_value(operands, FORM, field, SPAN, piece, LAYOUT, DTYPE), x_field, share)
+                    share = tl.dot(_value(words, FORM, field, SPAN, piece, LAYOUT, DTYPE), x_field, share)
                 inputs_sum = tl.dot(ones, x_field, inputs_sum)
         if position == 0 or FORM == "lop3":
             sums = share
@@ -276,19 +347,16 @@ def _spread(value, BLOCK_M: tl.constexpr):
 @triton.jit
 def with_step(
     total,
-    start,
+    words,
     row,
     tables,
-    turns,
     x_row,
     x_offset,
     seen,
     scales,
-    scale_range,
     exponents,
     zeros,
     step,
-    blocks,
     K,
     LAYOUT: tl.constexpr,
     FORM: tl.constexpr,
@@ -304,10 +372,10 @@ def with_step(
     R: tl.constexpr = total.shape[1]
     PARTS: tl.constexpr = 64 // LAYOUT.group if LAYOUT.group != 0 and LAYOUT.group < 64 else 1
     UNIT: tl.constexpr = unit(FORM, LAYOUT, WINDOW)
+    ONE: tl.constexpr = 1.0 if has_unit(LAYOUT, COLUMNS) else UNIT
     PAIRS: tl.constexpr = in_pairs(LAYOUT, COLUMNS)
     OFFSET: tl.constexpr = 0.0 if FORM != "magic" else 256.0 if LAYOUT.bits == 8 else 128.0
     first = step * (BLOCKS * 64)
-    operands = _operands(start, step, blocks, turns, LAYOUT, BLOCKS, EVEN)
     if PAIRS:
         grid = pair_grid(scales, exponents, zeros, row, step, K, LAYOUT, FORM, WINDOW, COLUMNS, EVEN)
     for part in tl.static_range(PARTS):
@@ -318,23 +386,27 @@ def with_step(
         else:
             group = group_of(first + column * (BLOCKS // COLUMNS * 64) + part * (64 // PARTS), LAYOUT)
         stored = tl.full((1, 1), 1, tl.int1) if EVEN else group < group_of(K - 1, LAYOUT) + 1
-        if PAIRS:
+        if LAYOUT.scale == "none":
+            scale = 1.0
+        elif PAIRS:
             scale = grid[part]
-        elif LAYOUT.scale == "log8":
-            stored_scale = tl.load(scales + row * (group_of(K - 1, LAYOUT) + 1) + group, mask=stored, other=0)
-            scale = power_scale(stored_scale, exponents) * UNIT
         else:
-            scale = load_scale(scales, scale_range, row, group, stored, K, LAYOUT) * UNIT
+            scale = tl.load(scales + row * (group_of(K - 1, LAYOUT) + 1) + group, mask=stored, other=0)
+            if LAYOUT.scale == "log8":
+                scale = power_scale(scale, exponents)
+            else:
+                scale = relative_scale(scale, LAYOUT)
+            scale = computed_once(scale * ONE)
         if LAYOUT.table != "none":
             sums = _table_sums(
-                *(sums, operands, x_row, x_offset, seen, first, K, tables),
+                *(sums, words, x_row, x_offset, seen, first, K, tables),
                 *(LAYOUT, FORM, part, PARTS, BLOCKS, COLUMNS, EVEN),
             )
             total = sums if LAYOUT.scale == "none" else total + sums * _spread(scale, BLOCK_M)
         else:
             inputs_sum = tl.zeros((ROWS_OF_ONES, R), tl.float32)
             sums, inputs_sum = _plane_sums(
-                *(sums, inputs_sum, operands, x_row, x_offset, seen, first, K),
+                *(sums, inputs_sum, words, x_row, x_offset, seen, first, K),
                 *(LAYOUT, FORM, part, PARTS, BLOCKS, COLUMNS, WINDOW, EVEN),
             )
             if PAIRS:

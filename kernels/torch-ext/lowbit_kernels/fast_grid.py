@@ -8,7 +8,7 @@ same code, by its bits where that is exact.
 import triton
 import triton.language as tl
 
-from .decode import load_zero
+from .decode import halves_of_e4m3, load_zero
 from .fast_asm import AND_OR, code_position, constraints
 
 
@@ -24,7 +24,14 @@ def unit(form, layout, window):
 @triton.constexpr_function
 def in_pairs(layout, columns):
     """Whether the groups of a block are loaded together: where a step has many."""
-    return columns >= 4 and layout.group == 32 and layout.scale in ("float16", "bfloat16", "float32", "log8")
+    few = layout.table != "none" and layout.scale in ("float16", "bfloat16", "float32", "log8")
+    return columns >= (2 if few else 4) and layout.group == 32 and layout.scale != "none"
+
+
+@triton.constexpr_function
+def has_unit(layout, columns):
+    """Whether sums are multiplied by :func:`unit` after the last step, not each group's by its scale."""
+    return layout.table != "none" or in_pairs(layout, columns)
 
 
 @triton.jit
@@ -71,15 +78,51 @@ def as_loaded(value, pointer, K):
 
 
 @triton.jit
-def stored_scales(scales, row, step, K, GROUPS: tl.constexpr, EVEN: tl.constexpr):
-    """Those of the GROUPS groups of 32 of a step, as they are stored: (BLOCK_N, GROUPS)."""
+def computed_once(value):
+    """``value``, 32 bits each, which the compiler then brings to where it is wanted.
+
+    Else it brings there what it is computed from, and has every thread compute it that wants it: it takes what is not
+    pure for too dear to do twice.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=value.dtype, is_pure=False, pack=1)
+
+
+@triton.jit
+def stored_scales(scales, row, step, K, GROUPS: tl.constexpr, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
+    """Those of the GROUPS groups of a step, as they are stored: (BLOCK_N, GROUPS)."""
     group = tl.arange(0, GROUPS)[None, :]
-    groups = (K + 31) // 32
+    groups = (K + LAYOUT.group - 1) // LAYOUT.group
     if EVEN:
-        scale = tl.load(scales + row * tl.multiple_of(groups, GROUPS) + group + step_offset(step, GROUPS))
+        place = scales + row * tl.multiple_of(groups, GROUPS) + group + step_offset(step, GROUPS)
+        if LAYOUT.scale == "float32" and LAYOUT.group == 32 and LAYOUT.planes[-1] == 1:
+            # By 16 bytes they would be shared out to threads as a plane of one bit is, and weights would be made there.
+            place = tl.max_contiguous(place, [1, 2])
+        scale = tl.load(place)
     else:
         group += step * GROUPS
         scale = tl.load(scales + row * groups + group, mask=group < groups, other=0)
+    return scale
+
+
+@triton.jit
+def relative_scale(stored, LAYOUT: tl.constexpr):
+    """As :func:`.decode.decode_scale`, but those of e4m3 without their :func:`shared_scale`; not for log8."""
+    if LAYOUT.scale == "e4m3":
+        scale = halves_of_e4m3(stored).to(tl.float32)
+    elif LAYOUT.scale == "e8m0":  # code 0 is half of what code 1 is, a subnormal number
+        scale = tl.maximum(stored.to(tl.int32) << 23, 0x00400000).to(tl.float32, bitcast=True)
+    else:
+        scale = stored.to(tl.float32)
+    return scale
+
+
+@triton.jit
+def shared_scale(scale_range, LAYOUT: tl.constexpr):
+    """What all scales of a tensor have to be multiplied with."""
+    if LAYOUT.scale == "e4m3":
+        scale = tl.load(scale_range) * 256.0
+    else:
+        scale = 1.0
     return scale
 
 
@@ -108,40 +151,35 @@ def _bytes_of_two(bits):
 
 
 @triton.constexpr_function
-def _joined_asm(bits, place, pack):
+def _joined_asm(bits, place):
     """Text that makes the zero points of two groups, as halves, of the bytes that they lie in; less than 8 bits.
 
-    Registers: ``pack`` first bytes, as many second ones, with 7 bits third ones; then ``pack`` of how far to turn them.
+    Registers: a first byte, a second one, with 7 bits a third one; then how far to turn them.
     """
-    mask, parts, lines = ((1 << bits) - 1) << place, _bytes_of_two(bits), []
-    for i in range(pack):
-        bytes = [f"${pack + part}" for part in range(parts)]
-        if parts == 1:  # a byte alone: times this it is there twice, apart
-            lines.append(f"prmt.b32 z, {bytes[0]}, 0, {0x4440 + i};")
-            lines += [f"shr.b32 z, z, ${pack + 1 + i};"] if bits < 4 else []
-            lines.append(f"mul.lo.u32 z, z, {1 + (1 << 16 - bits)}; and.b32 ${i}, z, {mask * 0x10001};")
-            continue
-        lines.append(f"prmt.b32 z, {bytes[0]}, {bytes[1]}, {i | 4 + i << 4};")
-        lines += [f"prmt.b32 z, z, {bytes[2]}, {0x10 | 4 + i << 8};"] if parts == 3 else []
-        lines += [f"shf.r.wrap.b32 z, z, z, ${pack + parts + i};", f"and.b32 t, z, {mask}; shl.b32 z, z, {16 - bits};"]
-        lines.append(f"lop3.b32 ${i}, z, {mask << 16}, t, {AND_OR};")
+    mask, parts = ((1 << bits) - 1) << place, _bytes_of_two(bits)
+    if parts == 1:  # a byte alone: times this it is there twice, apart
+        lines = ["shr.b32 z, $1, $2;" if bits < 4 else "mov.b32 z, $1;"]
+        lines.append(f"mul.lo.u32 z, z, {1 + (1 << 16 - bits)}; and.b32 $0, z, {mask * 0x10001};")
+    else:
+        lines = ["prmt.b32 z, $1, $2, 0x5540;", *["prmt.b32 z, z, $3, 0x5410;"] * (parts == 3)]
+        lines += [f"shf.r.wrap.b32 z, z, z, ${1 + parts};", f"and.b32 t, z, {mask}; shl.b32 z, z, {16 - bits};"]
+        lines.append(f"lop3.b32 $0, z, {mask << 16}, t, {AND_OR};")
     return " ".join(["{ .reg .b32 z, t;", *lines, "}"])
 
 
 @triton.jit
 def stored_zeros(
-    zeros, row, step, K, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr, PACK: tl.constexpr, EVEN: tl.constexpr
+    zeros, row, step, K, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr, ONCE: tl.constexpr, EVEN: tl.constexpr
 ):
-    """Zero points of both groups of the COLUMNS blocks of a step, (BLOCK_N, COLUMNS): int32, the first in the low half.
+    """Zero points of the 2 * COLUMNS groups of a step by pairs, (BLOCK_N, COLUMNS): int32, the first in the low half.
 
-    They stand where field 0 has its code in :mod:`.fast_asm`, without other bits. ``PACK`` is 4 where the compiler
-    brings bytes to a thread four to a register, else 1.
+    They stand where field 0 has its code in :mod:`.fast_asm`, without other bits.
     """
     BITS: tl.constexpr = LAYOUT.bits
     PLACE: tl.constexpr = code_position("subnormal", BITS, 0, 8)
     BYTES: tl.constexpr = COLUMNS * BITS // 4
     PARTS: tl.constexpr = _bytes_of_two(BITS)
-    size = ((K + 31) // 32 * BITS + 7) // 8
+    size = ((K + LAYOUT.group - 1) // LAYOUT.group * BITS + 7) // 8
     if EVEN and 8 % BITS == 0:
         size = tl.multiple_of(size, BYTES)
     bit = tl.arange(0, COLUMNS)[None, :] * (2 * BITS)
@@ -156,18 +194,32 @@ def stored_zeros(
             found = tl.load(zeros + row * size + byte + step_offset(step, BYTES))
         else:
             found = tl.load(zeros + row * size + step * BYTES + byte, mask=step * BYTES + byte < size, other=0)
-        if PACK == 1 or BITS == 8:
-            found = found.to(tl.int32)
-        parts = parts + (found,)  # noqa: RUF005
+        parts = parts + (found.to(tl.int32),)  # noqa: RUF005
     if BITS == 8:
         first, second = tl.split(parts[0].reshape(row.shape[0], COLUMNS, 2))
         pairs = first | (second << 16)
     else:
-        TEXT: tl.constexpr = _joined_asm(BITS, PLACE, PACK)
-        COUNT: tl.constexpr = constraints(PARTS + PACK, PACK)
+        TEXT: tl.constexpr = _joined_asm(BITS, PLACE)
+        COUNT: tl.constexpr = constraints(PARTS + 1)
         parts = parts + ((bit - 8 * first_byte - PLACE) & 31,)  # noqa: RUF005
-        pairs = tl.inline_asm_elementwise(TEXT, COUNT, parts, dtype=tl.int32, is_pure=True, pack=PACK)
+        pairs = tl.inline_asm_elementwise(TEXT, COUNT, parts, dtype=tl.int32, is_pure=not ONCE, pack=1)
     return pairs
+
+
+@triton.jit
+def stored_zero(zeros, row, step, K, GROUPS: tl.constexpr, LAYOUT: tl.constexpr, ONCE: tl.constexpr):
+    """Zero points of the GROUPS groups of a step, (BLOCK_N, GROUPS): as :func:`stored_zeros`, but each alone."""
+    BITS: tl.constexpr = LAYOUT.bits
+    PLACE: tl.constexpr = code_position("subnormal", BITS, 0, 8)
+    size = ((K + LAYOUT.group - 1) // LAYOUT.group * BITS + 7) // 8
+    bit = (step * GROUPS + tl.arange(0, GROUPS)[None, :]) * BITS
+    found = tl.load(zeros + row * size + tl.minimum(bit // 8, size - 1)).to(tl.int32)
+    if 8 % BITS != 0:  # it may begin in one byte and end in the next
+        found |= tl.load(zeros + row * size + tl.minimum(bit // 8 + 1, size - 1)).to(tl.int32) << 8
+    code = ((found >> (bit & 7)) & ((1 << BITS) - 1)) << PLACE
+    if ONCE:
+        code = computed_once(code)
+    return code
 
 
 @triton.jit
@@ -192,11 +244,11 @@ def pair_grid(
     GROUPS: tl.constexpr = 2 * COLUMNS
     UNIT: tl.constexpr = unit(FORM, LAYOUT, WINDOW)
     OFFSET: tl.constexpr = 0.0 if FORM != "magic" else 256.0 if LAYOUT.bits == 8 else 128.0
-    scale = stored_scales(scales, row, step, K, GROUPS, EVEN)
+    scale = stored_scales(scales, row, step, K, GROUPS, LAYOUT, EVEN)
     if LAYOUT.scale == "log8":
         scale = power_scale(scale, exponents)
     else:
-        scale = scale.to(tl.float32)
+        scale = relative_scale(scale, LAYOUT)
     first, second = tl.split(scale.reshape(N, COLUMNS, 2))
     if LAYOUT.zeros == "fixed":
         shift = tl.full((1, 1), -LAYOUT.fixed_zero / UNIT - OFFSET, tl.float32)
@@ -207,6 +259,6 @@ def pair_grid(
         third, fourth = tl.split((zero * (-1.0 / UNIT) - OFFSET).reshape(N, COLUMNS, 2))
         found = (first, second, third, fourth)
     else:
-        pairs = stored_zeros(zeros, row, step, K, LAYOUT, COLUMNS, 1, EVEN)
+        pairs = stored_zeros(zeros, row, step, K, LAYOUT, COLUMNS, True, EVEN)
         found = (first, second, _shift(pairs & 0xFFFF, LAYOUT, FORM), _shift((pairs >> 16) & 0xFFFF, LAYOUT, FORM))
     return found
