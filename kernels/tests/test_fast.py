@@ -45,6 +45,8 @@ CASES = [
     ("nf:bits=4,group_size=32", 4, 192, FP16, None),
     ("nf:bits=4,group_size=32", 2, 512, BF16, None),
     *(("nf:bits=4,group_size=32", M, K, d, None) for M, K, d in ((16, 512, FP16), (9, 330, FP16), (17, 192, BF16))),
+    *((f"int:bits=4,group_size=32,scale_dtype={s}", 2, K, FP16, None) for s in EIGHT_BITS for K in (330, 512)),
+    *((f"int:bits=5,group_size={g},scale_dtype={s}", 6, 330, FP16, None) for s in EIGHT_BITS for g in (16, 64)),
     *((f"codebook:bits=4,group_size=32,scale_dtype={s}", M, 200, FP16, None) for s in EIGHT_BITS for M in (2, 4, 6)),
     ("codebook:bits=4,group_size=-1", 5, 330, FP16, "lop3"),
     ("fp4:bits=4", 3, 320, BF16, None),

@@ -151,19 +151,23 @@ def _bytes_of_two(bits):
 
 
 @triton.constexpr_function
-def _joined_asm(bits, place):
+def _joined_asm(bits, place, pack):
     """Text that makes the zero points of two groups, as halves, of the bytes that they lie in; less than 8 bits.
 
-    Registers: a first byte, a second one, with 7 bits a third one; then how far to turn them.
+    Registers: ``pack`` first bytes, as many second ones, with 7 bits third ones; then ``pack`` of how far to turn them.
     """
-    mask, parts = ((1 << bits) - 1) << place, _bytes_of_two(bits)
-    if parts == 1:  # a byte alone: times this it is there twice, apart
-        lines = ["shr.b32 z, $1, $2;" if bits < 4 else "mov.b32 z, $1;"]
-        lines.append(f"mul.lo.u32 z, z, {1 + (1 << 16 - bits)}; and.b32 $0, z, {mask * 0x10001};")
-    else:
-        lines = ["prmt.b32 z, $1, $2, 0x5540;", *["prmt.b32 z, z, $3, 0x5410;"] * (parts == 3)]
-        lines += [f"shf.r.wrap.b32 z, z, z, ${1 + parts};", f"and.b32 t, z, {mask}; shl.b32 z, z, {16 - bits};"]
-        lines.append(f"lop3.b32 $0, z, {mask << 16}, t, {AND_OR};")
+    mask, parts, lines = ((1 << bits) - 1) << place, _bytes_of_two(bits), []
+    for i in range(pack):
+        bytes = [f"${pack + part}" for part in range(parts)]
+        if parts == 1:  # a byte alone: times this it is there twice, apart
+            lines.append(f"prmt.b32 z, {bytes[0]}, 0, {0x4440 + i};")
+            lines += [f"shr.b32 z, z, ${pack + 1 + i};"] if bits < 4 else []
+            lines.append(f"mul.lo.u32 z, z, {1 + (1 << 16 - bits)}; and.b32 ${i}, z, {mask * 0x10001};")
+            continue
+        lines.append(f"prmt.b32 z, {bytes[0]}, {bytes[1]}, {i | 4 + i << 4};")
+        lines += [f"prmt.b32 z, z, {bytes[2]}, {0x10 | 4 + i << 8};"] if parts == 3 else []
+        lines += [f"shf.r.wrap.b32 z, z, z, ${pack + parts + i};", f"and.b32 t, z, {mask}; shl.b32 z, z, {16 - bits};"]
+        lines.append(f"lop3.b32 ${i}, z, {mask << 16}, t, {AND_OR};")
     return " ".join(["{ .reg .b32 z, t;", *lines, "}"])
 
 
@@ -173,10 +177,12 @@ def stored_zeros(
 ):
     """Zero points of the 2 * COLUMNS groups of a step by pairs, (BLOCK_N, COLUMNS): int32, the first in the low half.
 
-    They stand where field 0 has its code in :mod:`.fast_asm`, without other bits.
+    They stand where field 0 has its code in :mod:`.fast_asm`, without other bits. ``ONCE`` as in :func:`computed_once`;
+    else the compiler brings bytes to the threads that want them, four to a register.
     """
     BITS: tl.constexpr = LAYOUT.bits
     PLACE: tl.constexpr = code_position("subnormal", BITS, 0, 8)
+    PACK: tl.constexpr = 1 if ONCE else 4
     BYTES: tl.constexpr = COLUMNS * BITS // 4
     PARTS: tl.constexpr = _bytes_of_two(BITS)
     size = ((K + LAYOUT.group - 1) // LAYOUT.group * BITS + 7) // 8
@@ -194,15 +200,17 @@ def stored_zeros(
             found = tl.load(zeros + row * size + byte + step_offset(step, BYTES))
         else:
             found = tl.load(zeros + row * size + step * BYTES + byte, mask=step * BYTES + byte < size, other=0)
-        parts = parts + (found.to(tl.int32),)  # noqa: RUF005
+        if PACK == 1 or BITS == 8:
+            found = found.to(tl.int32)
+        parts = parts + (found,)  # noqa: RUF005
     if BITS == 8:
         first, second = tl.split(parts[0].reshape(row.shape[0], COLUMNS, 2))
         pairs = first | (second << 16)
     else:
-        TEXT: tl.constexpr = _joined_asm(BITS, PLACE)
-        COUNT: tl.constexpr = constraints(PARTS + 1)
+        TEXT: tl.constexpr = _joined_asm(BITS, PLACE, PACK)
+        COUNT: tl.constexpr = constraints(PARTS + PACK, PACK)
         parts = parts + ((bit - 8 * first_byte - PLACE) & 31,)  # noqa: RUF005
-        pairs = tl.inline_asm_elementwise(TEXT, COUNT, parts, dtype=tl.int32, is_pure=not ONCE, pack=1)
+        pairs = tl.inline_asm_elementwise(TEXT, COUNT, parts, dtype=tl.int32, is_pure=not ONCE, pack=PACK)
     return pairs
 
 

@@ -50,10 +50,10 @@ def in_weights(layout: Layout, form: str) -> bool:
 def _made_once(layout):
     """Whether what weights take of zero points is made once and then goes to the threads that want it.
 
-    Else it goes there as bytes. Making it once takes less, but next to planes of two bits and for two pairs a block the
-    compiler then makes weights in one place, too, and moves those.
+    Else it goes there as bytes. Making it once takes less, but in some formats, and with other versions of Triton in
+    more of them, the compiler then makes weights in one place, too, and moves those.
     """
-    return layout.planes[-1] not in (2, 8) and layout.group != 16
+    return layout.bits in (3, 5, 7) and layout.group != 16
 
 
 @triton.constexpr_function
