@@ -10,7 +10,20 @@ import sys
 from pathlib import Path
 
 import sass_cases
-from sass_cases import AMD, DEFAULTS, FAST, HADAMARD, NVIDIA, OTHERS, PRODUCTS, SMALL, TERNARY, TERNARY_EVEN, Case
+from sass_cases import (
+    AMD,
+    DEFAULTS,
+    FAST,
+    HADAMARD,
+    MIDDLE,
+    NVIDIA,
+    OTHERS,
+    PRODUCTS,
+    SMALL,
+    TERNARY,
+    TERNARY_EVEN,
+    Case,
+)
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
@@ -28,7 +41,7 @@ GROUPS = """
 ## Fast forms, small groups
 
 Group 32, zero points; `subnormal` for fp16, `magic` for bf16. First with scales of 16 bits, then with those of 8 bits
-(`log8`) that the package packs by default. Above a limit are 7 bits in fp16 with 4 rows.
+(`log8`) that the package packs by default, then in groups of 64.
 
 From 3 rows on integers have their scales and zero points in the weights (`fast_scaled.py`): `q s - z s` by one
 multiply-add for two weights in fp16, `(q - z) s` by two in bf16. Where they are in the sums, as with fewer rows, a
@@ -65,13 +78,33 @@ What made all of them cheaper, on sm_80, one after the other, counted as each wa
 | a scale of 8 bits takes 5 instructions, not 9 | | 2.68 | | |
 | scales and zero points as halves of a register, which a multiply-add repeats by itself | | | 2.99 | 3.09 |
 | bytes are joined by permutes, four zero points to a register; fewer addresses | 2.42 | 2.58 | 2.84 | 2.97 |
+| a block's 16 lanes are two sides, whose texts know their bits of the plane of two | 2.29 | 2.45 | 2.72 | 2.82 |
+| zero points of 3, 5 and 7 bits are made once, not by each thread that wants them | | | 2.65 | 2.75 |
 
-With 4 rows, 7 bits in fp16 take 2.7 (8-bit scales 2.8; 2.6 asked): 1.4 unpacking, 0.5 the multiply-add, 0.1 tensor
-cores, the rest loads, addresses and zero points.
+With 4 rows, 7 bits go by the last two from 2.66 to 2.54 and 2.47, with 8-bit scales from 2.79 to 2.65 and 2.57 (sm_90:
+2.82, 2.68, 2.62). Then scales of 8 bits are read by pairs, with one comparison for those that are code 0: 2.58 on sm_90
+and 2.59 on sm_80.
 
-Other versions of Triton were looked at for 16 rows of 1, 2, 4 and 6 bits, fp16, on sm_80: 3.5.1 and 3.6.0 come within
-0.1 of 3.9.0; 3.7.1 and 3.8.0, too, but for 2 and 6 bits, which take 3.2 to 4.0 there, because operands go through
-shared memory once more.
+In groups of 64 and 16 each thread has one or four groups of its own. With scales in sums, 16 rows of 4 bits took 2.38
+in groups of 64, of 7 bits 3.52. In groups of 16 it is done for 2, 4 and 6 bits, whatever the number of rows. They are
+in no table here; on sm_80 in fp16 (with 8-bit scales; not all are within the limits):
+
+| groups of 16 | vector | 16 rows |
+|---|---|---|
+| 2 bits | 2.10 (2.23) | 2.28 (2.41) |
+| 4 bits | 1.93 (2.03) | 2.08 (2.21) |
+| 6 bits | 2.63 (2.76) | 2.85 (2.97) |
+| 1, 3, 5, 7 bits, by sums | 2.35, 2.80, 3.58, 3.75 (2.60, 3.06, 3.81, 3.98) | 3.74, 4.25, 4.28, 4.47 (4.00 to 4.71) |
+
+What makes the compiler move weights, for 0.5 to 1.5 instructions each: scales shared out to threads as a plane of one
+bit is (16 bytes of 32 a row), which is why scales of 32 bits are loaded by 8 bytes, and conversions between number
+types in Triton's terms next to such a plane, for which there is assembly. With both out of the way it still does so
+next to a plane of one bit in groups of 16; there scales stay in the sums.
+
+Other versions of Triton were looked at for groups of 32, fp16, on sm_80. 16 rows of 4 and 7 bits come within 0.1 of
+3.9.0 with 3.5.1, 3.6.0, 3.7.1 and 3.8.0, 4 rows of 7 bits take 2.40 to 2.56 (8-bit scales, too). 16 rows of 2 and 6
+bits take 2.7 and 3.7 with 3.7.1 and 3.8.0, because operands go through shared memory once more. In groups of 64, 16
+rows of 4 bits take 1.8 from 3.7.1 on, and 3.3 and spills with 3.5.1.
 """
 TABLES_TEXT = """
 ## Fast forms, tables
@@ -92,16 +125,25 @@ in the layout of the product.
 | sm_80, fp16 | before | now |
 |---|---|---|
 | NF4, groups of 32, 16 rows | 4.14 | 2.93 |
-| the same in groups of 64 | 3.73 | 2.55 |
+| the same in groups of 64 | 3.73 | 2.54 |
 | NF4, groups of 64, 4 rows: two blocks a step, in two strips | 4.61 | 3.29 |
-| table of 3 bits, groups of 64, 16 rows: one block a step, not two with empty columns | 3.62 | 2.73 |
-| the same in groups of 32 | 3.97 | 3.11 |
+| table of 3 bits, groups of 64, 16 rows: one block a step, not two with empty columns | 3.62 | 2.71 |
+| the same in groups of 32 | 3.97 | 3.45 |
 | table of 4 bits a row, vector | 4.84 | 3.09 |
 | the same, 16 rows: in four strips | 5.02 | 3.32 |
 | table of 3 bits a row, vector | 3.75 | 2.13 |
 
-Learned tables of 1 and 3 bits load their plane of one bit 64 bits at a time with 16 rows in groups of 32 and 64: a step
-takes one block, and a row's share of it has no more.
+With 16 rows in groups of 32 and 64 a step takes one block, of whose plane of one bit a row has 8 bytes. So two steps
+are a turn of the loop, and that plane is loaded for both at once. In groups of 32 that takes strips of 64 rows, or
+registers are spilled: 3 bits, 16 rows 3.45 (with 64 bits a load 3.11).
+
+Scales of one byte (FP4, or a learned table with `scale_dtype="e8m0"` or `"e4m3"`) are decoded once, not by each thread
+that multiplies by them, and what all scales of a tensor share is multiplied into the last sums:
+
+| sm_80, fp16, groups of 32 | vector | 4 rows | 16 rows |
+|---|---|---|---|
+| FP4, before | 2.22 | 2.61 | 3.07 |
+| now | 2.06 | 2.27 | 2.73 |
 """
 PORTABLE = """
 ## Portable form
@@ -250,9 +292,9 @@ def main(arguments: list[str] | None = None) -> int:
         lines += [f"## Fast forms, {title}\n", "Group 128 (FP4: 32).", "The limit is for sm_80 and sm_90.\n"]
         lines += [*fast(counts, kernel, large, True), ""]
     lines.append(GROUPS)
-    for formats, scales in ((SMALL, "16"), (DEFAULTS, "8")):
+    for formats, which in ((SMALL, "scales of 16 bits"), (DEFAULTS, "scales of 8 bits"), (MIDDLE, "groups of 64")):
         for kernel in titles:
-            lines += [f"{kernel}, scales of {scales} bits:\n", *fast(counts, kernel, formats, True), ""]
+            lines += [f"{kernel}, {which}:\n", *fast(counts, kernel, formats, True), ""]
     lines.append(TABLES_TEXT)
     for kernel in titles:
         lines += [f"{kernel}:\n", *fast(counts, kernel, sass_cases.TABLES, True), ""]
