@@ -1,5 +1,7 @@
 """The fast product with scales in the weights: values in derived bounds, whatever the scales, and when it is taken."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from problems import guard, intact, packed
@@ -139,6 +141,8 @@ def test_it_is_taken_for_more_than_two_rows_and_small_groups():
     tiles, x = fast_tiles(16, parse(small), "subnormal"), torch.zeros(16, 64, dtype=FP16)
     with pytest.raises(ValueError, match=r"scales of .* cannot go into weights in the form 'lop3'"):
         fast_linear(x, *packed(parse_format(small), 16, 64, "cpu"), None, small, 64, form="lop3", tiles=tiles)
+    with pytest.raises(ValueError, match="more than two steps a turn of the loop: give spans=1 or 2"):
+        fast_linear(x, *packed(parse_format(small), 16, 64, "cpu"), None, small, 64, tiles=replace(tiles, spans=4))
 
 
 def test_files_of_sizes_are_for_all_formats_of_a_class_that_it_reads():
