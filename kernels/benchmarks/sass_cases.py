@@ -76,6 +76,12 @@ TABLES = (
 )
 
 
+def fast_cases(target: str, formats: list[str]) -> list[Case]:
+    """The fast forms that a device takes by default, of every product."""
+    kernels = [kernel for kernel in PRODUCTS if kernel != "gemm64"]
+    return [Case(target, k, f, dtype, form) for dtype, form in FAST.items() for k in kernels for f in formats]
+
+
 def cases() -> list[Case]:
     """The whole matrix."""
     read = [*formats(), *SMALL]
@@ -88,9 +94,7 @@ def cases() -> list[Case]:
     found = []
     for target in (*NVIDIA, *AMD):
         if target in NVIDIA:
-            products = [kernel for kernel in PRODUCTS if kernel != "gemm64"]
-            asked = [*read, *MIDDLE, *DEFAULTS, *TABLES]
-            found += [Case(target, k, f, dtype, form) for dtype, form in FAST.items() for k in products for f in asked]
+            found += fast_cases(target, [*read, *MIDDLE, *DEFAULTS, *TABLES])
             asked = [f for f in portable if f.startswith(("int:bits=4,", "int:bits=7,"))]
             found += [Case(target, k, f, "fp16", "lop3") for k in ("gemv", "gemm16") for f in asked]
         for kernel in (*PRODUCTS, *OTHERS):

@@ -2,6 +2,7 @@
 
     python kernels/benchmarks/sass_report.py                    # NVIDIA and AMD targets, all widths: a table
     python kernels/benchmarks/sass_report.py --only sm_90 --only gemv --json report.json
+    python kernels/benchmarks/sass_report.py --format int:bits=4,group_size=16 --only sm_80     # not in the matrix
 
 What is compiled says :mod:`sass_cases`, how code is read :mod:`sass_code`. Instructions per weight are those of a
 kernel's main loop, predicated ones, address arithmetic, scales and synchronisation included, times the threads of the
@@ -35,7 +36,7 @@ from pathlib import Path
 
 import sass_cases
 import sass_code
-from sass_cases import AMD, UNLOOPED, Case, cases, launch_of, layout_of
+from sass_cases import AMD, NVIDIA, UNLOOPED, Case, cases, fast_cases, launch_of, layout_of
 from sass_code import per_weight, read_amd, read_nvidia
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lowbit-kernels" / "sass"
@@ -211,11 +212,23 @@ def measure(selected: list[Case], processes: int = 2) -> list[tuple[Case, Cost |
         return list(zip(selected, pool.map(cached_count, selected), strict=True))
 
 
+def _reads(case: Case) -> bool:
+    from lowbit_kernels.fast import reads
+
+    return reads(layout_of(case), case.form)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command; 1 if a case did not compile."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--only", action="append", default=[], help="part of a case's name; give several to narrow down"
+    )
+    parser.add_argument(
+        "--format",
+        action="append",
+        default=[],
+        help="count its fast forms instead of the matrix; give several for more",
     )
     parser.add_argument("--json", type=Path, help="also write the records to this file")
     parser.add_argument("--processes", type=int, default=2)
@@ -223,7 +236,13 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: nothing can be compiled under the interpreter")
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    named = {case: " ".join(dataclasses.astuple(case)) for case in cases()}
+    try:
+        listed = [c for t in NVIDIA for c in fast_cases(t, given.format) if _reads(c)] if given.format else cases()
+    except ValueError as error:
+        parser.error(str(error))
+    if unread := set(given.format) - {case.format for case in listed}:
+        parser.error(f"no fast form reads {', '.join(sorted(unread))}")
+    named = {case: " ".join(dataclasses.astuple(case)) for case in listed}
     results = measure([c for c, name in named.items() if all(part in name for part in given.only)], given.processes)
     from rich.console import Console
 

@@ -87,7 +87,8 @@ and 2.59 on sm_80.
 
 In groups of 64 and 16 each thread has one or four groups of its own. With scales in sums, 16 rows of 4 bits took 2.38
 in groups of 64, of 7 bits 3.52. In groups of 16 it is done for 2, 4 and 6 bits, whatever the number of rows. They are
-in no table here; on sm_80 in fp16 (with 8-bit scales; not all are within the limits):
+in no table here; `sass_report.py --format int:bits=4,group_size=16 --only "sm_80 "` and the like count them. In fp16
+(with 8-bit scales, `scale_dtype=log8`), not all within the limits:
 
 | groups of 16 | vector | 16 rows |
 |---|---|---|

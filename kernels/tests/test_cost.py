@@ -161,6 +161,22 @@ def test_groups_smaller_than_a_block_compile_and_do_not_spill(case):
         assert found["instructions_per_weight"] <= limit(case.kernel, case.format, case.dtype)
 
 
+def test_the_command_counts_formats_outside_the_matrix(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+    def run(*arguments):
+        command = [sys.executable, str(BENCHMARKS / "sass_report.py"), "--processes=1", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    asked = [f"--format=int:bits=4,group_size=16{symmetric}" for symmetric in ("", ",symmetric=True")]
+    done = run(*asked, "--only=sm_90 gemv ", "--only=fp16", f"--json={tmp_path / 'found.json'}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    with_zeros, symmetric = json.loads((tmp_path / "found.json").read_text())
+    assert 0 < symmetric["instructions_per_weight"] < with_zeros["instructions_per_weight"]
+    done = run("--format=int:bits=8,group_size=16")
+    assert done.returncode == 2 and "no fast form reads int:bits=8,group_size=16" in done.stderr
+
+
 @pytest.mark.parametrize("group", [32, -1])
 def test_a_table_of_pairs_and_what_triton_asks_for_are_what_any_program_may_have(group):
     """Triton asks the driver for more than 48 KiB only by its own part."""

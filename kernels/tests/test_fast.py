@@ -92,21 +92,29 @@ def test_fast_linear_is_the_reference(case, device):
     assert intact(x) and intact(bias) and intact(weight)
 
 
+def alone(format, seed: int, dtype, tiles, device):
+    """Results and exact values, float64, of 16 rows of x with a single 1 each, in 16 columns of a weight."""
+    from lowbit_kernels.fast import fast_linear
+
+    N, K = 64, 256
+    weight, companions = packed(format, N, K, device)
+    k = torch.randperm(K, generator=torch.Generator().manual_seed(seed))[:16]
+    x = torch.zeros(16, K, dtype=dtype, device=device)
+    x[torch.arange(16), k] = 1
+    expected = reference.dequantize(weight, companions, format.spec, K, torch.float64)[:, k].T
+    return fast_linear(x, weight, companions, None, format.spec, K, tiles=tiles).double(), expected
+
+
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_weight_alone_is_exact_to_a_rounding(bits, dtype, device):
     """With a single input not 0 there is nothing to sum: an error of one code anywhere it looks would show."""
-    from lowbit_kernels.fast import fast_linear, sum_tiles
+    from lowbit_kernels.fast import sum_tiles
     from lowbit_kernels.layout import parse
 
-    format, N, K = parse_format(f"int:bits={bits},group_size=64"), 64, 256
+    format = parse_format(f"int:bits={bits},group_size=64")
     tiles = sum_tiles(16, parse(format.spec), "magic" if dtype == BF16 else "subnormal")
-    weight, companions = packed(format, N, K, device)
-    k = torch.randperm(K, generator=torch.Generator().manual_seed(bits))[:16]
-    x = torch.zeros(16, K, dtype=dtype, device=device)
-    x[torch.arange(16), k] = 1
-    expected = reference.dequantize(weight, companions, format.spec, K, torch.float64)[:, k].T
-    result = fast_linear(x, weight, companions, None, format.spec, K, tiles=tiles).double()
+    result, expected = alone(format, bits, dtype, tiles, device)
     # The float32 sums see codes of at most 8 bits and offsets of 12: they are exact; so is a float16 scale in float32.
     assert ((result - expected).abs() <= expected.abs() * (torch.finfo(dtype).eps / 2 + 2.0**-23) + 2.0**-25).all()
 
@@ -116,18 +124,13 @@ def test_every_weight_alone_is_exact_to_a_rounding(bits, dtype, device):
 @pytest.mark.parametrize("bits", range(1, 5))
 def test_every_level_alone_is_exact_to_a_rounding(bits, pairs, dtype, device):
     """In registers and by pairs in shared memory, whichever the rules take."""
-    from lowbit_kernels.fast import fast_linear, fast_tiles
+    from lowbit_kernels.fast import fast_tiles
     from lowbit_kernels.layout import parse
 
-    format, N, K = parse_format(f"codebook:bits={bits},group_size=64,scale_dtype=float16"), 64, 256
+    format = parse_format(f"codebook:bits={bits},group_size=64,scale_dtype=float16")
     form = "magic" if dtype == BF16 else "subnormal"
     tiles = replace(fast_tiles(16, parse(format.spec), form), pairs=pairs)
-    weight, companions = packed(format, N, K, device)
-    k = torch.randperm(K, generator=torch.Generator().manual_seed(bits))[:16]
-    x = torch.zeros(16, K, dtype=dtype, device=device)
-    x[torch.arange(16), k] = 1
-    expected = reference.dequantize(weight, companions, format.spec, K, torch.float64)[:, k].T
-    result = fast_linear(x, weight, companions, None, format.spec, K, tiles=tiles).double()
+    result, expected = alone(format, bits, dtype, tiles, device)
     # The level is rounded to the dtype, and the result.
     assert ((result - expected).abs() <= expected.abs() * (torch.finfo(dtype).eps + 2.0**-23) + 2.0**-25).all()
 
