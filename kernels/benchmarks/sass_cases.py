@@ -65,7 +65,11 @@ def formats(group: int = 128) -> list[str]:
 
 FULLEST = ("int:bits=1,", "int:bits=3,", "int:bits=5,", "int:bits=7,", "nf:")  # how they begin
 SMALL = (*(f"int:bits={bits},group_size=32" for bits in range(1, 9)), "nf:bits=4,group_size=32")
-# Groups of 64, in fast forms alone.
+# Groups of 16, and of 64, in fast forms alone; FP4 is NVFP4's.
+SMALLEST = (
+    *(f"int:bits={bits},group_size=16" for bits in range(1, 9)),
+    *("nf:bits=4,group_size=16", "codebook:bits=3,group_size=16", "fp4:bits=4,group_size=16,scale_dtype=e4m3"),
+)
 MIDDLE = tuple(f"int:bits={bits},group_size=64" for bits in range(1, 9))
 # What the package packs integers as unless told otherwise; in fast forms alone.
 DEFAULTS = tuple(f"int:bits={bits},group_size=32,scale_dtype=log8" for bits in range(1, 9))
@@ -94,7 +98,7 @@ def cases() -> list[Case]:
     found = []
     for target in (*NVIDIA, *AMD):
         if target in NVIDIA:
-            found += fast_cases(target, [*read, *MIDDLE, *DEFAULTS, *TABLES])
+            found += fast_cases(target, [*read, *SMALLEST, *MIDDLE, *DEFAULTS, *TABLES])
             asked = [f for f in portable if f.startswith(("int:bits=4,", "int:bits=7,"))]
             found += [Case(target, k, f, "fp16", "lop3") for k in ("gemv", "gemm16") for f in asked]
         for kernel in (*PRODUCTS, *OTHERS):
@@ -189,6 +193,7 @@ def launch_of(case: Case, layout) -> Launch:
     weights = size.outputs * size.blocks * size.spans * 64
     constants = {"SPLIT": 4, "BLOCK_M": size.rows, "BLOCK_N": size.outputs, "EVEN": True, "STAGES": size.stages}
     if size.scaled:
+        constants |= {"FORM": case.form, "WARPS": size.warps, "PAIRS": size.pairs}
         return Launch(fast_scaled.scaled_kernel, constants, size.warps, weights, maxnreg=fast.REGISTERS)
     constants |= {"FORM": case.form, "BLOCKS": size.blocks, "STRIPS": size.strips, "SPANS": size.spans}
     constants |= {"COLUMNS": size.columns, "WINDOW": size.window}

@@ -2,7 +2,7 @@
 
     python kernels/benchmarks/sass_report.py                    # NVIDIA and AMD targets, all widths: a table
     python kernels/benchmarks/sass_report.py --only sm_90 --only gemv --json report.json
-    python kernels/benchmarks/sass_report.py --format int:bits=4,group_size=16 --only sm_80     # not in the matrix
+    python kernels/benchmarks/sass_report.py --format int:bits=4,group_size=256 --only sm_80     # not in the matrix
 
 What is compiled says :mod:`sass_cases`, how code is read :mod:`sass_code`. Instructions per weight are those of a
 kernel's main loop, predicated ones, address arithmetic, scales and synchronisation included, times the threads of the

@@ -160,7 +160,7 @@ def test_a_table_of_pairs_is_for_one_table_of_levels_and_many_rows(device):
 
 
 @pytest.mark.parametrize(
-    "format", ["ternary:bits=1.58", "codebook:bits=5", "int:bits=8,group_size=16", "nf:bits=4,group_size=16"]
+    "format", ["ternary:bits=1.58", "codebook:bits=5", "int:bits=8,group_size=16,zeros=float", "nf:bits=4,group_size=8"]
 )
 def test_a_format_without_a_fast_kernel_is_refused(format, device):
     from lowbit_kernels.fast import fast_linear

@@ -9,7 +9,8 @@ sums 128 + code, and does so for each of the two nibbles of 8 bits. Tables are r
 Where scales go into weights (``fast_scaled``), a weight is rounded to the dtype of x, and so is the scale if it has
 more bits, each by half a unit in the last place. In bfloat16 that is all. In float16, where a weight is ``q s - z s``,
 so is ``z s``, and each may be off by half of the least float16, 2**-25, which is so much of a row whose greatest scale
-is brought to 2**14 or more (float16 ones by 2**30 at most), times 2**-24, or more where a code stands higher.
+is brought to 2**14 or more (float16 ones by 2**30 at most), times 2**-24, or more where a code stands higher. Levels
+times a scale have no zero point; there the greatest scale is brought to 2**7.
 """
 
 import torch
@@ -45,8 +46,11 @@ def fast_bound(x, weight, companions, bias, format: str, K: int, form: str) -> t
                 most = most.clamp(min=2.0**-16)
             if lay.scale == "log8":
                 most = torch.full_like(most, 2.0 ** (low + 254 * step))
-            off += half * (values.abs() + scales * 2.0**lay.bits)  # no less than a zero point times its scale
-            off += 2 * 2.0**-25 * 2.0 ** (10 - code_position("subnormal", lay.bits, 0, 8)) * most
+            if lay.table == "none":
+                off += half * (values.abs() + scales * 2.0**lay.bits)  # no less than a zero point times its scale
+                off += 2 * 2.0**-25 * 2.0 ** (10 - code_position("subnormal", lay.bits, 0, 8)) * most
+            else:  # a scale and a product below the least normal number
+                off += 2.0**-25 * 2.0**-7 * (1 + named.levels.double().abs().amax()) * most
         added = x.double().abs() @ off.T
     bias = torch.zeros(1, dtype=x.dtype, device=x.device) if bias is None else bias.to(x.dtype)
     expected = exact + bias.double()

@@ -102,16 +102,15 @@ def _shift(function):
     return lambda a, n: np.where(n > 31, np.uint32(0), function(a, np.minimum(n, 31))).astype(np.uint32)
 
 
-def _rotate(left):
-    """``shf.wrap.b32`` of a register with itself."""
+def _funnel(left):
+    """``shf.wrap.b32``: two registers side by side, moved; of the right shift the lower one, of the left the upper."""
 
-    def rotate(low, high, n):
-        if low is not high:
-            raise NotImplementedError("inline assembly: a funnel shift of two registers")
-        n = (n if left else 32 - n) & np.uint32(31)
-        return ((low << n) | (low >> ((32 - n) & np.uint32(31)))).astype(np.uint32)
+    def moved(low, high, n):
+        both = low.astype(np.uint64) | high.astype(np.uint64) << np.uint64(32)
+        n = (n & np.uint32(31)).astype(np.uint64)
+        return ((both << n) >> np.uint64(32) if left else both >> n).astype(np.uint32)
 
-    return rotate
+    return moved
 
 
 class _Memory:
@@ -155,8 +154,8 @@ INSTRUCTIONS = {
     "shr.b32": _shift(np.right_shift),
     "shr.u32": _shift(np.right_shift),
     "shl.b32": _shift(np.left_shift),
-    "shf.l.wrap.b32": _rotate(left=True),
-    "shf.r.wrap.b32": _rotate(left=False),
+    "shf.l.wrap.b32": _funnel(left=True),
+    "shf.r.wrap.b32": _funnel(left=False),
     "lop3.b32": _logic,
     "prmt.b32": _permute,
     "sub.f16x2": _subtract_halves,

@@ -20,16 +20,16 @@ tables of more than 4 bits, groups smaller than what is multiplied at once, floa
 kernels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 
 from .fast_fields import all_turns, level_tables, moved_e2m1, operands, seen_inputs, with_step
-from .fast_grid import has_unit, power_exponents, shared_scale, step_offset, unit
+from .fast_grid import BLOCKS, has_unit, power_exponents, shared_scale, step_offset, unit
 from .fast_pairs import has_pairs, has_room, pair_table
-from .fast_scaled import BLOCKS, in_weights, scaled_kernel
+from .fast_scaled import in_weights, scaled_kernel
 from .layout import Layout, name_tensors, on_device, parse
 from .matmul import _store, add_shares
 
@@ -165,7 +165,7 @@ def reads(layout: Layout, form: str) -> bool:
         return False
     looked_up = layout.table != "none" and not moved_e2m1(form, layout)
     fits = layout.group == 0 or layout.group >= (32 if layout.bits == 8 or looked_up else 16)
-    return fits and (layout.table == "none" or layout.bits <= 4)
+    return (fits and (layout.table == "none" or layout.bits <= 4)) or in_weights(layout, form)
 
 
 def columns_of(blocks: int, layout: Layout) -> int:
@@ -179,9 +179,18 @@ def fast_tiles(M: int, layout: Layout, form: str) -> FastTiles:
     Two warps, so that Hopper's compiler keeps operands in registers too; as many rows of W as registers hold.
     """
     if (M > 2 or layout.group == 16) and in_weights(layout, form):
-        many = layout.bits in (1, 2, 4) and (layout.group, layout.bits) != (16, 2)
-        return FastTiles(8 if M <= 8 else 16, 128 if many else 64, BLOCKS.value, 1, 8, stages=2, scaled=1)
+        return _scaled_tiles(M, layout, form)
     return sum_tiles(M, layout, form)
+
+
+def _scaled_tiles(M: int, layout: Layout, form: str) -> FastTiles:
+    """As :func:`fast_tiles`, with scales and zero points in weights."""
+    full = M > 8 and layout.group <= 32 and layout.scale in ("float16", "float32", "e4m3")  # registers of 128 rows
+    many = layout.table == "none" and (layout.bits in (1, 2) or (layout.bits == 4 and not full))
+    # Fewer bits take less by registers.
+    pairs = int(has_pairs(layout, form) and (layout.bits == 4 or (layout.bits == 3 and M > 8)))
+    tiles = FastTiles(8 if M <= 8 else 16, 128 if many else 64, BLOCKS.value, 1, 8, stages=2, scaled=1, pairs=pairs)
+    return tiles if not pairs or has_room(tiles, layout) else replace(tiles, outputs=32, warps=1)
 
 
 def sum_tiles(M: int, layout: Layout, form: str) -> FastTiles:
@@ -266,16 +275,22 @@ def fast_linear(
     target = torch.empty((split, M, N), dtype=torch.float32, device=x.device) if split > 1 else out
     grid = (triton.cdiv(M, tiles.rows), triton.cdiv(N, tiles.outputs), split)
     tensors = name_tensors(weight, companions, layout)
+    whole = K % (64 * tiles.blocks * tiles.spans) == 0
+    if tensors.zeros is not None:
+        whole &= tensors.zeros.data_ptr() % 4 == 0  # read by words
     with on_device(x.device):
         if tiles.scaled:
             scaled_kernel[grid](
-                *(rows, *tensors[:4], bias, target, M, N, K),
+                *(rows, *tensors, bias, target, M, N, K),
                 LAYOUT=layout,
+                FORM=form,
                 SPLIT=split,
                 BLOCK_M=tiles.rows,
                 BLOCK_N=tiles.outputs,
-                EVEN=K % (64 * BLOCKS.value) == 0,
+                EVEN=whole,
                 STAGES=tiles.stages,
+                WARPS=tiles.warps,
+                PAIRS=tiles.pairs,
                 num_warps=tiles.warps,
                 maxnreg=REGISTERS,
             )
@@ -292,7 +307,7 @@ def fast_linear(
                 SPANS=tiles.spans,
                 COLUMNS=tiles.columns,
                 WINDOW=tiles.window,
-                EVEN=K % (64 * tiles.blocks * tiles.spans) == 0,
+                EVEN=whole,
                 STAGES=tiles.stages,
                 ROWS_OF_ONES=min(16 * tiles.warps, tiles.outputs // tiles.strips),
                 PAIRS=tiles.pairs,

@@ -198,13 +198,13 @@ def _level(words, tables, LANE: tl.constexpr, HALF: tl.constexpr, LAYOUT: tl.con
 
 
 @triton.jit
-def parts(tile, PARTS: tl.constexpr):
-    """What (rows, BLOCKS * 16) has of each side of the lanes, a tuple of (rows, BLOCKS * 8); one tile if PARTS is 1."""
+def parts(tile, PARTS: tl.constexpr, LANES: tl.constexpr):
+    """What (rows, BLOCKS * LANES) has of each side of the lanes, one or two: a tuple of tiles."""
     if PARTS == 1:
         found = (tile,)
     else:
         HALF: tl.constexpr = tile.shape[1] // 2
-        first, second = tl.split(tile.reshape(tile.shape[0], HALF // 8, 2, 8).permute(0, 1, 3, 2))
+        first, second = tl.split(tile.reshape(tile.shape[0], HALF * 2 // LANES, 2, LANES // 2).permute(0, 1, 3, 2))
         found = (first.reshape(tile.shape[0], HALF), second.reshape(tile.shape[0], HALF))
     return found
 
@@ -213,7 +213,7 @@ def parts(tile, PARTS: tl.constexpr):
 def on_sides(words, more, TEXTS: tl.constexpr, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
     """What the text of each side makes of its part of :func:`operands` and of ``more``: a tuple of values."""
     COUNT: tl.constexpr = constraints(operand_registers(LAYOUT.planes) + 2 * len(more))
-    lanes = parts(words[0], len(TEXTS))
+    lanes = parts(words[0], len(TEXTS), 32 if LAYOUT.bits == 8 else 16)
     values = ()
     for side in tl.static_range(len(TEXTS)):
         asked = (lanes[side],) + words[1:] + more  # noqa: RUF005

@@ -10,6 +10,16 @@ import triton.language as tl
 
 from .decode import halves_of_e4m3, load_zero
 from .fast_asm import AND_OR, code_position, constraints
+from .layout import Layout
+
+BLOCKS = tl.constexpr(4)  # of 64 inputs in a step of kernels that load the groups of a block together
+OR_AND = "0xA8"  # lop3: (first | second) & third
+
+
+@triton.constexpr_function
+def groups_of(layout: Layout) -> int:
+    """Groups in a block."""
+    return 64 // layout.group
 
 
 @triton.constexpr_function
@@ -88,16 +98,12 @@ def computed_once(value):
 
 
 @triton.jit
-def stored_scales(scales, row, step, K, GROUPS: tl.constexpr, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
+def _stored_scales(scales, row, step, K, GROUPS: tl.constexpr, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
     """Those of the GROUPS groups of a step, as they are stored: (BLOCK_N, GROUPS)."""
     group = tl.arange(0, GROUPS)[None, :]
     groups = (K + LAYOUT.group - 1) // LAYOUT.group
     if EVEN:
-        place = scales + row * tl.multiple_of(groups, GROUPS) + group + step_offset(step, GROUPS)
-        if LAYOUT.scale == "float32" and LAYOUT.group == 32 and LAYOUT.planes[-1] == 1:
-            # By 16 bytes they would be shared out to threads as a plane of one bit is, and weights would be made there.
-            place = tl.max_contiguous(place, [1, 2])
-        scale = tl.load(place)
+        scale = tl.load(scales + row * tl.multiple_of(groups, GROUPS) + group + step_offset(step, GROUPS))
     else:
         group += step * GROUPS
         scale = tl.load(scales + row * groups + group, mask=group < groups, other=0)
@@ -145,89 +151,101 @@ def power_scale(code, exponents):
 
 
 @triton.constexpr_function
-def _bytes_of_two(bits):
-    """How many bytes the zero points of two groups side by side lie in, at most."""
-    return 3 if bits == 7 else 1 if 8 % bits == 0 else 2
+def _zero_unit(layout, even):
+    """Bits that zero points are loaded by: no more than those of a block have, and such that every step starts so."""
+    size = groups_of(layout) * layout.bits
+    if not even or BLOCKS.value * size % 16 or size <= 12:
+        return 8
+    return 32 if size == 32 else 16
 
 
 @triton.constexpr_function
-def _joined_asm(bits, place, pack):
-    """Text that makes the zero points of two groups, as halves, of the bytes that they lie in; less than 8 bits.
+def _zero_turns(layout, even):
+    """Bits of the first load of zero points that belong to the block before: all that there can be."""
+    size = groups_of(layout) * layout.bits
+    return {block * size % _zero_unit(layout, even) for block in range(8)}
 
-    Registers: ``pack`` first bytes, as many second ones, with 7 bits third ones; then ``pack`` of how far to turn them.
-    """
-    mask, parts, lines = ((1 << bits) - 1) << place, _bytes_of_two(bits), []
-    for i in range(pack):
-        bytes = [f"${pack + part}" for part in range(parts)]
-        if parts == 1:  # a byte alone: times this it is there twice, apart
-            lines.append(f"prmt.b32 z, {bytes[0]}, 0, {0x4440 + i};")
-            lines += [f"shr.b32 z, z, ${pack + 1 + i};"] if bits < 4 else []
-            lines.append(f"mul.lo.u32 z, z, {1 + (1 << 16 - bits)}; and.b32 ${i}, z, {mask * 0x10001};")
-            continue
-        lines.append(f"prmt.b32 z, {bytes[0]}, {bytes[1]}, {i | 4 + i << 4};")
-        lines += [f"prmt.b32 z, z, {bytes[2]}, {0x10 | 4 + i << 8};"] if parts == 3 else []
-        lines += [f"shf.r.wrap.b32 z, z, z, ${pack + parts + i};", f"and.b32 t, z, {mask}; shl.b32 z, z, {16 - bits};"]
-        lines.append(f"lop3.b32 ${i}, z, {mask << 16}, t, {AND_OR};")
-    return " ".join(["{ .reg .b32 z, t;", *lines, "}"])
+
+@triton.constexpr_function
+def _zero_parts(layout, even):
+    """How many loads the zero points of a block take."""
+    return -(-(max(_zero_turns(layout, even)) + groups_of(layout) * layout.bits) // _zero_unit(layout, even))
+
+
+@triton.constexpr_function
+def _moved(target, source, left):
+    return f"{'shl' if left >= 0 else 'shr'}.b32 {target}, {source}, {abs(left)};"
+
+
+@triton.constexpr_function
+def _zeros_asm(layout, even):
+    """Text for :func:`stored_zeros`: loads of a block, then, if any block needs it, how far to turn them."""
+    bits, groups, unit, parts = layout.bits, groups_of(layout), _zero_unit(layout, even), _zero_parts(layout, even)
+    place, pairs = code_position("subnormal", bits, 0, 8), max(groups // 2, 1)
+    mask, turn = (1 << bits) - 1 << place, f"${pairs + parts}"
+    lines = [f"mov.b32 z, ${pairs};"]
+    joined = [0x5410] if unit == 16 else [0x3240, 0x3410, 0x4210]
+    lines += [f"prmt.b32 z, z, ${pairs + 1 + i}, {by};" for i, by in enumerate(joined[: min(parts, 32 // unit) - 1])]
+    if parts * unit > 32:
+        lines.append(f"shf.r.wrap.b32 z, z, ${pairs + 2}, {turn};")
+    elif len(_zero_turns(layout, even)) > 1:
+        lines.append(f"shr.b32 z, z, {turn};")
+    for pair in range(pairs):
+        first, second = place - 2 * pair * bits, 16 + place - (2 * pair + 1) * bits  # where to move two zero points
+        if groups == 1:
+            lines += [_moved("t", "z", first), f"and.b32 t, t, {mask};", f"mul.lo.u32 ${pair}, t, 0x10001;"]
+        elif bits == 8:
+            lines.append(f"prmt.b32 ${pair}, z, 0, {0x4140 + 0x0202 * pair};")
+        elif parts * unit <= 16 and 2 * (pair + 1) * bits <= 16 and place == 0:  # neither is in the way of the other
+            lines += [_moved("t", "z", first), _moved("u", "z", second)]
+            lines.append(f"lop3.b32 ${pair}, t, u, {mask * 0x10001}, {OR_AND};")
+        else:
+            lines += [_moved("t", "z", first), f"and.b32 t, t, {mask};", _moved("u", "z", second)]
+            lines.append(f"lop3.b32 ${pair}, u, {mask << 16}, t, {AND_OR};")
+    return " ".join(["{ .reg .b32 z, t, u;", *lines, "}"])
+
+
+@triton.constexpr_function
+def _integers(count):
+    return (tl.int32,) * count
 
 
 @triton.jit
-def stored_zeros(
-    zeros, row, step, K, LAYOUT: tl.constexpr, COLUMNS: tl.constexpr, ONCE: tl.constexpr, EVEN: tl.constexpr
-):
-    """Zero points of the 2 * COLUMNS groups of a step by pairs, (BLOCK_N, COLUMNS): int32, the first in the low half.
+def stored_zeros(zeros, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
+    """Zero points of the groups of a step of BLOCKS blocks by pairs, as codes, in groups of 16, 32 or 64.
 
-    They stand where field 0 has its code in :mod:`.fast_asm`, without other bits. ``ONCE`` as in :func:`computed_once`;
-    else the compiler brings bytes to the threads that want them, four to a register.
+    A tuple of tiles (rows, BLOCKS), int32: of the first two groups of each block, the first in the low half, then of
+    the others; a group alone is in both halves. They stand where field 0 has its code in :mod:`.fast_asm`, without
+    other bits. ``EVEN`` says, too, that ``zeros`` is at a multiple of four bytes.
     """
-    BITS: tl.constexpr = LAYOUT.bits
-    PLACE: tl.constexpr = code_position("subnormal", BITS, 0, 8)
-    PACK: tl.constexpr = 1 if ONCE else 4
-    BYTES: tl.constexpr = COLUMNS * BITS // 4
-    PARTS: tl.constexpr = _bytes_of_two(BITS)
-    size = ((K + LAYOUT.group - 1) // LAYOUT.group * BITS + 7) // 8
-    if EVEN and 8 % BITS == 0:
-        size = tl.multiple_of(size, BYTES)
-    bit = tl.arange(0, COLUMNS)[None, :] * (2 * BITS)
-    first_byte = tl.minimum(bit // 8, BYTES - PARTS)
-    parts = ()
-    for part in tl.static_range(PARTS):
-        if BITS == 4 or BITS == 8:
-            byte = tl.arange(0, BYTES)[None, :]
+    SIZE: tl.constexpr = groups_of(LAYOUT) * LAYOUT.bits
+    UNIT: tl.constexpr = _zero_unit(LAYOUT, EVEN)
+    PAIRS: tl.constexpr = max(groups_of(LAYOUT) // 2, 1)
+    if UNIT == 32:
+        zeros = zeros.to(tl.pointer_type(tl.uint32))
+    elif UNIT == 16:
+        zeros = zeros.to(tl.pointer_type(tl.uint16))
+    size = ((K + LAYOUT.group - 1) // LAYOUT.group * LAYOUT.bits + UNIT - 1) // UNIT
+    bit = tl.arange(0, BLOCKS)[None, :] * SIZE
+    STEP: tl.constexpr = BLOCKS * SIZE
+    if STEP % UNIT != 0:
+        bit += step * STEP
+    loads = ()
+    for part in tl.static_range(_zero_parts(LAYOUT, EVEN)):
+        place = bit // UNIT + part
+        if STEP % UNIT != 0:
+            found = tl.load(zeros + row * size + tl.minimum(place, size - 1))
+        elif EVEN:
+            place = tl.minimum(place, STEP // UNIT - 1)
+            found = tl.load(zeros + row * size + place + step_offset(step, STEP // UNIT))
         else:
-            byte = first_byte + part
-        if EVEN:
-            found = tl.load(zeros + row * size + byte + step_offset(step, BYTES))
-        else:
-            found = tl.load(zeros + row * size + step * BYTES + byte, mask=step * BYTES + byte < size, other=0)
-        if PACK == 1 or BITS == 8:
-            found = found.to(tl.int32)
-        parts = parts + (found,)  # noqa: RUF005
-    if BITS == 8:
-        first, second = tl.split(parts[0].reshape(row.shape[0], COLUMNS, 2))
-        pairs = first | (second << 16)
-    else:
-        TEXT: tl.constexpr = _joined_asm(BITS, PLACE, PACK)
-        COUNT: tl.constexpr = constraints(PARTS + PACK, PACK)
-        parts = parts + ((bit - 8 * first_byte - PLACE) & 31,)  # noqa: RUF005
-        pairs = tl.inline_asm_elementwise(TEXT, COUNT, parts, dtype=tl.int32, is_pure=not ONCE, pack=PACK)
-    return pairs
-
-
-@triton.jit
-def stored_zero(zeros, row, step, K, GROUPS: tl.constexpr, LAYOUT: tl.constexpr, ONCE: tl.constexpr):
-    """Zero points of the GROUPS groups of a step, (BLOCK_N, GROUPS): as :func:`stored_zeros`, but each alone."""
-    BITS: tl.constexpr = LAYOUT.bits
-    PLACE: tl.constexpr = code_position("subnormal", BITS, 0, 8)
-    size = ((K + LAYOUT.group - 1) // LAYOUT.group * BITS + 7) // 8
-    bit = (step * GROUPS + tl.arange(0, GROUPS)[None, :]) * BITS
-    found = tl.load(zeros + row * size + tl.minimum(bit // 8, size - 1)).to(tl.int32)
-    if 8 % BITS != 0:  # it may begin in one byte and end in the next
-        found |= tl.load(zeros + row * size + tl.minimum(bit // 8 + 1, size - 1)).to(tl.int32) << 8
-    code = ((found >> (bit & 7)) & ((1 << BITS) - 1)) << PLACE
-    if ONCE:
-        code = computed_once(code)
-    return code
+            found = tl.load(zeros + row * size + tl.minimum(place + step * (STEP // UNIT), size - 1))
+        loads = loads + (found.to(tl.int32),)  # noqa: RUF005
+    if len(_zero_turns(LAYOUT, EVEN)) > 1:
+        loads = loads + (bit % UNIT,)  # noqa: RUF005
+    TEXT: tl.constexpr = _zeros_asm(LAYOUT, EVEN)
+    COUNT: tl.constexpr = constraints(len(loads), PAIRS)
+    return tl.inline_asm_elementwise(TEXT, COUNT, loads, dtype=_integers(PAIRS), is_pure=True, pack=1)
 
 
 @triton.jit
@@ -252,7 +270,7 @@ def pair_grid(
     GROUPS: tl.constexpr = 2 * COLUMNS
     UNIT: tl.constexpr = unit(FORM, LAYOUT, WINDOW)
     OFFSET: tl.constexpr = 0.0 if FORM != "magic" else 256.0 if LAYOUT.bits == 8 else 128.0
-    scale = stored_scales(scales, row, step, K, GROUPS, LAYOUT, EVEN)
+    scale = _stored_scales(scales, row, step, K, GROUPS, LAYOUT, EVEN)
     if LAYOUT.scale == "log8":
         scale = power_scale(scale, exponents)
     else:
@@ -267,6 +285,6 @@ def pair_grid(
         third, fourth = tl.split((zero * (-1.0 / UNIT) - OFFSET).reshape(N, COLUMNS, 2))
         found = (first, second, third, fourth)
     else:
-        pairs = stored_zeros(zeros, row, step, K, LAYOUT, COLUMNS, True, EVEN)
+        pairs = computed_once(stored_zeros(zeros, row, step, K, LAYOUT, EVEN)[0])
         found = (first, second, _shift(pairs & 0xFFFF, LAYOUT, FORM), _shift((pairs >> 16) & 0xFFFF, LAYOUT, FORM))
     return found

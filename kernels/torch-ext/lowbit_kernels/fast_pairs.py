@@ -30,6 +30,9 @@ def has_pairs(layout: Layout, form: str) -> bool:
 def has_room(tiles, layout: Layout) -> bool:
     """Whether the steps in flight of :class:`.fast.FastTiles` fit beside the table."""
     block = 8 * layout.bits * tiles.outputs + 128 * tiles.rows * tiles.columns  # bytes of 64 inputs: codes, and x
+    if tiles.scaled:
+        size = {"float32": 4, "float16": 2, "bfloat16": 2}.get(layout.scale, 1)
+        block += tiles.outputs * (64 // layout.group) * size
     return (tiles.stages - 1) * tiles.spans * tiles.blocks * block <= ROOM
 
 
