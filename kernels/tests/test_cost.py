@@ -167,8 +167,8 @@ def test_the_command_counts_formats_outside_the_matrix(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     with_zeros, symmetric = json.loads((tmp_path / "found.json").read_text())
     assert 0 < symmetric["instructions_per_weight"] < with_zeros["instructions_per_weight"]
-    done = run("--format=int:bits=8,group_size=16,zeros=float")
-    assert done.returncode == 2 and "no fast form reads int:bits=8,group_size=16,zeros=float" in done.stderr
+    done = run("--format=codebook:bits=5")
+    assert done.returncode == 2 and "no fast form reads codebook:bits=5" in done.stderr
 
 
 @pytest.mark.parametrize("group", [32, -1])

@@ -12,6 +12,7 @@ from hf_lowbit.formats import parse_format
 FP16, BF16 = torch.float16, torch.bfloat16
 OTHERS = ("bfloat16", "float32", "e4m3", "e8m0")  # dtypes of scales
 TABLES = (("float16", 1, 512), ("log8", 12, 330), ("e4m3", 3, 72), ("bfloat16", 4, 256))  # scales and shapes
+FLOATS = ((16, 12, 330), (16, 3, 512), (32, 4, 512), (64, 16, 330))  # groups and shapes, for zero points as floats
 CASES = [
     *((f"int:bits={b},group_size={g}", M, K, 1) for b in range(1, 9) for g, M, K in ((32, 3, 512), (64, 12, 330))),
     *((f"int:bits={b},group_size=32", 12, 330, 1) for b in range(1, 9)),
@@ -27,6 +28,7 @@ CASES = [
     *((f"int:bits={b},group_size=32", 6, 192, 1) for b in (1, 2, 7, 8)),
     *((f"codebook:bits={b},group_size=16,scale_dtype={s}", M, K, 1) for b in range(1, 5) for s, M, K in TABLES),
     *((f"nf:bits=4,group_size=16,scale_dtype={s}", M, K, 2) for s, M, K in TABLES),
+    *((f"int:bits={b},group_size={g},zeros=float", M, K, 1) for b in range(1, 9) for g, M, K in FLOATS),
     ("int:bits=4,group_size=32", 5, 1, 1),
     ("int:bits=7,group_size=32", 9, 1536, 4),
 ]
@@ -49,8 +51,16 @@ def product(x, weight, companions, bias, format, split: int = 1):
     return fast_linear(x, weight, companions, bias, format.spec, x.shape[1], split=split)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0].replace(',', '_')}_M{c[1]}_K{c[2]}_split{c[3]}")
-@dtypes
+def _asked():
+    for case in CASES:
+        for dtype in (FP16, BF16):
+            if dtype == FP16 or "zeros=float" not in case[0]:  # in bfloat16 those stay in sums
+                text, M, K, split = case
+                name = f"{str(dtype)[6:]}-{text.replace(',', '_')}_M{M}_K{K}_split{split}"
+                yield pytest.param(case, dtype, id=name)
+
+
+@pytest.mark.parametrize("case, dtype", list(_asked()))
 def test_values_are_the_reference(case, dtype, device):
     text, M, K, split = case
     format, N = parse_format(text), 70
@@ -114,6 +124,20 @@ def test_scales_of_zero_make_zeros(scales, group, dtype, device):
 
 
 @dtypes
+@pytest.mark.parametrize("most", [0.25, 1.0, 300.0, 2.0**14])
+def test_levels_may_be_large_or_small(most, dtype, device):
+    """A level times its scale, as great as scales are made, would be more than float16 has."""
+    format, N, K = parse_format("codebook:bits=4,group_size=16,scale_dtype=float16"), 64, 256
+    weight, companions = packed(format, N, K, device)
+    companions[1] = guard(companions[1] * (most / companions[1].abs().max()))
+    x = (torch.randn(5, K, generator=torch.Generator().manual_seed(0)) / max(most, 1)).to(device, dtype)
+    expected, bound = fast_bound(x, weight, companions, None, format.spec, K, FORM[dtype])
+    result = product(x, weight, companions, None, format).double()
+    assert result.isfinite().all() and ((result - expected).abs() <= bound).all()
+    assert (bound - 2.0**-23 < expected.abs().amax(0) / (20 if dtype == FP16 else 5)).all()
+
+
+@dtypes
 def test_negative_scales_count_by_their_size(dtype, device):
     format, N, K = parse_format("int:bits=4,group_size=32"), 64, 256
     weight, companions = packed(format, N, K, device)
@@ -138,10 +162,10 @@ def test_it_is_taken_for_more_than_two_rows_and_small_groups():
     others = (
         "int:bits=4,group_size=128",
         "int:bits=4,group_size=-1",
-        f"{small},zeros=float",
         "nf:bits=4,group_size=32",
     )
     assert not any(taken(text) for text in others) and taken(f"{small},scale_dtype=e4m3")
+    assert taken(f"{small},zeros=float") and not taken(f"{small},zeros=float", form="magic")
     tiles, x = fast_tiles(16, parse(small), "subnormal"), torch.zeros(16, 64, dtype=FP16)
     with pytest.raises(ValueError, match=r"scales of .* cannot go into weights in the form 'lop3'"):
         fast_linear(x, *packed(parse_format(small), 16, 64, "cpu"), None, small, 64, form="lop3", tiles=tiles)
@@ -155,5 +179,5 @@ def test_files_of_sizes_are_for_all_formats_of_a_class_that_it_reads():
 
     device = Device("nvidia", "sm_90", 132)
     for text, scaled in (("int:bits=4,group_size=32", 1), ("int:bits=4,group_size=32,zeros=float", 0)):
-        sizes, _ = lowbit_kernels._fast_tiles(device, "subnormal", parse(text), 16, 4096, 4096)
+        sizes, _ = lowbit_kernels._fast_tiles(device, "magic", parse(text), 16, 4096, 4096)
         assert sizes.scaled == scaled

@@ -53,7 +53,7 @@ def declared(monkeypatch, device):
         (B200, "nf:bits=4", BF16, 16, "magic"),
         (H100, "codebook:bits=8", FP16, 1, "portable"),
         (H100, "ternary:bits=1.58", FP16, 1, "portable"),
-        (H100, "int:bits=8,group_size=16,zeros=float", FP16, 1, "portable"),
+        (H100, "int:bits=8,group_size=16,zeros=float", BF16, 1, "portable"),
         (H100, "int:bits=4", FP16, 1023, "subnormal"),
         (H100, "int:bits=4", FP16, 1024, "unpacked"),
         (H100, "ternary:bits=1.58", BF16, 1024, "unpacked"),

@@ -109,6 +109,7 @@ def test_formats_that_are_tuned_alike_have_one_name():
         **{"codebook:bits=4": "table4_g64", "codebook:bits=4,group_size=-1,codebook=row": "table4_row"},
         **{
             "codebook:bits=4,scale_dtype=e4m3": "table4_g64_e4m3",
+            "int:bits=4,zeros=float": "int4_g64_floats",
             "fp4:bits=4": "fp4_g32",
             "ternary:bits=1.58": "ternary_row",
         },

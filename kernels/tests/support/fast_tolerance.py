@@ -10,7 +10,7 @@ Where scales go into weights (``fast_scaled``), a weight is rounded to the dtype
 more bits, each by half a unit in the last place. In bfloat16 that is all. In float16, where a weight is ``q s - z s``,
 so is ``z s``, and each may be off by half of the least float16, 2**-25, which is so much of a row whose greatest scale
 is brought to 2**14 or more (float16 ones by 2**30 at most), times 2**-24, or more where a code stands higher. Levels
-times a scale have no zero point; there the greatest scale is brought to 2**7.
+times a scale have no zero point; where they are 1 or more, the greatest scale is brought to as much less.
 """
 
 import torch
@@ -50,7 +50,9 @@ def fast_bound(x, weight, companions, bias, format: str, K: int, form: str) -> t
                 off += half * (values.abs() + scales * 2.0**lay.bits)  # no less than a zero point times its scale
                 off += 2 * 2.0**-25 * 2.0 ** (10 - code_position("subnormal", lay.bits, 0, 8)) * most
             else:  # a scale and a product below the least normal number
-                off += 2.0**-25 * 2.0**-7 * (1 + named.levels.double().abs().amax()) * most
+                level = named.levels.double().abs().amax()
+                room = 2.0 ** -(14 - max(int(level.log2().floor()) + 1, 0))
+                off += 2.0**-25 * room * (1 + level) * most
         added = x.double().abs() @ off.T
     bias = torch.zeros(1, dtype=x.dtype, device=x.device) if bias is None else bias.to(x.dtype)
     expected = exact + bias.double()

@@ -13,10 +13,11 @@ What a weight costs in instructions decides at few bits (a load of 16 bytes brin
   rows of W. What the form of a code multiplies or adds goes into ``s`` and ``z`` of the group.
 - A tile of lanes can reach over several groups. Then a row of x takes a column for each of them, zero outside its
   group, and one product gives the sums of all. With few rows of x those columns would be empty anyway.
-- From three rows of x on scales and zero points of small groups go into weights after all: :mod:`.fast_scaled`.
+- From three rows of x on, and in groups of 16 for any number, scales and zero points of small groups go into weights
+  after all: :mod:`.fast_scaled`.
 
 Sums are float32; but for that nothing is rounded except, for tables, the level to the dtype of x. Not here: ternary,
-tables of more than 4 bits, groups smaller than what is multiplied at once, float32 activations; those take the portable
+tables of more than 4 bits, 8 bits with float zero points in groups of 16, float32 activations; those take the portable
 kernels.
 """
 
@@ -186,6 +187,7 @@ def fast_tiles(M: int, layout: Layout, form: str) -> FastTiles:
 def _scaled_tiles(M: int, layout: Layout, form: str) -> FastTiles:
     """As :func:`fast_tiles`, with scales and zero points in weights."""
     full = M > 8 and layout.group <= 32 and layout.scale in ("float16", "float32", "e4m3")  # registers of 128 rows
+    full &= layout.zeros == "int" or layout.scale == "float32"
     many = layout.table == "none" and (layout.bits in (1, 2) or (layout.bits == 4 and not full))
     # Fewer bits take less by registers.
     pairs = int(has_pairs(layout, form) and (layout.bits == 4 or (layout.bits == 3 and M > 8)))
@@ -200,7 +202,8 @@ def sum_tiles(M: int, layout: Layout, form: str) -> FastTiles:
         return _row_table_tiles(M, layout)
     if M <= 4:
         full = (layout.group == 32 and layout.bits == 8) or (layout.group in (32, 64) and layout.table != "none")
-        few = (layout.group == 16 and layout.bits in (5, 7)) or (M > 2 and full)
+        floats = layout.zeros == "float" and form == "magic" and 0 < layout.group <= 64 and layout.bits in (6, 8)
+        few = floats or (M > 2 and full) or (layout.group == 16 and layout.bits in (5, 7))
         blocks, spans = 2 if few else 4, 1
     else:
         blocks = 1 if 0 < layout.group <= 64 and (1 not in layout.planes or table) else 2

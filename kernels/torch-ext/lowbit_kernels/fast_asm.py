@@ -158,11 +158,12 @@ def _power(exponent, brain):
 
 
 @triton.constexpr_function
-def scaled_asm(planes, field, half, stored, brain, side):
+def scaled_asm(planes, field, half, zeros, brain, side):
     """Text for a field as a weight, ``(code - zero point) * scale``, of one of two groups: ``half`` 0 or 1.
 
-    One more register has the scales of both, and if ``stored`` another their zero points, as codes that stand where
-    field 0 does; else they are half of what a code can be. A pair of lanes has these registers twice.
+    One more register has the scales of both, and another their zero points: if ``zeros`` is "int" as codes that stand
+    where field 0 does, if "float", float16 alone, as what the multiply-add takes of them. If "fixed" there is none, and
+    they are half of what a code can be. A pair of lanes has these registers twice.
     float16: the code as in the form ``subnormal``, times the scale, less the zero point times the scale. bfloat16: the
     code times ``2**-brain``, by the power of two that its place asks for, less the zero point in that unit, times the
     scale.
@@ -172,7 +173,9 @@ def scaled_asm(planes, field, half, stored, brain, side):
     start, place = (code_position("subnormal", bits, at, 8) for at in (0, field))
     scale = f"${first}"
     if brain is None:
-        if stored:
+        if zeros == "float":
+            lines = [f"mov.b32 z, ${first + 2};"]
+        elif zeros == "int":
             lines = [f"mul.f16x2 z, ${first + 2}, {scale};"]
         else:  # 2**-24 of a unit, and half of it in 1 bit, is less than a float16 can be: in two steps
             lines = [f"mov.b32 t, {_power(-12, False)};", f"mul.f16x2 z, {scale}, t;"]
@@ -184,7 +187,7 @@ def scaled_asm(planes, field, half, stored, brain, side):
         lines += [*_half("s", scale, half), "fma.rn.f16x2 $0, w, s, z;"]
     else:
         lines = ["mov.b32 u, 0x80008000;"]  # a product is a multiply-add of minus zero: PTX has it alone from sm_90 on
-        if stored:
+        if zeros == "int":
             lines += [f"mov.b32 t, {_power(133 - brain - start, True) | 0x80008000};"]
             lines += [f"fma.rn.bf16x2 z, ${first + 2}, t, u;", *_half("z", "z", half)]
         else:

@@ -14,7 +14,7 @@ between layouts, and gives up, and moves weights, where it finds a split tile be
 import triton
 import triton.language as tl
 
-from .fast_asm import AND_OR, constraints
+from .fast_asm import AND_OR, code_position, constraints
 from .fast_grid import (
     BLOCKS,
     computed_once,
@@ -67,9 +67,16 @@ def _stored(scales, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _floor(value):
+    """The exponent of float32 numbers, int32."""
+    return ((value.to(tl.int32, bitcast=True) >> 23) & 255) - 127
+
+
+@triton.jit
 def row_exponent(
     scales,
     scale_range,
+    levels,
     row,
     split,
     steps,
@@ -80,7 +87,7 @@ def row_exponent(
 ):
     """That of the power of two which brings the greatest scale of what is summed to 2**14 or more: (rows, 1) or one.
 
-    Of tables it brings it to 2**7 or more.
+    Where levels are 1 or more, so that no product is above what float16 can be, it brings it to less.
     """
     if LAYOUT.scale == "log8":
         most = tl.exp2(tl.load(scale_range) + 254 * tl.load(scale_range + 1))
@@ -90,12 +97,13 @@ def row_exponent(
             stored = _stored(scales, row, step, K, LAYOUT, EVEN)
             found = tl.maximum(found, tl.abs(relative_scale(stored, LAYOUT)))
         most = tl.max(tl.max(found, axis=2), axis=1, keep_dims=True)
-    LEAST: tl.constexpr = (
-        -16 if LAYOUT.scale == "float16" or LAYOUT.scale == "e4m3" else -98
-    )  # two factors of float16 make up to 2**30
-    floor = ((most.to(tl.int32, bitcast=True) >> 23) & 255) - 127
-    MOST: tl.constexpr = 14 if LAYOUT.table == "none" else 7  # a level may be more than 1
-    return MOST - tl.maximum(floor, LEAST)
+    # Two factors of float16 make up to 2**30.
+    LEAST: tl.constexpr = -16 if LAYOUT.scale == "float16" or LAYOUT.scale == "e4m3" else -98
+    exponent = 14 - tl.maximum(_floor(most), LEAST)
+    if LAYOUT.table != "none":
+        level = tl.max(tl.abs(tl.load(levels + tl.arange(0, 1 << LAYOUT.bits)).to(tl.float32)))
+        exponent -= tl.maximum(_floor(level) + 1, 0)
+    return exponent
 
 
 @triton.jit
@@ -104,9 +112,8 @@ def factors(scale_range, exponent, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
     if LAYOUT.scale == "log8":
         width, least = power_exponents(scale_range, exponent, LAYOUT)
         found = (width * 2.0**24, least)
-    elif (
-        LAYOUT.scale == "float16" or LAYOUT.scale == "e4m3"
-    ) and tl.float16 == DTYPE:  # whose powers of two end at 2**15
+    elif (LAYOUT.scale == "float16" or LAYOUT.scale == "e4m3") and tl.float16 == DTYPE:
+        # Its powers of two end at 2**15.
         some = tl.minimum(exponent, 15)[:, :, None]
         rest = exponent[:, :, None] - some
         found = (_halves(power(some).to(tl.float16)), _halves(power(rest).to(tl.float16)))
@@ -134,10 +141,10 @@ def _registers(scale):
 
 
 @triton.constexpr_function
-def _pairs_asm(scale, brain, alone):
-    """Text for :func:`_pairs`; a result for each scale.
+def _pairs_asm(scale, brain, alone, by):
+    """Text for :func:`_pairs` with ``by`` factors; a result for each scale.
 
-    Operands: registers of scales, then of each of :func:`factors` one for each scale.
+    Operands: registers of scales, then of each factor one for each scale.
     """
     count, rounded = _count(scale), f"cvt.rn.{'bf16' if brain else 'f16'}x2.f32 x, y, x;"
     first = count + _registers(scale)
@@ -157,7 +164,8 @@ def _pairs_asm(scale, brain, alone):
             else:
                 lines.append(f"mov.b32 p, ${count};")
             if scale in ("float16", "e4m3") and not brain:
-                lines += [f"mul.f16x2 x, p, ${first};", f"mul.f16x2 x, x, ${first + count};"]
+                lines.append("mov.b32 x, p;")
+                lines += [f"mul.f16x2 x, x, ${first + i * count};" for i in range(by)]
             else:
                 lines.append("mov.b32 {a, b}, p;")
                 for name, half, register in (("x", "a", "p"), ("y", "b", f"${count + 1}")):
@@ -177,19 +185,28 @@ def _pairs_asm(scale, brain, alone):
 
 
 @triton.jit
-def _pairs(stored, FACTORS, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
-    """Scales times a power of two, as ``DTYPE``, int32: each with its neighbour, or if it has none in both halves."""
-    TEXT: tl.constexpr = _pairs_asm(LAYOUT.scale, tl.bfloat16 == DTYPE, groups_of(LAYOUT) == 1)
-    PACK: tl.constexpr = _count(LAYOUT.scale)
-    COUNT: tl.constexpr = constraints(_registers(LAYOUT.scale) + PACK * len(FACTORS), PACK)
-    asked = (stored,) + FACTORS  # noqa: RUF005 (Triton has no other way to join tuples)
-    return tl.inline_asm_elementwise(TEXT, COUNT, asked, dtype=tl.int32, is_pure=True, pack=PACK)
+def _pairs(stored, by, SCALE: tl.constexpr, DTYPE: tl.constexpr):
+    """Scales (rows, BLOCKS, groups) times factors, as ``DTYPE``, by pairs: a tuple of tiles (rows, BLOCKS), int32."""
+    N: tl.constexpr = stored.shape[0]
+    GROUPS: tl.constexpr = stored.shape[2]
+    TEXT: tl.constexpr = _pairs_asm(SCALE, tl.bfloat16 == DTYPE, GROUPS == 1, len(by))
+    PACK: tl.constexpr = _count(SCALE)
+    COUNT: tl.constexpr = constraints(_registers(SCALE) + PACK * len(by), PACK)
+    asked = (stored,) + by  # noqa: RUF005 (Triton has no other way to join tuples)
+    pairs = tl.inline_asm_elementwise(TEXT, COUNT, asked, dtype=tl.int32, is_pure=True, pack=PACK)
+    if GROUPS > 1:  # a pair is there for each of its two
+        pairs, _ = tl.split(pairs.reshape(N, BLOCKS, GROUPS // 2, 2))
+    if GROUPS == 4:
+        found = tl.split(pairs)
+    else:
+        found = (pairs.reshape(N, BLOCKS),)
+    return found
 
 
 @triton.jit
 def scale_pairs(
     scales,
-    FACTORS,
+    by,
     row,
     step,
     K,
@@ -200,20 +217,13 @@ def scale_pairs(
 ):
     """Scales of a step times their power of two, for ``row`` in the order of :func:`own_rows`.
 
-    A tuple of tiles (rows, BLOCKS), int32: pairs of the first two groups of each block, then of the others.
+    A tuple of tiles (rows, BLOCKS), int32: pairs of the first two groups of each block, then of the others. A group
+    alone is in both halves.
     """
     stored = _stored(scales, row, step, K, LAYOUT, EVEN)
     if LAYOUT.scale == "e8m0":
         stored = relative_scale(stored, LAYOUT)
-    N: tl.constexpr = stored.shape[0]
-    pairs = _pairs(stored, FACTORS, LAYOUT, DTYPE)
-    if groups_of(LAYOUT) > 1:
-        pairs, _ = tl.split(pairs.reshape(N, BLOCKS, groups_of(LAYOUT) // 2, 2))
-    if groups_of(LAYOUT) == 4:
-        found = tl.split(pairs)
-    else:
-        found = (pairs.reshape(N, BLOCKS),)
-    return _own(found, WARPS)
+    return _own(_pairs(stored, by, LAYOUT.scale, DTYPE), WARPS)
 
 
 @triton.jit
@@ -224,7 +234,29 @@ def _own(tiles, WARPS: tl.constexpr):
     return found
 
 
+@triton.constexpr_function
+def _offset_asm(place):
+    """Text: ``2**-12`` of float zero points, and their scales; to ``zero point * scale * 2**(place - 24)``.
+
+    In an order in which the greatest zero point of float16 can be times the greatest scale.
+    """
+    first, last = (exponent + 15 << 10 for exponent in (-4, place - 8))
+    lines = [f"mov.b32 t, {first * 0x10001};", "mul.f16x2 t, $2, t;", "mul.f16x2 t, $1, t;"]
+    return " ".join(["{ .reg .b32 t, u;", *lines, f"mov.b32 u, {last * 0x10001};", "mul.f16x2 $0, t, u; }"])
+
+
 @triton.jit
-def zero_pairs(zeros, row, step, K, LAYOUT: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr):
-    """Zero points in the same way, as :func:`.fast_grid.stored_zeros`."""
-    return _own(stored_zeros(zeros, row, step, K, LAYOUT, EVEN), WARPS)
+def zero_pairs(zeros, own_scales, row, step, K, LAYOUT: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr):
+    """Zero points in the same way: as :func:`.fast_grid.stored_zeros`, float ones times their scales."""
+    if LAYOUT.zeros == "float":
+        TEXT: tl.constexpr = _offset_asm(code_position("subnormal", LAYOUT.bits, 0, 8))
+        by = (tl.full((1, 1, 1), 0x0C000C00, tl.int32),)  # 2**-12, twice
+        pairs = _pairs(_stored(zeros, row, step, K, LAYOUT, EVEN), by, "float16", tl.float16)
+        found = ()
+        for index in tl.static_range(len(pairs)):
+            asked = (in_order(pairs[index], WARPS), own_scales[index])
+            pair = tl.inline_asm_elementwise(TEXT, constraints(2), asked, dtype=tl.int32, is_pure=True, pack=1)
+            found = found + (computed_once(pair),)  # noqa: RUF005
+    else:
+        found = _own(stored_zeros(zeros, row, step, K, LAYOUT, EVEN), WARPS)
+    return found

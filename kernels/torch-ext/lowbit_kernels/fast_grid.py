@@ -152,9 +152,12 @@ def power_scale(code, exponents):
 
 @triton.constexpr_function
 def _zero_unit(layout, even):
-    """Bits that zero points are loaded by: no more than those of a block have, and such that every step starts so."""
+    """Bits that zero points are loaded by: no more than those of a block have.
+
+    In groups of 16 every step begins with a whole 32 or 16 of them; elsewhere that spares too little for its registers.
+    """
     size = groups_of(layout) * layout.bits
-    if not even or BLOCKS.value * size % 16 or size <= 12:
+    if not even or layout.group != 16 or size <= 12:
         return 8
     return 32 if size == 32 else 16
 

@@ -15,7 +15,10 @@ and all groups go into one sum.
 What makes this worth it is that scales come to where they are used for less than they save there. A tensor core's
 operand gives each quad of threads the same rows of W, and each thread of it every fourth piece of their inputs, which
 would make each thread want all groups. The order of inputs is free, though, if x has the same: a step takes four blocks
-of 64 inputs, and each thread of a quad has one of them, with one, two or four groups of its own.
+of 64 inputs, and each thread of a quad has one of them, with one, two or four groups of its own (:mod:`.fast_blocks`).
+
+In groups of 16 a field is a group, and a pair of levels out of a table (:func:`.fast_asm.table_asm`) has one of each of
+two: there levels are multiplied by their scales, too, and it is done for any number of rows.
 
 A weight is rounded to the dtype of x, as in a float layer of that dtype, and the scale, where it has more bits; in
 float16 the zero point times the scale, too.
@@ -51,7 +54,7 @@ def in_weights(layout: Layout, form: str) -> bool:
     if form == "lop3" or layout.scale == "none":
         return False
     if layout.name == "int":
-        return layout.zeros != "float" and layout.group in (16, 32, 64)
+        return layout.group in (16, 32, 64) and (layout.zeros != "float" or form == "subnormal")
     return layout.group == 16 and layout.bits <= 4 and layout.table == "tensor" and not moved_e2m1(form, layout)
 
 
@@ -81,9 +84,9 @@ def _pair(layout, field):
 
 @triton.constexpr_function
 def _texts(layout, field, brain):
-    asked, stored = (layout.planes, field), layout.zeros != "fixed"
     return tuple(
-        scaled_asm(*asked, _group(layout, field, side) % 2, stored, brain, side) for side in range(_sides(layout))
+        scaled_asm(layout.planes, field, _group(layout, field, side) % 2, layout.zeros, brain, side)
+        for side in range(_sides(layout))
     )
 
 
@@ -168,15 +171,15 @@ def scaled_kernel(
     if tl.bfloat16 == DTYPE:
         exponent = tl.full((1, 1), BRAIN if LAYOUT.table == "none" else 0, tl.int32)
     else:
-        exponent = row_exponent(scales, scale_range, own, split, steps, K, LAYOUT, SPLIT, EVEN)
+        exponent = row_exponent(scales, scale_range, levels, own, split, steps, K, LAYOUT, SPLIT, EVEN)
 
     by = factors(scale_range, exponent, LAYOUT, DTYPE)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for turn in tl.range(0, tl.cdiv(steps - split, SPLIT), num_stages=STAGES):
         step = split + turn * SPLIT
         words = operands(start, step, blocks, turns, LAYOUT, 4, 1, EVEN)[0]
-        found = scale_pairs(scales, by, own, step, K, LAYOUT, DTYPE, WARPS, EVEN)
-        found = _for_lanes(found, LANES // SIDES)
+        own_scales = scale_pairs(scales, by, own, step, K, LAYOUT, DTYPE, WARPS, EVEN)
+        found = _for_lanes(own_scales, LANES // SIDES)
         offset = step_offset(step, 256)
         if LAYOUT.table != "none":
             for half in tl.static_range(2):
@@ -188,7 +191,8 @@ def scaled_kernel(
                     total = tl.dot(value, _quartered(_paired(even, odd, lane), 16).trans(), total)
         else:
             if LAYOUT.zeros != "fixed":
-                shifts = _for_lanes(zero_pairs(zeros, own, step, K, LAYOUT, WARPS, EVEN), LANES // SIDES)
+                shifts = zero_pairs(zeros, own_scales, own, step, K, LAYOUT, WARPS, EVEN)
+                shifts = _for_lanes(shifts, LANES // SIDES)
             for field in tl.static_range(64 // LANES):
                 if LAYOUT.zeros == "fixed":
                     grid = (found[_pair(LAYOUT, field)],)

@@ -77,10 +77,14 @@ def family(architecture: str) -> str:
 
 
 def format_class(layout: Layout) -> str:
-    """What is tuned alike: "int4_g64", "table4_g64" (nf and codebooks), "table4_g32_e4m3", "fp4_g32", "ternary_row"."""
+    """What is tuned alike: "int4_g64", "table4_g64" (nf and codebooks), "table4_g32_e4m3", "fp4_g32", "ternary_row".
+
+    Zero points as floats are apart: "int4_g64_floats".
+    """
     kind = {"nf": f"table{layout.bits}", "codebook": f"table{layout.bits}", "int": f"int{layout.bits}"}
     scale = f"_{layout.scale}" if layout.name in ("nf", "codebook") and layout.scale in ("e4m3", "e8m0") else ""
-    return f"{kind.get(layout.name, layout.name)}_{f'g{layout.group}' if layout.group else 'row'}{scale}"
+    zeros = "_floats" if layout.zeros == "float" else ""
+    return f"{kind.get(layout.name, layout.name)}_{f'g{layout.group}' if layout.group else 'row'}{scale}{zeros}"
 
 
 def bucket(rows: int) -> int:
