@@ -42,7 +42,7 @@ GROUPS = """
 ## Fast forms, small groups
 
 Group 32, zero points; `subnormal` for fp16, `magic` for bf16. First with scales of 16 bits, then with those of 8 bits
-(`log8`) that the package packs by default, then in groups of 64.
+(`log8`) that the package packs by default, then in groups of 64 and 16.
 
 From 3 rows on integers have their scales and zero points in the weights (`fast_scaled.py`): `q s - z s` by one
 multiply-add for two weights in fp16, `(q - z) s` by two in bf16. Where they are in the sums, as with fewer rows, a
@@ -87,21 +87,24 @@ With 4 rows, 7 bits go by the last two from 2.66 to 2.54 and 2.47, with 8-bit sc
 and 2.59 on sm_80.
 
 In groups of 64 and 16 each thread has one or four groups of its own. With scales in sums, 16 rows of 4 bits took 2.38
-in groups of 64, of 7 bits 3.52. In groups of 16 it is done for 2, 4 and 6 bits, whatever the number of rows. They are
-in no table here; `sass_report.py --format int:bits=4,group_size=256 --only "sm_80 "` and the like count them. In fp16
-(with 8-bit scales, `scale_dtype=log8`), not all within the limits:
+in groups of 64, of 7 bits 3.52.
 
-| groups of 16 | vector | 16 rows |
-|---|---|---|
-| 2 bits | 2.10 (2.23) | 2.28 (2.41) |
-| 4 bits | 1.93 (2.03) | 2.08 (2.21) |
-| 6 bits | 2.63 (2.76) | 2.85 (2.97) |
-| 1, 3, 5, 7 bits, by sums | 2.35, 2.80, 3.58, 3.75 (2.60, 3.06, 3.81, 3.98) | 3.74, 4.25, 4.28, 4.47 (4.00 to 4.71) |
+What made the compiler move weights, for 0.5 to 1.5 instructions each, was how scales and zero points come to their
+threads (`fast_blocks.py`). It looks for what an operand of a product is made of, back to loads and to conversions
+between layouts; where it meets the two halves of a split tile before one of these, it gives up and converts the operand.
+So every tile of pairs ends in a move that it takes for more than a move. A tile of as many columns as a plane of one
+bit has lanes was shared out to threads as that plane is, so scales have one dimension more. And rows are asked for in
+the order in which threads multiply them: then nothing is left to convert, and no thread wants what another has loaded.
+That is why groups of 16 are possible for all widths, and why zero points as floats (`zeros="float"`) and scales of all
+types go into weights, which they did not. On sm_80:
 
-What makes the compiler move weights, for 0.5 to 1.5 instructions each: scales shared out to threads as a plane of one
-bit is (16 bytes of 32 a row), which is why scales of 32 bits are loaded by 8 bytes, and conversions between number
-types in Triton's terms next to such a plane, for which there is assembly. With both out of the way it still does so
-next to a plane of one bit in groups of 16; there scales stay in the sums.
+| fp16 | vector, before | now | 16 rows, before | now |
+|---|---|---|---|---|
+@GROUPS16@
+
+Before, NF4, FP4 in bf16, and 8 bits took the portable form there. Not in the matrix, counted by `--format`, on sm_80 and
+sm_90: zero points as floats in groups of 16 to 128 hold the limits in fp16 (in bf16 they stay in sums: @FLOATS@).
+Scales of other types than float16 in groups of 16, fp16: all hold the limits but @OTHERS@.
 
 Other versions of Triton were looked at for groups of 32, fp16, on sm_80. 16 rows of 4 and 7 bits come within 0.1 of
 3.9.0 with 3.5.1, 3.6.0, 3.7.1 and 3.8.0, 4 rows of 7 bits take 2.40 to 2.56 (8-bit scales, too). 16 rows of 2 and 6

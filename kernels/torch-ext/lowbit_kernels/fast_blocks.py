@@ -223,7 +223,8 @@ def scale_pairs(
     stored = _stored(scales, row, step, K, LAYOUT, EVEN)
     if LAYOUT.scale == "e8m0":
         stored = relative_scale(stored, LAYOUT)
-    return _own(_pairs(stored, by, LAYOUT.scale, DTYPE), WARPS)
+    SCALE: tl.constexpr = LAYOUT.scale  # no text is passed by itself before Triton 3.7
+    return _own(_pairs(stored, by, SCALE, DTYPE), WARPS)
 
 
 @triton.jit
@@ -251,7 +252,8 @@ def zero_pairs(zeros, own_scales, row, step, K, LAYOUT: tl.constexpr, WARPS: tl.
     if LAYOUT.zeros == "float":
         TEXT: tl.constexpr = _offset_asm(code_position("subnormal", LAYOUT.bits, 0, 8))
         by = (tl.full((1, 1, 1), 0x0C000C00, tl.int32),)  # 2**-12, twice
-        pairs = _pairs(_stored(zeros, row, step, K, LAYOUT, EVEN), by, "float16", tl.float16)
+        SCALE: tl.constexpr = "float16"
+        pairs = _pairs(_stored(zeros, row, step, K, LAYOUT, EVEN), by, SCALE, tl.float16)
         found = ()
         for index in tl.static_range(len(pairs)):
             asked = (in_order(pairs[index], WARPS), own_scales[index])

@@ -176,6 +176,12 @@ def _zero_parts(layout, even):
 
 
 @triton.constexpr_function
+def _zero_results(layout):
+    """What a text makes of them: a pair of every two groups of a block."""
+    return (tl.int32,) * max(groups_of(layout) // 2, 1)
+
+
+@triton.constexpr_function
 def _moved(target, source, left):
     return f"{'shl' if left >= 0 else 'shr'}.b32 {target}, {source}, {abs(left)};"
 
@@ -208,11 +214,6 @@ def _zeros_asm(layout, even):
     return " ".join(["{ .reg .b32 z, t, u;", *lines, "}"])
 
 
-@triton.constexpr_function
-def _integers(count):
-    return (tl.int32,) * count
-
-
 @triton.jit
 def stored_zeros(zeros, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
     """Zero points of the groups of a step of BLOCKS blocks by pairs, as codes, in groups of 16, 32 or 64.
@@ -223,7 +224,7 @@ def stored_zeros(zeros, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
     """
     SIZE: tl.constexpr = groups_of(LAYOUT) * LAYOUT.bits
     UNIT: tl.constexpr = _zero_unit(LAYOUT, EVEN)
-    PAIRS: tl.constexpr = max(groups_of(LAYOUT) // 2, 1)
+    RESULTS: tl.constexpr = _zero_results(LAYOUT)
     if UNIT == 32:
         zeros = zeros.to(tl.pointer_type(tl.uint32))
     elif UNIT == 16:
@@ -244,11 +245,11 @@ def stored_zeros(zeros, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
         else:
             found = tl.load(zeros + row * size + tl.minimum(place + step * (STEP // UNIT), size - 1))
         loads = loads + (found.to(tl.int32),)  # noqa: RUF005
-    if len(_zero_turns(LAYOUT, EVEN)) > 1:
-        loads = loads + (bit % UNIT,)  # noqa: RUF005
+    # Older compilers move weights where this text has loads alone, so it comes even if it is not used.
+    loads = loads + (bit % UNIT,)  # noqa: RUF005
     TEXT: tl.constexpr = _zeros_asm(LAYOUT, EVEN)
-    COUNT: tl.constexpr = constraints(len(loads), PAIRS)
-    return tl.inline_asm_elementwise(TEXT, COUNT, loads, dtype=_integers(PAIRS), is_pure=True, pack=1)
+    COUNT: tl.constexpr = constraints(_zero_parts(LAYOUT, EVEN) + 1, len(RESULTS))
+    return tl.inline_asm_elementwise(TEXT, COUNT, loads, dtype=RESULTS, is_pure=True, pack=1)
 
 
 @triton.jit
