@@ -28,6 +28,7 @@ CASES = [
     *((f"int:bits={b},group_size=32", 6, 192, 1) for b in (1, 2, 7, 8)),
     *((f"codebook:bits={b},group_size=16,scale_dtype={s}", M, K, 1) for b in range(1, 5) for s, M, K in TABLES),
     *((f"nf:bits=4,group_size=16,scale_dtype={s}", M, K, 2) for s, M, K in TABLES),
+    *((f"fp4:bits=4,group_size=16,scale_dtype={s}", M, K, 1) for s, M, K in TABLES),
     *((f"int:bits={b},group_size={g},zeros=float", M, K, 1) for b in range(1, 9) for g, M, K in FLOATS),
     ("int:bits=4,group_size=32", 5, 1, 1),
     ("int:bits=7,group_size=32", 9, 1536, 4),
@@ -54,8 +55,9 @@ def product(x, weight, companions, bias, format, split: int = 1):
 def _asked():
     for case in CASES:
         for dtype in (FP16, BF16):
-            if dtype == FP16 or "zeros=float" not in case[0]:  # in bfloat16 those stay in sums
-                text, M, K, split = case
+            text, M, K, split = case
+            # The others stay in sums: float zero points for bfloat16, FP4 for float16.
+            if dtype == (FP16 if "zeros=float" in text else BF16 if text.startswith("fp4") else dtype):
                 name = f"{str(dtype)[6:]}-{text.replace(',', '_')}_M{M}_K{K}_split{split}"
                 yield pytest.param(case, dtype, id=name)
 
