@@ -136,6 +136,8 @@ def _small_groups():
         for k in ("gemv", "gemv4", "gemm16")
         for d, form in FAST.items()
     ]
+    floats = [f"int:bits={bits},group_size=32,zeros=float" for bits in range(1, 9)]
+    found += [Case(t, k, f, "fp16", FAST["fp16"]) for f in floats for t in LIMITED for k in ("gemv", "gemv4", "gemm16")]
     for case in found:
         quick = case in (
             Case("sm_80", "gemv", "int:bits=4,group_size=32", "fp16", "subnormal"),
