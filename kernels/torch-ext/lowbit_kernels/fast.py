@@ -17,8 +17,8 @@ What a weight costs in instructions decides at few bits (a load of 16 bytes brin
   after all: :mod:`.fast_scaled`.
 
 Sums are float32; but for that nothing is rounded except, for tables, the level to the dtype of x. Not here: ternary,
-tables of more than 4 bits, 8 bits with float zero points in groups of 16, float32 activations; those take the portable
-kernels.
+tables of more than 4 bits, float32 activations, and in bfloat16 8 bits with float zero points in groups of 16; those
+take the portable kernels.
 """
 
 from dataclasses import dataclass, replace
