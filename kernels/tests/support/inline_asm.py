@@ -2,9 +2,9 @@
 
 Only what the fast kernels write is understood: 32-bit integer moves, products, shifts of one register or two, logic,
 byte permutes, arithmetic of pairs of halves and rounding to them, their parts, powers of two, one instruction after
-another, without branches; and one array in shared memory, which a barrier does nothing to. Anything else raises. Each instruction is
-applied to whole arrays of registers; to all of them a thread is the same lane of its warp, another one each time that
-it is asked. It accepts operands that an assembler refuses, so compile as well.
+another, without branches; and one array in shared memory, which a barrier does nothing to. Anything else raises. Each
+instruction is applied to whole arrays of registers; to all of them a thread is the same lane of its warp, another one
+each time that it is asked. It accepts operands that an assembler refuses, so compile as well.
 
 Tensors are packed as Triton packs them: ``pack`` elements an instance, those of less than 32 bits several to a
 register, wider ones a register each.
