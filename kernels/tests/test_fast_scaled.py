@@ -175,11 +175,33 @@ def test_it_is_taken_for_more_than_two_rows_and_small_groups():
         fast_linear(x, *packed(parse_format(small), 16, 64, "cpu"), None, small, 64, tiles=replace(tiles, spans=4))
 
 
-def test_files_of_sizes_are_for_all_formats_of_a_class_that_it_reads():
-    import lowbit_kernels
-    from lowbit_kernels import Device, parse
+def test_zero_points_may_begin_anywhere(device):
+    """In groups of 16 they are read by words where they begin at one."""
+    format, N, K = parse_format("int:bits=8,group_size=16"), 64, 512
+    weight, companions = packed(format, N, K, device)
+    x = torch.randn(5, K, generator=torch.Generator().manual_seed(0)).to(device, FP16)
+    expected = product(x, weight, companions, None, format)
+    room = torch.empty(companions[1].numel() + 1, dtype=torch.uint8, device=device)
+    moved = room[1:].view(companions[1].shape)
+    moved.copy_(companions[1])
+    assert moved.data_ptr() % 4 == 1 and companions[1].data_ptr() % 4 == 0
+    assert torch.equal(product(x, weight, [companions[0], moved], None, format), expected)
 
-    device = Device("nvidia", "sm_90", 132)
-    for text, scaled in (("int:bits=4,group_size=32", 1), ("int:bits=4,group_size=32,zeros=float", 0)):
-        sizes, _ = lowbit_kernels._fast_tiles(device, "magic", parse(text), 16, 4096, 4096)
-        assert sizes.scaled == scaled
+
+def test_sizes_of_a_file_are_not_taken_by_a_form_that_cannot(monkeypatch):
+    import lowbit_kernels
+    from lowbit_kernels import Device, parse, tuning
+
+    device, text = Device("nvidia", "sm_90", 132), "int:bits=4,group_size=32"
+    for form, scaled in (("magic", 1), ("lop3", 0)):
+        entry = tuning.Entry(
+            form,
+            "int4_g32",
+            16,
+            4096,
+            4096,
+            {"rows": 16, "outputs": 64, "blocks": 4, "columns": 1, "window": 8, "scaled": 1},
+            1,
+        )
+        monkeypatch.setattr(tuning, "find", lambda *_, entry=entry: entry)
+        assert lowbit_kernels._fast_tiles(device, form, parse(text), 16, 4096, 4096)[0].scaled == scaled

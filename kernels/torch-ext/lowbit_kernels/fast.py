@@ -279,7 +279,7 @@ def fast_linear(
     grid = (triton.cdiv(M, tiles.rows), triton.cdiv(N, tiles.outputs), split)
     tensors = name_tensors(weight, companions, layout)
     whole = K % (64 * tiles.blocks * tiles.spans) == 0
-    if tensors.zeros is not None:
+    if tiles.scaled and tensors.zeros is not None:
         whole &= tensors.zeros.data_ptr() % 4 == 0  # read by words
     with on_device(x.device):
         if tiles.scaled:
