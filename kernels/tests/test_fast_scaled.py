@@ -24,6 +24,12 @@ CASES = [
     *((f"int:bits={b},group_size={g},scale_dtype=log8", 5, 330, 1) for b, g in ((4, 16), (6, 16), (3, 64), (8, 64))),
     *((f"int:bits=4,group_size={g},scale_dtype={s}", 6, 330, 2) for s in OTHERS for g in (16, 32, 64)),
     *((f"int:bits=4,group_size=32,scale_dtype={s},symmetric=True", 6, 256, 1) for s in OTHERS),
+    *(
+        (f"int:bits=7,group_size=16,scale_dtype={s}", M, K, 1)
+        for s in (*OTHERS, "log8")
+        for M, K in ((1, 512), (5, 330))
+    ),
+    *((f"int:bits=3,group_size=16,scale_dtype={s},zeros=float", 5, 512, 1) for s in (*OTHERS, "log8")),
     ("int:bits=4,group_size=32,scale_dtype=log8,symmetric=True", 33, 192, 1),
     *((f"int:bits={b},group_size=32", 6, 192, 1) for b in (1, 2, 7, 8)),
     *((f"codebook:bits={b},group_size=16,scale_dtype={s}", M, K, 1) for b in range(1, 5) for s, M, K in TABLES),
@@ -56,8 +62,7 @@ def _asked():
     for case in CASES:
         for dtype in (FP16, BF16):
             text, M, K, split = case
-            # The others stay in sums: float zero points for bfloat16, FP4 for float16.
-            if dtype == (FP16 if "zeros=float" in text else BF16 if text.startswith("fp4") else dtype):
+            if dtype == (BF16 if text.startswith("fp4") else dtype):  # FP4 stays in sums for float16
                 name = f"{str(dtype)[6:]}-{text.replace(',', '_')}_M{M}_K{K}_split{split}"
                 yield pytest.param(case, dtype, id=name)
 
@@ -76,11 +81,11 @@ def test_values_are_the_reference(case, dtype, device):
 
 
 @dtypes
-@pytest.mark.parametrize("scales", ["float16", "log8"])
+@pytest.mark.parametrize("more", ["", ",scale_dtype=log8", ",zeros=float"])
 @pytest.mark.parametrize("bits, group", [(b, g) for g in (16, 32, 64) for b in range(1, 9)])
-def test_every_weight_alone_is_right_to_its_own_rounding(bits, group, scales, dtype, device):
+def test_every_weight_alone_is_right_to_its_own_rounding(bits, group, more, dtype, device):
     """With a single input not 0 an error of one code, group or zero point anywhere it looks would show."""
-    format, N, K = parse_format(f"int:bits={bits},group_size={group},scale_dtype={scales}"), 64, 512
+    format, N, K = parse_format(f"int:bits={bits},group_size={group}{more}"), 64, 512
     weight, companions = packed(format, N, K, device)
     for start in range(0, K, 128):  # in each quarter of a step and beyond
         x = torch.zeros(16, K, dtype=dtype, device=device)
@@ -98,9 +103,10 @@ def scaled(format, N: int, K: int, device, scales: torch.Tensor):
 
 
 @dtypes
-def test_every_row_has_its_own_power_of_two(dtype, device):
+@pytest.mark.parametrize("zeros", ["int", "float"])
+def test_every_row_has_its_own_power_of_two(zeros, dtype, device):
     """Rows of scales from 2**-20 to 2**15, each up to 16 times the others of its row: what is small stays exact."""
-    format, N, K = parse_format("int:bits=4,group_size=32"), 72, 256
+    format, N, K = parse_format(f"int:bits=4,group_size=32,zeros={zeros}"), 72, 256
     powers = torch.linspace(-20, 11, N)[:, None] + 4 * torch.rand(
         N, K // 32, generator=torch.Generator().manual_seed(0)
     )
@@ -111,6 +117,20 @@ def test_every_row_has_its_own_power_of_two(dtype, device):
     assert result.isfinite().all() and ((result - expected).abs() <= bound).all()
     # The bound is worth something for each row: it is far below the row's own values, but for the last bit of float16.
     assert (bound - 2.0**-23 < expected.abs().amax(0) / (20 if dtype == FP16 else 5)).all()
+
+
+@dtypes
+@pytest.mark.parametrize("zeros", ["int", "float"])
+def test_powers_of_two_may_be_far_apart_in_a_row(zeros, dtype, device):
+    """What is too small beside the greatest becomes 0 in float16, and nothing of its neighbours in a register."""
+    format, N, K = parse_format(f"int:bits=4,group_size=16,scale_dtype=e8m0,zeros={zeros}"), 64, 512
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(57, 128, (N, K // 16), generator=generator)  # 2**-70 to 1
+    weight, companions = scaled(format, N, K, device, codes)
+    x = torch.randn(5, K, generator=generator).to(device, dtype)
+    expected, bound = fast_bound(x, weight, companions, None, format.spec, K, FORM[dtype])
+    result = product(x, weight, companions, None, format).double()
+    assert result.isfinite().all() and ((result - expected).abs() <= bound).all()
 
 
 @dtypes
@@ -167,7 +187,7 @@ def test_it_is_taken_for_more_than_two_rows_and_small_groups():
         "nf:bits=4,group_size=32",
     )
     assert not any(taken(text) for text in others) and taken(f"{small},scale_dtype=e4m3")
-    assert taken(f"{small},zeros=float") and not taken(f"{small},zeros=float", form="magic")
+    assert taken(f"{small},zeros=float") and taken(f"{small},zeros=float", form="magic")
     tiles, x = fast_tiles(16, parse(small), "subnormal"), torch.zeros(16, 64, dtype=FP16)
     with pytest.raises(ValueError, match=r"scales of .* cannot go into weights in the form 'lop3'"):
         fast_linear(x, *packed(parse_format(small), 16, 64, "cpu"), None, small, 64, form="lop3", tiles=tiles)

@@ -53,7 +53,7 @@ def declared(monkeypatch, device):
         (B200, "nf:bits=4", BF16, 16, "magic"),
         (H100, "codebook:bits=8", FP16, 1, "portable"),
         (H100, "ternary:bits=1.58", FP16, 1, "portable"),
-        (H100, "int:bits=8,group_size=16,zeros=float", BF16, 1, "portable"),
+        (H100, "int:bits=8,group_size=16,zeros=float", BF16, 1, "magic"),
         (H100, "int:bits=4", FP16, 1023, "subnormal"),
         (H100, "int:bits=4", FP16, 1024, "unpacked"),
         (H100, "ternary:bits=1.58", BF16, 1024, "unpacked"),
@@ -79,7 +79,12 @@ def test_the_choice_follows_from_what_is_declared(device, format, dtype, rows, e
         ),
         (T4, "int:bits=4", FP16, {"subnormal": "needs sm_80 or newer, not sm_75", "portable": None}),
         (MI300, "int:bits=4", BF16, {"magic": "is for nvidia, not amd gfx942", "portable": None}),
-        (H100, "int:bits=8,group_size=16,zeros=float", BF16, {"magic": "does not read int of 8 bits in groups of 16"}),
+        (
+            H100,
+            "int:bits=8,group_size=16",
+            FP16,
+            {"subnormal": None, "lop3": "does not read int of 8 bits in groups of 16"},
+        ),
         (INTERPRETER, "int:bits=4", FP32, {"unpacked": "does not take torch.float32", "portable": None}),
     ],
 )

@@ -7,10 +7,14 @@ sums 128 + code, and does so for each of the two nibbles of 8 bits. Tables are r
 ``log8`` scales are a power of two that each reader may have off (docs/format.md). The result is rounded once.
 
 Where scales go into weights (``fast_scaled``), a weight is rounded to the dtype of x, and so is the scale if it has
-more bits, each by half a unit in the last place. In bfloat16 that is all. In float16, where a weight is ``q s - z s``,
-so is ``z s``, and each may be off by half of the least float16, 2**-25, which is so much of a row whose greatest scale
-is brought to 2**14 or more (float16 ones by 2**30 at most), times 2**-24, or more where a code stands higher. Levels
-times a scale have no zero point; where they are 1 or more, the greatest scale is brought to as much less.
+more bits, each by half a unit in the last place. In bfloat16 that is all but for zero points as floats: there a weight
+is ``(q s - a) - b`` with two roundings, where ``a`` is ``z s`` rounded and ``b`` the rest, rounded as well; the first
+rounding is of ``b`` more than the weight, and ``b`` at most half a unit in the last place of ``z s``.
+
+In float16, where a weight is ``q s - z s``, ``z s`` is rounded, too, and each may be off by half of the least float16,
+2**-25, which is so much of a row whose greatest scale is brought to 2**14 or more (float16 ones by 2**30 at most),
+times 2**-24, or more where a code stands higher. Scales of e8m0 less than 2**-28 of that are 0 there, which is off by
+less. Levels times a scale have no zero point; where they are 1 or more, the greatest scale is brought to as much less.
 """
 
 import torch
@@ -53,6 +57,8 @@ def fast_bound(x, weight, companions, bias, format: str, K: int, form: str) -> t
                 level = named.levels.double().abs().amax()
                 room = 2.0 ** -(14 - max(int(level.log2().floor()) + 1, 0))
                 off += 2.0**-25 * room * (1 + level) * most
+        elif lay.zeros == "float":
+            off += half * values.abs() + 2 * half**2 * scales * 2.0**lay.bits
         added = x.double().abs() @ off.T
     bias = torch.zeros(1, dtype=x.dtype, device=x.device) if bias is None else bias.to(x.dtype)
     expected = exact + bias.double()

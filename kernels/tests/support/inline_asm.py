@@ -2,7 +2,7 @@
 
 Only what the fast kernels write is understood: 32-bit integer moves, products, shifts of one register or two, logic,
 byte permutes, arithmetic of pairs of halves and rounding to them, their parts, powers of two, one instruction after
-another, without branches; and one array in shared memory, which a barrier does nothing to. Anything else raises. Each
+another, without branches; and arrays in shared memory, which a barrier does nothing to. Anything else raises. Each
 instruction is applied to whole arrays of registers; to all of them a thread is the same lane of its warp, another one
 each time that it is asked. It accepts operands that an assembler refuses, so compile as well.
 
@@ -13,6 +13,7 @@ register, wider ones a register each.
 import functools
 import itertools
 import re
+from typing import ClassVar
 
 import numpy as np
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype
@@ -58,6 +59,13 @@ def _multiply_halves(a, b):
     return (a * b).astype(np.float16).view(np.uint32)
 
 
+def _least_halves(a, b):
+    """``min.f16x2``, which gives the other of a number and a NaN."""
+    shape = np.broadcast(a, b).shape
+    a, b = (np.ascontiguousarray(np.broadcast_to(v, shape)).view(np.float16) for v in (a, b))
+    return np.fmin(a, b).view(np.uint32)
+
+
 def _round_pair(rounded):
     """``cvt.rn.*x2.f32``: two float32, the upper half first, rounded to halves of a register."""
 
@@ -66,13 +74,6 @@ def _round_pair(rounded):
         return low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
 
     return both
-
-
-def _differs_halves(a, b):
-    """``set.ne.u32.f16x2``: all bits of each half where they differ, also by less than a normal number."""
-    shape = np.broadcast(a, b).shape
-    a, b = (np.ascontiguousarray(np.broadcast_to(v, shape)).view(np.float16) for v in (a, b))
-    return np.where(a != b, np.uint16(0xFFFF), np.uint16(0)).view(np.uint32)
 
 
 def _multiply_add(a, b, c):
@@ -114,38 +115,44 @@ def _funnel(left):
 
 
 class _Memory:
-    """The array in shared memory: not at 0, and NaN until something is stored."""
+    """The arrays in shared memory, by name: not at 0, none next to another, and NaN until something is stored."""
 
-    begin, name, words = 1024, "", np.zeros(0, np.uint32)
+    arrays: ClassVar[dict[str, tuple[int, np.ndarray]]] = {}
     lanes = itertools.cycle(range(32))
 
     @classmethod
     def declare(cls, name: str, size: int) -> None:
-        cls.name, cls.words = name, np.full(size // 4, 0xFFFFFFFF, dtype=np.uint32)
+        begin = cls.arrays[name][0] if name in cls.arrays else 1024 + (len(cls.arrays) << 20)
+        cls.arrays[name] = (begin, np.full(size // 4, 0xFFFFFFFF, dtype=np.uint32))
 
     @classmethod
-    def places(cls, address: np.ndarray, words: int) -> np.ndarray:
-        """Where ``address`` is in ``words``: an access of so many words, inside and aligned."""
-        offset = address.astype(np.int64) - cls.begin
-        if (offset % (4 * words)).any() or offset.min() < 0 or offset.max() > 4 * (len(cls.words) - words):
-            raise IndexError(f"inline assembly: shared memory at {offset.min()} to {offset.max()} of {cls.name}")
-        return offset // 4
+    def places(cls, address: np.ndarray, words: int) -> tuple[np.ndarray, np.ndarray]:
+        """An array, and where in it ``address`` is: an access of so many words, inside and aligned."""
+        address = address.astype(np.int64)
+        begin, array = max((a for a in cls.arrays.values() if a[0] <= address.min()), key=lambda a: a[0])
+        offset = address - begin
+        if (offset % (4 * words)).any() or offset.max() > 4 * (len(array) - words):
+            raise IndexError(f"inline assembly: shared memory at {offset.min()} to {offset.max()} of {4 * len(array)}")
+        return array, offset // 4
 
     @classmethod
     def load(cls, address: np.ndarray) -> np.ndarray:
-        return cls.words[cls.places(address, 1)]
+        array, place = cls.places(address, 1)
+        return array[place]
 
     @classmethod
     def store(cls, address: np.ndarray, values: list[np.ndarray]) -> None:
-        place = cls.places(address, len(values))
+        array, place = cls.places(address, len(values))
         for i, value in enumerate(values):
-            cls.words[place + i] = value
+            array[place + i] = value
 
 
 INSTRUCTIONS = {
     "mov.b16": lambda a: a,
     "mov.b32": lambda a: a,
     "mov.u32": lambda a: a,
+    "sub.u32": lambda a, b: (a.astype(np.int64) - b).astype(np.uint32),
+    "mad.lo.u32": lambda a, b, c: (a.astype(np.uint64) * b + c).astype(np.uint32),
     "add.u32": lambda a, b: (a.astype(np.uint64) + b).astype(np.uint32),
     "mul.lo.u32": lambda a, b: (a.astype(np.uint64) * b).astype(np.uint32),
     "mul.wide.u32": lambda a, b: a.astype(np.uint64) * b,
@@ -160,14 +167,14 @@ INSTRUCTIONS = {
     "prmt.b32": _permute,
     "sub.f16x2": _subtract_halves,
     "mul.f16x2": _multiply_halves,
+    "min.f16x2": _least_halves,
     "neg.f16x2": lambda a: a ^ np.uint32(0x80008000),
+    "neg.f32": lambda a: a ^ np.uint32(0x80000000),
     "cvt.rn.f16x2.f32": _round_pair(lambda v: v.astype(np.float16)),
     "cvt.rn.bf16x2.f32": _round_pair(round_to_bfloat16),
     "cvt.f32.f16": lambda a: a.astype(np.uint16).view(np.float16).astype(np.float32).view(np.uint32),
     "mul.f32": lambda a, b: (a.view(np.float32) * b.view(np.float32)).view(np.uint32),
     "fma.rn.f32": _multiply_add,
-    "ex2.approx.ftz.f32": lambda a: np.exp2(np.ascontiguousarray(a).view(np.float32)).view(np.uint32),
-    "set.ne.u32.f16x2": _differs_halves,
     "fma.rn.f16x2": _multiply_add_halves,
     "fma.rn.bf16x2": _multiply_add_brains,
 }
@@ -182,7 +189,7 @@ def run(text: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
     registers = {f"${outputs + i}": value for i, value in enumerate(inputs)}
     for name, size in _SHARED.findall(text):
         _Memory.declare(name, int(size))
-    registers[_Memory.name] = np.array([_Memory.begin], dtype=np.uint32)
+    registers |= {name: np.array([begin], dtype=np.uint32) for name, (begin, _) in _Memory.arrays.items()}
 
     def read(name: str) -> np.ndarray:
         if name == "%laneid":
@@ -192,13 +199,13 @@ def run(text: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
     for opcode, rest in _STATEMENT.findall(re.sub(r"(?<!\w)\.(?:reg|shared)[^;]*;|^\s*\{|\}\s*$", "", text)):
         if opcode == "bar.sync":
             continue
-        if opcode in ("ld.shared.b32", "st.shared.v4.b32"):
+        if opcode in ("ld.shared.b32", "st.shared.b32", "st.shared.v4.b32"):
             target, address = _OPERAND.findall(rest)[:: 1 if opcode.startswith("ld") else -1]
             place = read(address.strip("[]"))
             if opcode.startswith("ld"):
                 registers[target] = _Memory.load(place)
             else:
-                _Memory.store(place, [read(name.strip()) for name in target[1:-1].split(",")])
+                _Memory.store(place, [read(name.strip()) for name in target.strip("{}").split(",")])
             continue
         if opcode not in INSTRUCTIONS:
             raise NotImplementedError(f"inline assembly: {opcode} in {text!r}")
@@ -218,11 +225,9 @@ def run(text: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
 
 def _registers(data: np.ndarray, pack: int) -> list[np.ndarray]:
     flat = np.ascontiguousarray(data).reshape(-1)
-    if flat.dtype.itemsize * pack == 4:
-        return [flat.view(np.uint32)]
-    if flat.dtype.itemsize == 4:
-        return list(flat.view(np.uint32).reshape(-1, pack).T.copy())
-    raise NotImplementedError(f"inline assembly: {pack} elements of {flat.dtype} to an instance")
+    if flat.dtype.itemsize > 4 or flat.dtype.itemsize * pack % 4:
+        raise NotImplementedError(f"inline assembly: {pack} elements of {flat.dtype} to an instance")
+    return list(flat.view(np.uint32).reshape(-1, flat.dtype.itemsize * pack // 4).T.copy())
 
 
 def _create_inline_asm(self, text, constraints, values, types, pure, pack):

@@ -17,8 +17,7 @@ What a weight costs in instructions decides at few bits (a load of 16 bytes brin
   after all: :mod:`.fast_scaled`.
 
 Sums are float32; but for that nothing is rounded except, for tables, the level to the dtype of x. Not here: ternary,
-tables of more than 4 bits, float32 activations, and in bfloat16 8 bits with float zero points in groups of 16; those
-take the portable kernels.
+tables of more than 4 bits and float32 activations; those take the portable kernels.
 """
 
 from dataclasses import dataclass, replace
@@ -186,7 +185,7 @@ def fast_tiles(M: int, layout: Layout, form: str) -> FastTiles:
 
 def _scaled_tiles(M: int, layout: Layout, form: str) -> FastTiles:
     """As :func:`fast_tiles`, with scales and zero points in weights."""
-    full = M > 8 and layout.group <= 32 and layout.scale in ("float16", "float32", "e4m3")  # registers of 128 rows
+    full = M > 8 and layout.group <= 32 and layout.scale in ("float16", "float32")  # registers of 128 rows
     full &= layout.zeros == "int" or layout.scale == "float32"
     many = layout.table == "none" and (layout.bits in (1, 2) or (layout.bits == 4 and not full))
     # Fewer bits take less by registers.

@@ -158,42 +158,61 @@ def _power(exponent, brain):
 
 
 @triton.constexpr_function
+def _subnormal_lines(first, start, place, zeros, middle, half):
+    """Lines of :func:`scaled_asm` for float16: one multiply-add. Scales are in register ``first``."""
+    scale = f"${first}"
+    if zeros == "float":
+        lines = [f"mov.b32 z, ${first + 2};"]
+    elif zeros == "int":
+        lines = [f"mul.f16x2 z, ${first + 2}, {scale};"]
+    else:  # 2**-24 of a unit, and half of it in 1 bit, is less than a float16 can be: in two steps
+        lines = [f"mov.b32 t, {_power(-12, False)};", f"mul.f16x2 z, {scale}, t;"]
+        lines += [f"mov.b32 t, {_power(middle + start - 12, False)};", "mul.f16x2 z, z, t;"]
+    lines += [*_half("z", "z", half), "neg.f16x2 z, z;"]
+    if place != start:
+        lines += [f"mov.b32 t, {_power(start - place, False)};", f"mul.f16x2 s, {scale}, t;"]
+        scale = "s"
+    return [*lines, *_half("s", scale, half), "fma.rn.f16x2 $0, w, s, z;"]
+
+
+@triton.constexpr_function
+def _brain_lines(first, start, place, zeros, middle, half, brain):
+    """Lines of :func:`scaled_asm` for bfloat16: two multiply-adds. Scales are in register ``first``."""
+    scale, lines = f"${first}", ["mov.b32 u, 0x80008000;"]  # minus zero, for products: PTX has them from sm_90 on
+    if zeros == "float":
+        if place != start:
+            lines += [f"mov.b32 t, {_power(start - place, True)};", f"fma.rn.bf16x2 s, {scale}, t, u;"]
+            scale = "s"
+        lines += [*_half("s", scale, half), *_half("z", f"${first + 2}", half), "fma.rn.bf16x2 w, w, s, z;"]
+        lines += [*_half("z", f"${first + 4}", half), f"mov.b32 t, {_power(0, True)};"]
+        return [*lines, "fma.rn.bf16x2 $0, w, t, z;"]
+    if zeros == "int":
+        lines += [f"mov.b32 t, {_power(133 - brain - start, True) | 0x80008000};"]
+        lines += [f"fma.rn.bf16x2 z, ${first + 2}, t, u;", *_half("z", "z", half)]
+    else:
+        lines.append(f"mov.b32 z, {_power(middle - brain, True) | 0x80008000};")
+    lines += [f"mov.b32 t, {_power(133 - brain - place, True)};", "fma.rn.bf16x2 w, w, t, z;"]
+    return [*lines, *_half("s", scale, half), "fma.rn.bf16x2 $0, w, s, u;"]
+
+
+@triton.constexpr_function
 def scaled_asm(planes, field, half, zeros, brain, side):
     """Text for a field as a weight, ``(code - zero point) * scale``, of one of two groups: ``half`` 0 or 1.
 
-    One more register has the scales of both, and another their zero points: if ``zeros`` is "int" as codes that stand
-    where field 0 does, if "float", float16 alone, as what the multiply-add takes of them. If "fixed" there is none, and
-    they are half of what a code can be. A pair of lanes has these registers twice.
+    One more register has the scales of both, and if ``zeros`` is "int" another their zero points, as codes that stand
+    where field 0 does; if "float", what is added to a code times its scale: float16, or two bfloat16 in a register
+    each. If "fixed" there is none, and they are half of what a code can be. A pair of lanes has these registers twice.
     float16: the code as in the form ``subnormal``, times the scale, less the zero point times the scale. bfloat16: the
     code times ``2**-brain``, by the power of two that its place asks for, less the zero point in that unit, times the
-    scale.
+    scale; with zero points as floats, times the scale, and both numbers added.
     """
     bits, first = sum(planes), 1 + operand_registers(planes)
     middle = bits - 1 if bits > 1 else -1  # half of what a code can be, as a power of two
     start, place = (code_position("subnormal", bits, at, 8) for at in (0, field))
-    scale = f"${first}"
     if brain is None:
-        if zeros == "float":
-            lines = [f"mov.b32 z, ${first + 2};"]
-        elif zeros == "int":
-            lines = [f"mul.f16x2 z, ${first + 2}, {scale};"]
-        else:  # 2**-24 of a unit, and half of it in 1 bit, is less than a float16 can be: in two steps
-            lines = [f"mov.b32 t, {_power(-12, False)};", f"mul.f16x2 z, {scale}, t;"]
-            lines += [f"mov.b32 t, {_power(middle + start - 12, False)};", "mul.f16x2 z, z, t;"]
-        lines += [*_half("z", "z", half), "neg.f16x2 z, z;"]
-        if place != start:
-            lines += [f"mov.b32 t, {_power(start - place, False)};", f"mul.f16x2 s, {scale}, t;"]
-            scale = "s"
-        lines += [*_half("s", scale, half), "fma.rn.f16x2 $0, w, s, z;"]
+        lines = _subnormal_lines(first, start, place, zeros, middle, half)
     else:
-        lines = ["mov.b32 u, 0x80008000;"]  # a product is a multiply-add of minus zero: PTX has it alone from sm_90 on
-        if zeros == "int":
-            lines += [f"mov.b32 t, {_power(133 - brain - start, True) | 0x80008000};"]
-            lines += [f"fma.rn.bf16x2 z, ${first + 2}, t, u;", *_half("z", "z", half)]
-        else:
-            lines.append(f"mov.b32 z, {_power(middle - brain, True) | 0x80008000};")
-        lines += [f"mov.b32 t, {_power(133 - brain - place, True)};", "fma.rn.bf16x2 w, w, t, z;"]
-        lines += [*_half("s", scale, half), "fma.rn.bf16x2 $0, w, s, u;"]
+        lines = _brain_lines(first, start, place, zeros, middle, half, brain)
     text = value_asm("subnormal", planes, field, 8, 0, side)
     return text.replace("mov.b32 $0, w;", " ".join(lines)).replace(
         ".reg .b32 w,", ".reg .b16 a, b; .reg .b32 u, s, z, w,"

@@ -14,18 +14,9 @@ between layouts, and gives up, and moves weights, where it finds a split tile be
 import triton
 import triton.language as tl
 
-from .fast_asm import AND_OR, code_position, constraints
-from .fast_grid import (
-    BLOCKS,
-    computed_once,
-    groups_of,
-    power_exponents,
-    relative_scale,
-    step_offset,
-    stored_zeros,
-)
-
-BRAIN = tl.constexpr(20)  # in bfloat16 scales are multiplied by 2**20, and differences by its inverse: both have room
+from .fast_asm import code_position, constraints
+from .fast_grid import BLOCKS, computed_once, groups_of, is_apart, relative_scale, step_offset, stored_zeros
+from .fast_scales import pairs_of
 
 
 @triton.jit
@@ -42,12 +33,6 @@ def in_order(tile, WARPS: tl.constexpr):
     COLUMNS: tl.constexpr = tile.shape[1]
     tile = tile.reshape(N // (16 * WARPS), 2, WARPS, 8, COLUMNS).permute(0, 2, 1, 3, 4)
     return tile.reshape(N, COLUMNS)
-
-
-@triton.jit
-def power(exponent):
-    """2**exponent, float32, for int32 ones from -126 to 127."""
-    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -107,103 +92,6 @@ def row_exponent(
 
 
 @triton.jit
-def factors(scale_range, exponent, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
-    """What :func:`_pairs` takes to multiply scales by ``2**exponent``."""
-    if LAYOUT.scale == "log8":
-        width, least = power_exponents(scale_range, exponent, LAYOUT)
-        found = (width * 2.0**24, least)
-    elif (LAYOUT.scale == "float16" or LAYOUT.scale == "e4m3") and tl.float16 == DTYPE:
-        # Its powers of two end at 2**15.
-        some = tl.minimum(exponent, 15)[:, :, None]
-        rest = exponent[:, :, None] - some
-        found = (_halves(power(some).to(tl.float16)), _halves(power(rest).to(tl.float16)))
-    else:
-        found = (power(exponent)[:, :, None],)
-    return found
-
-
-@triton.jit
-def _halves(value):
-    """A float16 in both halves of an int32."""
-    return value.to(tl.uint16, bitcast=True).to(tl.int32) * 0x10001
-
-
-@triton.constexpr_function
-def _count(scale):
-    """How many scales a text takes: as many as fill a register, but two at least."""
-    return 4 if scale in ("log8", "e4m3") else 2
-
-
-@triton.constexpr_function
-def _registers(scale):
-    """Registers that they are in; those of e8m0 come as float32."""
-    return 2 if scale in ("float32", "e8m0") else 1
-
-
-@triton.constexpr_function
-def _pairs_asm(scale, brain, alone, by):
-    """Text for :func:`_pairs` with ``by`` factors; a result for each scale.
-
-    Operands: registers of scales, then of each factor one for each scale.
-    """
-    count, rounded = _count(scale), f"cvt.rn.{'bf16' if brain else 'f16'}x2.f32 x, y, x;"
-    first = count + _registers(scale)
-    lines = ["mov.b32 o, 0;", "mov.b16 n, 0;"]
-    for pair in range(count // 2):
-        if scale == "log8":  # codes become float16 first, of 2**-24 times their value
-            lines += [f"prmt.b32 p, ${count}, o, {0x4140 + 0x0202 * pair};", "mov.b32 {a, b}, p;"]
-            for name, half in (("x", "a"), ("y", "b")):
-                lines.append(f"cvt.f32.f16 {name}, {half};")
-                lines.append(f"fma.rn.f32 {name}, {name}, ${first}, ${first + count};")
-                lines.append(f"ex2.approx.ftz.f32 {name}, {name};")
-            lines += [rounded, "set.ne.u32.f16x2 p, p, o;", "and.b32 x, x, p;"]  # code 0 is 0
-        else:
-            if scale == "e4m3":  # as float16 of 2**-8 times their value: bits, moved
-                lines += [f"prmt.b32 x, ${count}, o, {0x1404 + 0x2020 * pair};", "shr.b32 p, x, 1;"]
-                lines += ["and.b32 p, p, 0x3F803F80;", f"lop3.b32 p, x, 0x80008000, p, {AND_OR};"]
-            else:
-                lines.append(f"mov.b32 p, ${count};")
-            if scale in ("float16", "e4m3") and not brain:
-                lines.append("mov.b32 x, p;")
-                lines += [f"mul.f16x2 x, x, ${first + i * count};" for i in range(by)]
-            else:
-                lines.append("mov.b32 {a, b}, p;")
-                for name, half, register in (("x", "a", "p"), ("y", "b", f"${count + 1}")):
-                    if _registers(scale) == 2:
-                        lines.append(f"mov.b32 {name}, {register};")
-                    elif scale == "bfloat16":
-                        lines.append(f"mov.b32 {name}, {{n, {half}}};")
-                    else:
-                        lines.append(f"cvt.f32.f16 {name}, {half};")
-                    lines.append(f"mul.f32 {name}, {name}, ${first};")
-                lines.append(rounded)
-        if alone:
-            lines += [f"prmt.b32 ${2 * pair}, x, o, 0x1010;", f"prmt.b32 ${2 * pair + 1}, x, o, 0x3232;"]
-        else:
-            lines += [f"mov.b32 ${2 * pair}, x;", f"mov.b32 ${2 * pair + 1}, x;"]
-    return " ".join(["{ .reg .b16 a, b, n; .reg .b32 o, p, x, y;", *lines, "}"])
-
-
-@triton.jit
-def _pairs(stored, by, SCALE: tl.constexpr, DTYPE: tl.constexpr):
-    """Scales (rows, BLOCKS, groups) times factors, as ``DTYPE``, by pairs: a tuple of tiles (rows, BLOCKS), int32."""
-    N: tl.constexpr = stored.shape[0]
-    GROUPS: tl.constexpr = stored.shape[2]
-    TEXT: tl.constexpr = _pairs_asm(SCALE, tl.bfloat16 == DTYPE, GROUPS == 1, len(by))
-    PACK: tl.constexpr = _count(SCALE)
-    COUNT: tl.constexpr = constraints(_registers(SCALE) + PACK * len(by), PACK)
-    asked = (stored,) + by  # noqa: RUF005 (Triton has no other way to join tuples)
-    pairs = tl.inline_asm_elementwise(TEXT, COUNT, asked, dtype=tl.int32, is_pure=True, pack=PACK)
-    if GROUPS > 1:  # a pair is there for each of its two
-        pairs, _ = tl.split(pairs.reshape(N, BLOCKS, GROUPS // 2, 2))
-    if GROUPS == 4:
-        found = tl.split(pairs)
-    else:
-        found = (pairs.reshape(N, BLOCKS),)
-    return found
-
-
-@triton.jit
 def scale_pairs(
     scales,
     by,
@@ -217,14 +105,12 @@ def scale_pairs(
 ):
     """Scales of a step times their power of two, for ``row`` in the order of :func:`own_rows`.
 
-    A tuple of tiles (rows, BLOCKS), int32: pairs of the first two groups of each block, then of the others. A group
-    alone is in both halves.
+    A tuple of tiles (rows, BLOCKS), int32: pairs of the first two groups of each block, then of the others, but see
+    :func:`.fast_grid.is_apart`. A group alone is in both halves.
     """
-    stored = _stored(scales, row, step, K, LAYOUT, EVEN)
-    if LAYOUT.scale == "e8m0":
-        stored = relative_scale(stored, LAYOUT)
     SCALE: tl.constexpr = LAYOUT.scale  # no text is passed by itself before Triton 3.7
-    return _own(_pairs(stored, by, SCALE, DTYPE), WARPS)
+    stored = _stored(scales, row, step, K, LAYOUT, EVEN)
+    return _own(pairs_of(stored, by, SCALE, DTYPE, is_apart(LAYOUT)), WARPS)
 
 
 @triton.jit
@@ -246,19 +132,61 @@ def _offset_asm(place):
     return " ".join(["{ .reg .b32 t, u;", *lines, f"mov.b32 u, {last * 0x10001};", "mul.f16x2 $0, t, u; }"])
 
 
+@triton.constexpr_function
+def _offsets_asm(place):
+    """Text: pairs of float zero points, and of their scales as bfloat16; to what is added to codes times scales.
+
+    Two bfloat16 for each, which together have what one lacks: a pair of the first, and one of the second. A code is
+    ``2**(place - 133)`` of a unit.
+    """
+    lines = [f"mov.b32 c, {0x80000000 | 1 << 16 + place};", "mov.b16 n, 0;", "mov.b32 {a, b}, $2;"]
+    lines += ["cvt.f32.f16 x, a;", "cvt.f32.f16 y, b;", "mul.f32 x, x, c;", "mul.f32 y, y, c;"]
+    lines += ["mov.b32 {a, b}, $3;", "mov.b32 u, {n, a};", "mov.b32 v, {n, b};"]
+    lines += ["mul.f32 p, x, u;", "mul.f32 q, y, v;", "cvt.rn.bf16x2.f32 t, q, p;", "mov.b32 $0, t;"]
+    lines += ["mov.b32 {a, b}, t;", "mov.b32 p, {n, a};", "neg.f32 p, p;", "mov.b32 q, {n, b};", "neg.f32 q, q;"]
+    lines += ["fma.rn.f32 p, x, u, p;", "fma.rn.f32 q, y, v, q;", "cvt.rn.bf16x2.f32 $1, q, p;"]
+    return " ".join(["{ .reg .b16 a, b, n; .reg .b32 c, p, q, t, u, v, x, y;", *lines, "}"])
+
+
+@triton.constexpr_function
+def _offset_results(dtype):
+    return (tl.int32,) * (1 if dtype == tl.float16 else 2)
+
+
 @triton.jit
-def zero_pairs(zeros, own_scales, row, step, K, LAYOUT: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr):
-    """Zero points in the same way: as :func:`.fast_grid.stored_zeros`, float ones times their scales."""
-    if LAYOUT.zeros == "float":
-        TEXT: tl.constexpr = _offset_asm(code_position("subnormal", LAYOUT.bits, 0, 8))
+def _float_offsets(
+    zeros, own_scales, row, step, K, LAYOUT: tl.constexpr, DTYPE: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr
+):
+    """What float zero points add to codes times their scales, (rows, BLOCKS): pairs, in bfloat16 then second ones."""
+    SCALE: tl.constexpr = "float16"
+    PLACE: tl.constexpr = code_position("subnormal", LAYOUT.bits, 0, 8)
+    if tl.float16 == DTYPE:
         by = (tl.full((1, 1, 1), 0x0C000C00, tl.int32),)  # 2**-12, twice
-        SCALE: tl.constexpr = "float16"
-        pairs = _pairs(_stored(zeros, row, step, K, LAYOUT, EVEN), by, SCALE, tl.float16)
-        found = ()
-        for index in tl.static_range(len(pairs)):
-            asked = (in_order(pairs[index], WARPS), own_scales[index])
-            pair = tl.inline_asm_elementwise(TEXT, constraints(2), asked, dtype=tl.int32, is_pure=True, pack=1)
-            found = found + (computed_once(pair),)  # noqa: RUF005
+        TEXT: tl.constexpr = _offset_asm(PLACE)
+    else:
+        by = ()
+        TEXT: tl.constexpr = _offsets_asm(PLACE)
+    RESULTS: tl.constexpr = _offset_results(DTYPE)
+    COUNT: tl.constexpr = constraints(2, len(RESULTS))
+    pairs = pairs_of(_stored(zeros, row, step, K, LAYOUT, EVEN), by, SCALE, tl.float16, False)
+    found = ()
+    others = ()
+    for index in tl.static_range(len(pairs)):
+        asked = (in_order(pairs[index], WARPS), own_scales[index])
+        pair = tl.inline_asm_elementwise(TEXT, COUNT, asked, dtype=RESULTS, is_pure=True, pack=1)
+        found = found + (computed_once(pair[0]),)  # noqa: RUF005
+        if len(RESULTS) == 2:
+            others = others + (computed_once(pair[1]),)  # noqa: RUF005
+    return found + others
+
+
+@triton.jit
+def zero_pairs(
+    zeros, own_scales, row, step, K, LAYOUT: tl.constexpr, DTYPE: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr
+):
+    """Zero points in the same way: as :func:`.fast_grid.stored_zeros`, or :func:`_float_offsets`."""
+    if LAYOUT.zeros == "float":
+        found = _float_offsets(zeros, own_scales, row, step, K, LAYOUT, DTYPE, WARPS, EVEN)
     else:
         found = _own(stored_zeros(zeros, row, step, K, LAYOUT, EVEN), WARPS)
     return found

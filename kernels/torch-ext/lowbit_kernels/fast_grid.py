@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .decode import halves_of_e4m3, load_zero
-from .fast_asm import AND_OR, code_position, constraints
+from .fast_asm import AND_OR, SELECT, code_position, constraints
 from .layout import Layout
 
 BLOCKS = tl.constexpr(4)  # of 64 inputs in a step of kernels that load the groups of a block together
@@ -163,16 +163,32 @@ def _zero_unit(layout, even):
 
 
 @triton.constexpr_function
+def is_apart(layout):
+    """Whether pairs are of the first and third group of a block and of the others.
+
+    Of 7 bits these are nearly as far apart as halves of a register.
+    """
+    return layout.name == "int" and layout.zeros == "int" and (layout.bits, layout.group) == (7, 16)
+
+
+@triton.constexpr_function
+def _zero_start(layout, even):
+    """How many bits before the first zero point of a block its loads begin: so many fewer have to be moved."""
+    return code_position("subnormal", layout.bits, 0, 8) if even and is_apart(layout) else 0
+
+
+@triton.constexpr_function
 def _zero_turns(layout, even):
     """Bits of the first load of zero points that belong to the block before: all that there can be."""
     size = groups_of(layout) * layout.bits
-    return {block * size % _zero_unit(layout, even) for block in range(8)}
+    return {(block * size - _zero_start(layout, even)) % _zero_unit(layout, even) for block in range(8)}
 
 
 @triton.constexpr_function
 def _zero_parts(layout, even):
     """How many loads the zero points of a block take."""
-    return -(-(max(_zero_turns(layout, even)) + groups_of(layout) * layout.bits) // _zero_unit(layout, even))
+    size = _zero_start(layout, even) + groups_of(layout) * layout.bits
+    return -(-(max(_zero_turns(layout, even)) + size) // _zero_unit(layout, even))
 
 
 @triton.constexpr_function
@@ -196,9 +212,14 @@ def _zeros_asm(layout, even):
     joined = [0x5410] if unit == 16 else [0x3240, 0x3410, 0x4210]
     lines += [f"prmt.b32 z, z, ${pairs + 1 + i}, {by};" for i, by in enumerate(joined[: min(parts, 32 // unit) - 1])]
     if parts * unit > 32:
-        lines.append(f"shf.r.wrap.b32 z, z, ${pairs + 2}, {turn};")
+        lines.append(f"shf.r.wrap.b32 z, z, ${pairs + 32 // unit}, {turn};")
     elif len(_zero_turns(layout, even)) > 1:
         lines.append(f"shr.b32 z, z, {turn};")
+    if is_apart(layout):
+        lines += [_moved("z", "z", place - _zero_start(layout, even)), _moved("t", "z", 16 - 2 * bits)]
+        lines.append(f"lop3.b32 z, t, z, 0xFFFF0000, {SELECT};")
+        lines += [f"and.b32 $0, z, {mask * 0x10001};", _moved("t", "z", -bits), f"and.b32 $1, t, {mask * 0x10001};"]
+        return " ".join(["{ .reg .b32 z, t, u;", *lines, "}"])
     for pair in range(pairs):
         first, second = place - 2 * pair * bits, 16 + place - (2 * pair + 1) * bits  # where to move two zero points
         if groups == 1:
@@ -219,8 +240,8 @@ def stored_zeros(zeros, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
     """Zero points of the groups of a step of BLOCKS blocks by pairs, as codes, in groups of 16, 32 or 64.
 
     A tuple of tiles (rows, BLOCKS), int32: of the first two groups of each block, the first in the low half, then of
-    the others; a group alone is in both halves. They stand where field 0 has its code in :mod:`.fast_asm`, without
-    other bits. ``EVEN`` says, too, that ``zeros`` is at a multiple of four bytes.
+    the others, but see :func:`is_apart`; a group alone is in both halves. They stand where field 0 has its code in
+    :mod:`.fast_asm`, without other bits. ``EVEN`` says, too, that ``zeros`` is at a multiple of four bytes.
     """
     SIZE: tl.constexpr = groups_of(LAYOUT) * LAYOUT.bits
     UNIT: tl.constexpr = _zero_unit(LAYOUT, EVEN)
@@ -234,21 +255,26 @@ def stored_zeros(zeros, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
     STEP: tl.constexpr = BLOCKS * SIZE
     if STEP % UNIT != 0:
         bit += step * STEP
+    PARTS: tl.constexpr = _zero_parts(LAYOUT, EVEN)
+    START: tl.constexpr = _zero_start(LAYOUT, EVEN)
+    EARLY: tl.constexpr = 1 if START > 0 else 0  # a load before that of the first zero point
+    first = (bit + (EARLY * UNIT - START)) >> UNIT.bit_length() - 1
+    if EVEN and STEP % UNIT == 0:
+        first = tl.minimum(first, STEP // UNIT - PARTS + EARLY)
     loads = ()
-    for part in tl.static_range(_zero_parts(LAYOUT, EVEN)):
-        place = bit // UNIT + part
+    for part in tl.static_range(PARTS):
         if STEP % UNIT != 0:
-            found = tl.load(zeros + row * size + tl.minimum(place, size - 1))
+            found = tl.load(zeros + row * size + tl.minimum(first + part, size - 1))
         elif EVEN:
-            place = tl.minimum(place, STEP // UNIT - 1)
+            place = tl.maximum(first - 1, 0) if part < EARLY else first + (part - EARLY)
             found = tl.load(zeros + row * size + place + step_offset(step, STEP // UNIT))
         else:
-            found = tl.load(zeros + row * size + tl.minimum(place + step * (STEP // UNIT), size - 1))
+            found = tl.load(zeros + row * size + tl.minimum(first + part + step * (STEP // UNIT), size - 1))
         loads = loads + (found.to(tl.int32),)  # noqa: RUF005
     # Older compilers move weights where this text has loads alone, so it comes even if it is not used.
-    loads = loads + (bit % UNIT,)  # noqa: RUF005
+    loads = loads + (bit + (EARLY * UNIT - START) - first * UNIT,)  # noqa: RUF005
     TEXT: tl.constexpr = _zeros_asm(LAYOUT, EVEN)
-    COUNT: tl.constexpr = constraints(_zero_parts(LAYOUT, EVEN) + 1, len(RESULTS))
+    COUNT: tl.constexpr = constraints(PARTS + 1, len(RESULTS))
     return tl.inline_asm_elementwise(TEXT, COUNT, loads, dtype=RESULTS, is_pure=True, pack=1)
 
 

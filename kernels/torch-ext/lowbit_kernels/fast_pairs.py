@@ -16,6 +16,7 @@ import triton.language as tl
 from .fast_asm import PAIRS
 from .fast_fields import moved_e2m1
 from .fast_grid import as_loaded
+from .fast_scales import TABLE_BYTES
 from .layout import Layout
 
 BYTES = 256 * 32 * 4
@@ -33,7 +34,8 @@ def has_room(tiles, layout: Layout) -> bool:
     if tiles.scaled:
         size = {"float32": 4, "float16": 2, "bfloat16": 2}.get(layout.scale, 1)
         block += tiles.outputs * (64 // layout.group) * size
-    return (tiles.stages - 1) * tiles.spans * tiles.blocks * block <= ROOM
+    used = TABLE_BYTES if tiles.scaled and layout.scale == "log8" else 0
+    return (tiles.stages - 1) * tiles.spans * tiles.blocks * block + used <= ROOM
 
 
 @triton.constexpr_function

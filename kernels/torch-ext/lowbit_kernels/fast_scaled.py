@@ -10,7 +10,8 @@ and all groups go into one sum.
   too large when that is taken into it: those of a row are multiplied by a power of two by which the greatest is from
   2**14 up to 2**15, and the sum by its inverse.
 - bfloat16: ``(q - z) * s`` by two, since its few bits would leave too little of ``z * s``. The field is ``q * 2**-133``
-  or more, for codes of 8 bits too, and there is room for all scales; the difference is exact.
+  or more, for codes of 8 bits too, and there is room for all scales; the difference is exact. Of zero points that are
+  floats it is not: there it is ``(q * s - a) - b``, where ``a`` is ``z * s`` rounded and ``b`` what that leaves out.
 
 What makes this worth it is that scales come to where they are used for less than they save there. A tensor core's
 operand gives each quad of threads the same rows of W, and each thread of it every fourth piece of their inputs, which
@@ -28,7 +29,7 @@ import triton
 import triton.language as tl
 
 from .fast_asm import constraints, results, scaled_asm, sides
-from .fast_blocks import BRAIN, factors, in_order, own_rows, power, row_exponent, scale_pairs, zero_pairs
+from .fast_blocks import in_order, own_rows, row_exponent, scale_pairs, zero_pairs
 from .fast_fields import (
     _inputs,
     _level,
@@ -40,8 +41,9 @@ from .fast_fields import (
     operands,
     parts,
 )
-from .fast_grid import BLOCKS, shared_scale, step_offset, unit
+from .fast_grid import BLOCKS, is_apart, shared_scale, step_offset, unit
 from .fast_pairs import pair_table
+from .fast_scales import BRAIN, ROOM, brain_exponent, factors, power
 from .layout import Layout
 from .matmul import _store
 
@@ -54,7 +56,7 @@ def in_weights(layout: Layout, form: str) -> bool:
     if form == "lop3" or layout.scale == "none":
         return False
     if layout.name == "int":
-        return layout.group in (16, 32, 64) and (layout.zeros != "float" or form == "subnormal")
+        return layout.group in (16, 32, 64)
     return layout.group == 16 and layout.bits <= 4 and layout.table == "tensor" and not moved_e2m1(form, layout)
 
 
@@ -79,15 +81,17 @@ def _group(layout, field, side):
 
 @triton.constexpr_function
 def _pair(layout, field):
-    return _group(layout, field, 0) // 2
+    """In which tile of pairs the group of a field is, and in which half of it that of each side."""
+    groups = [_group(layout, field, side) for side in range(_sides(layout))]
+    if is_apart(layout):
+        return groups[0] % 2, tuple(group // 2 for group in groups)
+    return groups[0] // 2, tuple(group % 2 for group in groups)
 
 
 @triton.constexpr_function
 def _texts(layout, field, brain):
-    return tuple(
-        scaled_asm(layout.planes, field, _group(layout, field, side) % 2, layout.zeros, brain, side)
-        for side in range(_sides(layout))
-    )
+    halves = _pair(layout, field)[1]
+    return tuple(scaled_asm(layout.planes, field, half, layout.zeros, brain, side) for side, half in enumerate(halves))
 
 
 @triton.jit
@@ -169,7 +173,7 @@ def scaled_kernel(
     else:
         tables = level_tables(levels, row, LAYOUT, FORM, DTYPE)
     if tl.bfloat16 == DTYPE:
-        exponent = tl.full((1, 1), BRAIN if LAYOUT.table == "none" else 0, tl.int32)
+        exponent = tl.full((1, 1), brain_exponent(LAYOUT), tl.int32)
     else:
         exponent = row_exponent(scales, scale_range, levels, own, split, steps, K, LAYOUT, SPLIT, EVEN)
 
@@ -190,14 +194,17 @@ def scaled_kernel(
                     value = _quartered(_times(level, found[half], DTYPE), 16)
                     total = tl.dot(value, _quartered(_paired(even, odd, lane), 16).trans(), total)
         else:
+            shifts = ()
             if LAYOUT.zeros != "fixed":
-                shifts = zero_pairs(zeros, own_scales, own, step, K, LAYOUT, WARPS, EVEN)
+                shifts = zero_pairs(zeros, own_scales, own, step, K, LAYOUT, DTYPE, WARPS, EVEN)
                 shifts = _for_lanes(shifts, LANES // SIDES)
             for field in tl.static_range(64 // LANES):
                 if LAYOUT.zeros == "fixed":
-                    grid = (found[_pair(LAYOUT, field)],)
+                    grid = (found[_pair(LAYOUT, field)[0]],)
                 else:
-                    grid = (found[_pair(LAYOUT, field)], shifts[_pair(LAYOUT, field)])
+                    grid = (found[_pair(LAYOUT, field)[0]], shifts[_pair(LAYOUT, field)[0]])
+                if len(shifts) > len(found):
+                    grid = grid + (shifts[len(found) + _pair(LAYOUT, field)[0]],)  # noqa: RUF005
                 values = _values(words, grid, field, LAYOUT, DTYPE)
                 inputs = parts(_inputs(x_row, offset, seen, step * 256, K, field, LANES, 4, 1, EVEN), SIDES, LANES)
                 for side in tl.static_range(SIDES):
@@ -207,5 +214,7 @@ def scaled_kernel(
         if LAYOUT.scale != "log8":
             exponent = in_order(exponent, WARPS)
         total *= power(-exponent) * unit(FORM, LAYOUT, 8)
+    elif LAYOUT.zeros == "float":
+        total *= 2.0**ROOM
     total *= shared_scale(scale_range, LAYOUT)
     _store(out, bias, split, m[None, :], n[:, None], total, M, N, SPLIT)
