@@ -185,9 +185,9 @@ def fast_tiles(M: int, layout: Layout, form: str) -> FastTiles:
 
 def _scaled_tiles(M: int, layout: Layout, form: str) -> FastTiles:
     """As :func:`fast_tiles`, with scales and zero points in weights."""
-    full = M > 8 and layout.group <= 32 and layout.scale in ("float16", "float32")  # registers of 128 rows
-    full &= layout.zeros == "int" or layout.scale == "float32"
-    many = layout.table == "none" and (layout.bits in (1, 2) or (layout.bits == 4 and not full))
+    wide = layout.zeros == "float" or (layout.bits == 4 and layout.scale in ("float16", "float32"))
+    full = M > 8 and layout.group <= 32 and wide  # registers of 128 rows
+    many = layout.table == "none" and layout.bits in (1, 2, 4) and not full
     # Fewer bits take less by registers.
     pairs = int(has_pairs(layout, form) and (layout.bits == 4 or (layout.bits == 3 and M > 8)))
     tiles = FastTiles(8 if M <= 8 else 16, 128 if many else 64, BLOCKS.value, 1, 8, stages=2, scaled=1, pairs=pairs)

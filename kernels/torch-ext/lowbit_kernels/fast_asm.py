@@ -42,6 +42,12 @@ def results(dtype):
 
 
 @triton.constexpr_function
+def declared(name, size):
+    """Text that declares so many bytes of shared memory, which Triton does not know of, and returns where they are."""
+    return f".shared .align 16 .b8 {name}[{size}]; mov.u32 $0, {name};"
+
+
+@triton.constexpr_function
 def sides(planes):
     """How many texts the lanes of a block take."""
     return 2 if planes == (4, 2, 1) else 1
@@ -152,13 +158,24 @@ def _half(target, source, half):
 
 
 @triton.constexpr_function
-def _power(exponent, brain):
-    """Two halves of ``2**exponent``: bfloat16 if ``brain``, else float16."""
-    return (exponent + 127 << 7 if brain else exponent + 15 << 10) * 0x10001
+def powers(exponent, brain, lift=0):
+    """Halves of ``2**exponent`` and ``2**(exponent + lift)``: bfloat16 if ``brain``, else float16."""
+    low, high = (of + 127 << 7 if brain else of + 15 << 10 for of in (exponent, exponent + lift))
+    return low | high << 16
 
 
 @triton.constexpr_function
-def _subnormal_lines(first, start, place, zeros, middle, half):
+def lift_of(layout, brain):
+    """By how many bits the second codes of pairs of groups stand higher, where those of a group all stand alike.
+
+    Their scales are as much smaller then. Not where each code is brought to one unit first, before its scale.
+    """
+    alike = layout.name == "int" and layout.bits <= 4 and layout.group == 16
+    return 4 if alike and (not brain or layout.zeros == "float") else 0
+
+
+@triton.constexpr_function
+def _subnormal_lines(first, start, place, zeros, middle, half, lift):
     """Lines of :func:`scaled_asm` for float16: one multiply-add. Scales are in register ``first``."""
     scale = f"${first}"
     if zeros == "float":
@@ -166,42 +183,43 @@ def _subnormal_lines(first, start, place, zeros, middle, half):
     elif zeros == "int":
         lines = [f"mul.f16x2 z, ${first + 2}, {scale};"]
     else:  # 2**-24 of a unit, and half of it in 1 bit, is less than a float16 can be: in two steps
-        lines = [f"mov.b32 t, {_power(-12, False)};", f"mul.f16x2 z, {scale}, t;"]
-        lines += [f"mov.b32 t, {_power(middle + start - 12, False)};", "mul.f16x2 z, z, t;"]
+        lines = [f"mov.b32 t, {powers(-12, False)};", f"mul.f16x2 z, {scale}, t;"]
+        lines += [f"mov.b32 t, {powers(middle + start - 12, False, lift)};", "mul.f16x2 z, z, t;"]
     lines += [*_half("z", "z", half), "neg.f16x2 z, z;"]
-    if place != start:
-        lines += [f"mov.b32 t, {_power(start - place, False)};", f"mul.f16x2 s, {scale}, t;"]
+    if place != start + half * lift:
+        lines += [f"mov.b32 t, {powers(start - place, False)};", f"mul.f16x2 s, {scale}, t;"]
         scale = "s"
     return [*lines, *_half("s", scale, half), "fma.rn.f16x2 $0, w, s, z;"]
 
 
 @triton.constexpr_function
-def _brain_lines(first, start, place, zeros, middle, half, brain):
+def _brain_lines(first, start, place, zeros, middle, half, lift, brain):
     """Lines of :func:`scaled_asm` for bfloat16: two multiply-adds. Scales are in register ``first``."""
     scale, lines = f"${first}", ["mov.b32 u, 0x80008000;"]  # minus zero, for products: PTX has them from sm_90 on
     if zeros == "float":
-        if place != start:
-            lines += [f"mov.b32 t, {_power(start - place, True)};", f"fma.rn.bf16x2 s, {scale}, t, u;"]
+        if place != start + half * lift:
+            lines += [f"mov.b32 t, {powers(start - place, True)};", f"fma.rn.bf16x2 s, {scale}, t, u;"]
             scale = "s"
         lines += [*_half("s", scale, half), *_half("z", f"${first + 2}", half), "fma.rn.bf16x2 w, w, s, z;"]
-        lines += [*_half("z", f"${first + 4}", half), f"mov.b32 t, {_power(0, True)};"]
+        lines += [*_half("z", f"${first + 4}", half), f"mov.b32 t, {powers(0, True)};"]
         return [*lines, "fma.rn.bf16x2 $0, w, t, z;"]
     if zeros == "int":
-        lines += [f"mov.b32 t, {_power(133 - brain - start, True) | 0x80008000};"]
+        lines += [f"mov.b32 t, {powers(133 - brain - start, True) | 0x80008000};"]
         lines += [f"fma.rn.bf16x2 z, ${first + 2}, t, u;", *_half("z", "z", half)]
     else:
-        lines.append(f"mov.b32 z, {_power(middle - brain, True) | 0x80008000};")
-    lines += [f"mov.b32 t, {_power(133 - brain - place, True)};", "fma.rn.bf16x2 w, w, t, z;"]
+        lines.append(f"mov.b32 z, {powers(middle - brain, True) | 0x80008000};")
+    lines += [f"mov.b32 t, {powers(133 - brain - place, True)};", "fma.rn.bf16x2 w, w, t, z;"]
     return [*lines, *_half("s", scale, half), "fma.rn.bf16x2 $0, w, s, u;"]
 
 
 @triton.constexpr_function
-def scaled_asm(planes, field, half, zeros, brain, side):
+def scaled_asm(planes, field, half, zeros, brain, side, lift):
     """Text for a field as a weight, ``(code - zero point) * scale``, of one of two groups: ``half`` 0 or 1.
 
     One more register has the scales of both, and if ``zeros`` is "int" another their zero points, as codes that stand
-    where field 0 does; if "float", what is added to a code times its scale: float16, or two bfloat16 in a register
-    each. If "fixed" there is none, and they are half of what a code can be. A pair of lanes has these registers twice.
+    where field 0 does, or higher by ``lift`` bits (:func:`lift_of`); if "float", what is added to a code times its
+    scale: float16, or two bfloat16 in a register each. If "fixed" there is none, and they are half of what a code can
+    be. A pair of lanes has these registers twice.
     float16: the code as in the form ``subnormal``, times the scale, less the zero point times the scale. bfloat16: the
     code times ``2**-brain``, by the power of two that its place asks for, less the zero point in that unit, times the
     scale; with zero points as floats, times the scale, and both numbers added.
@@ -210,9 +228,9 @@ def scaled_asm(planes, field, half, zeros, brain, side):
     middle = bits - 1 if bits > 1 else -1  # half of what a code can be, as a power of two
     start, place = (code_position("subnormal", bits, at, 8) for at in (0, field))
     if brain is None:
-        lines = _subnormal_lines(first, start, place, zeros, middle, half)
+        lines = _subnormal_lines(first, start, place, zeros, middle, half, lift)
     else:
-        lines = _brain_lines(first, start, place, zeros, middle, half, brain)
+        lines = _brain_lines(first, start, place, zeros, middle, half, lift, brain)
     text = value_asm("subnormal", planes, field, 8, 0, side)
     return text.replace("mov.b32 $0, w;", " ".join(lines)).replace(
         ".reg .b32 w,", ".reg .b16 a, b; .reg .b32 u, s, z, w,"

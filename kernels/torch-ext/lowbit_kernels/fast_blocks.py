@@ -14,7 +14,7 @@ between layouts, and gives up, and moves weights, where it finds a split tile be
 import triton
 import triton.language as tl
 
-from .fast_asm import code_position, constraints
+from .fast_asm import code_position, constraints, lift_of, powers
 from .fast_grid import BLOCKS, computed_once, groups_of, is_apart, relative_scale, step_offset, stored_zeros
 from .fast_scales import pairs_of
 
@@ -36,15 +36,15 @@ def in_order(tile, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _stored(scales, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
-    """Scales of the blocks of a step, as they are stored: (rows, BLOCKS, groups of a block)."""
+def _stored(scales, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr, NAME: tl.constexpr):
+    """Scales of the blocks of a step, as they are stored, or float zero points: (rows, BLOCKS, groups of a block)."""
     GROUPS: tl.constexpr = groups_of(LAYOUT)
     group = tl.arange(0, BLOCKS)[None, :, None] * GROUPS + tl.arange(0, GROUPS)[None, None, :]
     groups = (K + LAYOUT.group - 1) // LAYOUT.group
     row = row[:, :, None]
     if EVEN:
         place = row * tl.multiple_of(groups, BLOCKS * GROUPS) + group
-        scale = tl.load(scales + place + step_offset(step, BLOCKS * GROUPS))
+        scale = tl.load(scales + place + step_offset(step, BLOCKS * GROUPS, NAME))
     else:
         group += step * (BLOCKS * GROUPS)
         scale = tl.load(scales + row * groups + group, mask=group < groups, other=0)
@@ -79,7 +79,7 @@ def row_exponent(
     else:
         found = tl.zeros((row.shape[0], BLOCKS, groups_of(LAYOUT)), tl.float32)
         for step in tl.range(split, steps, SPLIT):
-            stored = _stored(scales, row, step, K, LAYOUT, EVEN)
+            stored = _stored(scales, row, step, K, LAYOUT, EVEN, "scales")
             found = tl.maximum(found, tl.abs(relative_scale(stored, LAYOUT)))
         most = tl.max(tl.max(found, axis=2), axis=1, keep_dims=True)
     # Two factors of float16 make up to 2**30.
@@ -109,8 +109,8 @@ def scale_pairs(
     :func:`.fast_grid.is_apart`. A group alone is in both halves.
     """
     SCALE: tl.constexpr = LAYOUT.scale  # no text is passed by itself before Triton 3.7
-    stored = _stored(scales, row, step, K, LAYOUT, EVEN)
-    return _own(pairs_of(stored, by, SCALE, DTYPE, is_apart(LAYOUT)), WARPS)
+    stored = _stored(scales, row, step, K, LAYOUT, EVEN, "scales")
+    return _own(pairs_of(stored, by, SCALE, DTYPE, is_apart(LAYOUT), lift_of(LAYOUT, tl.bfloat16 == DTYPE)), WARPS)
 
 
 @triton.jit
@@ -122,30 +122,26 @@ def _own(tiles, WARPS: tl.constexpr):
 
 
 @triton.constexpr_function
-def _offset_asm(place):
-    """Text: ``2**-12`` of float zero points, and their scales; to ``zero point * scale * 2**(place - 24)``.
-
-    In an order in which the greatest zero point of float16 can be times the greatest scale.
-    """
-    first, last = (exponent + 15 << 10 for exponent in (-4, place - 8))
-    lines = [f"mov.b32 t, {first * 0x10001};", "mul.f16x2 t, $2, t;", "mul.f16x2 t, $1, t;"]
-    return " ".join(["{ .reg .b32 t, u;", *lines, f"mov.b32 u, {last * 0x10001};", "mul.f16x2 $0, t, u; }"])
+def _offset_asm(place, lift):
+    """Text: ``2**-12`` of float zero points, and their scales; to ``zero point * scale * 2**(place - 24)``."""
+    return f"{{ .reg .b32 t; mov.b32 t, {powers(place - 12, False, lift)}; mul.f16x2 t, $2, t; mul.f16x2 $0, $1, t; }}"
 
 
 @triton.constexpr_function
-def _offsets_asm(place):
+def _offsets_asm(place, lift):
     """Text: pairs of float zero points, and of their scales as bfloat16; to what is added to codes times scales.
 
     Two bfloat16 for each, which together have what one lacks: a pair of the first, and one of the second. A code is
     ``2**(place - 133)`` of a unit.
     """
-    lines = [f"mov.b32 c, {0x80000000 | 1 << 16 + place};", "mov.b16 n, 0;", "mov.b32 {a, b}, $2;"]
-    lines += ["cvt.f32.f16 x, a;", "cvt.f32.f16 y, b;", "mul.f32 x, x, c;", "mul.f32 y, y, c;"]
+    lines = [f"mov.b32 c, {0x80000000 | 1 << 16 + place};", f"mov.b32 d, {0x80000000 | 1 << 16 + place + lift};"]
+    lines += ["mov.b16 n, 0;", "mov.b32 {a, b}, $2;", "cvt.f32.f16 x, a;", "cvt.f32.f16 y, b;"]
+    lines += ["mul.f32 x, x, c;", "mul.f32 y, y, d;"]
     lines += ["mov.b32 {a, b}, $3;", "mov.b32 u, {n, a};", "mov.b32 v, {n, b};"]
     lines += ["mul.f32 p, x, u;", "mul.f32 q, y, v;", "cvt.rn.bf16x2.f32 t, q, p;", "mov.b32 $0, t;"]
     lines += ["mov.b32 {a, b}, t;", "mov.b32 p, {n, a};", "neg.f32 p, p;", "mov.b32 q, {n, b};", "neg.f32 q, q;"]
     lines += ["fma.rn.f32 p, x, u, p;", "fma.rn.f32 q, y, v, q;", "cvt.rn.bf16x2.f32 $1, q, p;"]
-    return " ".join(["{ .reg .b16 a, b, n; .reg .b32 c, p, q, t, u, v, x, y;", *lines, "}"])
+    return " ".join(["{ .reg .b16 a, b, n; .reg .b32 c, d, p, q, t, u, v, x, y;", *lines, "}"])
 
 
 @triton.constexpr_function
@@ -160,15 +156,16 @@ def _float_offsets(
     """What float zero points add to codes times their scales, (rows, BLOCKS): pairs, in bfloat16 then second ones."""
     SCALE: tl.constexpr = "float16"
     PLACE: tl.constexpr = code_position("subnormal", LAYOUT.bits, 0, 8)
+    LIFT: tl.constexpr = lift_of(LAYOUT, tl.bfloat16 == DTYPE)
     if tl.float16 == DTYPE:
         by = (tl.full((1, 1, 1), 0x0C000C00, tl.int32),)  # 2**-12, twice
-        TEXT: tl.constexpr = _offset_asm(PLACE)
+        TEXT: tl.constexpr = _offset_asm(PLACE, LIFT)
     else:
         by = ()
-        TEXT: tl.constexpr = _offsets_asm(PLACE)
+        TEXT: tl.constexpr = _offsets_asm(PLACE, LIFT)
     RESULTS: tl.constexpr = _offset_results(DTYPE)
     COUNT: tl.constexpr = constraints(2, len(RESULTS))
-    pairs = pairs_of(_stored(zeros, row, step, K, LAYOUT, EVEN), by, SCALE, tl.float16, False)
+    pairs = pairs_of(_stored(zeros, row, step, K, LAYOUT, EVEN, "zeros"), by, SCALE, tl.float16, False, 0)
     found = ()
     others = ()
     for index in tl.static_range(len(pairs)):
@@ -188,5 +185,6 @@ def zero_pairs(
     if LAYOUT.zeros == "float":
         found = _float_offsets(zeros, own_scales, row, step, K, LAYOUT, DTYPE, WARPS, EVEN)
     else:
-        found = _own(stored_zeros(zeros, row, step, K, LAYOUT, EVEN), WARPS)
+        LIFT: tl.constexpr = lift_of(LAYOUT, tl.bfloat16 == DTYPE)
+        found = _own(stored_zeros(zeros, row, step, K, LAYOUT, EVEN, LIFT), WARPS)
     return found

@@ -8,7 +8,7 @@ same code, by its bits where that is exact.
 import triton
 import triton.language as tl
 
-from .decode import halves_of_e4m3, load_zero
+from .decode import halves_of_e4m3
 from .fast_asm import AND_OR, SELECT, code_position, constraints
 from .layout import Layout
 
@@ -61,18 +61,19 @@ def _shift(code, LAYOUT: tl.constexpr, FORM: tl.constexpr):
 
 
 @triton.constexpr_function
-def _wide_asm(size):
-    return f"mul.wide.u32 $0, $1, {size};"
+def _wide_asm(size, name):
+    return f"mul.wide.u32 $0, $1, {size}; // {name}"
 
 
 @triton.jit
-def step_offset(step, SIZE: tl.constexpr):
+def step_offset(step, SIZE: tl.constexpr, NAME: tl.constexpr = ""):
     """``step * SIZE``, int64, for addresses.
 
     The compiler, which does not see what it is, adds it to an address that it makes before the loop, by one instruction
-    a load; else it carries a pointer for every load from turn to turn, by two to four.
+    a load; else it carries a pointer for every load from turn to turn, by two to four. Where two tensors have the same
+    places, it would add it to a place for both and make two addresses of that, by five: not if they differ in ``NAME``.
     """
-    TEXT: tl.constexpr = _wide_asm(SIZE)
+    TEXT: tl.constexpr = _wide_asm(SIZE, NAME)
     size = tl.inline_asm_elementwise(TEXT, "=l,r", [step], dtype=tl.int64, is_pure=True, pack=1)
     return tl.multiple_of(size, SIZE & -SIZE)
 
@@ -98,12 +99,12 @@ def computed_once(value):
 
 
 @triton.jit
-def _stored_scales(scales, row, step, K, GROUPS: tl.constexpr, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
-    """Those of the GROUPS groups of a step, as they are stored: (BLOCK_N, GROUPS)."""
+def _stored(scales, row, step, K, GROUPS: tl.constexpr, LAYOUT: tl.constexpr, EVEN: tl.constexpr, NAME: tl.constexpr):
+    """Scales of the GROUPS groups of a step, as they are stored, or float zero points: (BLOCK_N, GROUPS)."""
     group = tl.arange(0, GROUPS)[None, :]
     groups = (K + LAYOUT.group - 1) // LAYOUT.group
     if EVEN:
-        scale = tl.load(scales + row * tl.multiple_of(groups, GROUPS) + group + step_offset(step, GROUPS))
+        scale = tl.load(scales + row * tl.multiple_of(groups, GROUPS) + group + step_offset(step, GROUPS, NAME))
     else:
         group += step * GROUPS
         scale = tl.load(scales + row * groups + group, mask=group < groups, other=0)
@@ -203,7 +204,7 @@ def _moved(target, source, left):
 
 
 @triton.constexpr_function
-def _zeros_asm(layout, even):
+def _zeros_asm(layout, even, lift):
     """Text for :func:`stored_zeros`: loads of a block, then, if any block needs it, how far to turn them."""
     bits, groups, unit, parts = layout.bits, groups_of(layout), _zero_unit(layout, even), _zero_parts(layout, even)
     place, pairs = code_position("subnormal", bits, 0, 8), max(groups // 2, 1)
@@ -221,27 +222,30 @@ def _zeros_asm(layout, even):
         lines += [f"and.b32 $0, z, {mask * 0x10001};", _moved("t", "z", -bits), f"and.b32 $1, t, {mask * 0x10001};"]
         return " ".join(["{ .reg .b32 z, t, u;", *lines, "}"])
     for pair in range(pairs):
-        first, second = place - 2 * pair * bits, 16 + place - (2 * pair + 1) * bits  # where to move two zero points
+        first = place - 2 * pair * bits  # where to move two zero points
+        second = 16 + lift + place - (2 * pair + 1) * bits
+        both = mask | mask << 16 + lift
         if groups == 1:
             lines += [_moved("t", "z", first), f"and.b32 t, t, {mask};", f"mul.lo.u32 ${pair}, t, 0x10001;"]
         elif bits == 8:
             lines.append(f"prmt.b32 ${pair}, z, 0, {0x4140 + 0x0202 * pair};")
         elif parts * unit <= 16 and 2 * (pair + 1) * bits <= 16 and place == 0:  # neither is in the way of the other
             lines += [_moved("t", "z", first), _moved("u", "z", second)]
-            lines.append(f"lop3.b32 ${pair}, t, u, {mask * 0x10001}, {OR_AND};")
+            lines.append(f"lop3.b32 ${pair}, t, u, {both}, {OR_AND};")
         else:
             lines += [_moved("t", "z", first), f"and.b32 t, t, {mask};", _moved("u", "z", second)]
-            lines.append(f"lop3.b32 ${pair}, u, {mask << 16}, t, {AND_OR};")
+            lines.append(f"lop3.b32 ${pair}, u, {mask << 16 + lift}, t, {AND_OR};")
     return " ".join(["{ .reg .b32 z, t, u;", *lines, "}"])
 
 
 @triton.jit
-def stored_zeros(zeros, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
+def stored_zeros(zeros, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr, LIFT: tl.constexpr):
     """Zero points of the groups of a step of BLOCKS blocks by pairs, as codes, in groups of 16, 32 or 64.
 
     A tuple of tiles (rows, BLOCKS), int32: of the first two groups of each block, the first in the low half, then of
     the others, but see :func:`is_apart`; a group alone is in both halves. They stand where field 0 has its code in
-    :mod:`.fast_asm`, without other bits. ``EVEN`` says, too, that ``zeros`` is at a multiple of four bytes.
+    :mod:`.fast_asm`, second ones ``LIFT`` bits higher, without other bits. ``EVEN`` says, too, that ``zeros`` is at a
+    multiple of four bytes.
     """
     SIZE: tl.constexpr = groups_of(LAYOUT) * LAYOUT.bits
     UNIT: tl.constexpr = _zero_unit(LAYOUT, EVEN)
@@ -273,7 +277,7 @@ def stored_zeros(zeros, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr):
         loads = loads + (found.to(tl.int32),)  # noqa: RUF005
     # Older compilers move weights where this text has loads alone, so it comes even if it is not used.
     loads = loads + (bit + (EARLY * UNIT - START) - first * UNIT,)  # noqa: RUF005
-    TEXT: tl.constexpr = _zeros_asm(LAYOUT, EVEN)
+    TEXT: tl.constexpr = _zeros_asm(LAYOUT, EVEN, LIFT)
     COUNT: tl.constexpr = constraints(PARTS + 1, len(RESULTS))
     return tl.inline_asm_elementwise(TEXT, COUNT, loads, dtype=RESULTS, is_pure=True, pack=1)
 
@@ -300,7 +304,7 @@ def pair_grid(
     GROUPS: tl.constexpr = 2 * COLUMNS
     UNIT: tl.constexpr = unit(FORM, LAYOUT, WINDOW)
     OFFSET: tl.constexpr = 0.0 if FORM != "magic" else 256.0 if LAYOUT.bits == 8 else 128.0
-    scale = _stored_scales(scales, row, step, K, GROUPS, LAYOUT, EVEN)
+    scale = _stored(scales, row, step, K, GROUPS, LAYOUT, EVEN, "scales")
     if LAYOUT.scale == "log8":
         scale = power_scale(scale, exponents)
     else:
@@ -310,11 +314,10 @@ def pair_grid(
         shift = tl.full((1, 1), -LAYOUT.fixed_zero / UNIT - OFFSET, tl.float32)
         found = (first, second, shift, shift)
     elif LAYOUT.zeros == "float":
-        group = step * GROUPS + tl.arange(0, GROUPS)[None, :]
-        zero = load_zero(zeros, row, group, group < (K + 31) // 32, K, LAYOUT)
+        zero = _stored(zeros, row, step, K, GROUPS, LAYOUT, EVEN, "zeros").to(tl.float32)
         third, fourth = tl.split((zero * (-1.0 / UNIT) - OFFSET).reshape(N, COLUMNS, 2))
         found = (first, second, third, fourth)
     else:
-        pairs = computed_once(stored_zeros(zeros, row, step, K, LAYOUT, EVEN)[0])
+        pairs = computed_once(stored_zeros(zeros, row, step, K, LAYOUT, EVEN, 0)[0])
         found = (first, second, _shift(pairs & 0xFFFF, LAYOUT, FORM), _shift((pairs >> 16) & 0xFFFF, LAYOUT, FORM))
     return found

@@ -13,7 +13,7 @@ below.
 import triton
 import triton.language as tl
 
-from .fast_asm import PAIRS
+from .fast_asm import PAIRS, declared
 from .fast_fields import moved_e2m1
 from .fast_grid import as_loaded
 from .fast_scales import TABLE_BYTES
@@ -40,7 +40,7 @@ def has_room(tiles, layout: Layout) -> bool:
 
 @triton.constexpr_function
 def _declare_asm():
-    return f".shared .align 16 .b8 {PAIRS}[{BYTES}]; mov.u32 $0, {PAIRS};"
+    return declared(PAIRS, BYTES)
 
 
 @triton.constexpr_function

@@ -28,7 +28,7 @@ float16 the zero point times the scale, too.
 import triton
 import triton.language as tl
 
-from .fast_asm import constraints, results, scaled_asm, sides
+from .fast_asm import constraints, lift_of, results, scaled_asm, sides
 from .fast_blocks import in_order, own_rows, row_exponent, scale_pairs, zero_pairs
 from .fast_fields import (
     _inputs,
@@ -90,8 +90,10 @@ def _pair(layout, field):
 
 @triton.constexpr_function
 def _texts(layout, field, brain):
-    halves = _pair(layout, field)[1]
-    return tuple(scaled_asm(layout.planes, field, half, layout.zeros, brain, side) for side, half in enumerate(halves))
+    halves, lift = _pair(layout, field)[1], lift_of(layout, brain is not None)
+    return tuple(
+        scaled_asm(layout.planes, field, half, layout.zeros, brain, side, lift) for side, half in enumerate(halves)
+    )
 
 
 @triton.jit

@@ -9,14 +9,14 @@ goes by way of float32 that need not:
 - e8m0: the exponent of what it becomes, by integers. In float16 it is taken off that of the greatest of the row first,
   so that all codes of a register stay bytes; what is less than ``2**-28`` times the greatest becomes 0.
 - log8: one of 256 numbers, which a table in shared memory has, made once by each program before its loop begins. Lanes
-  of a warp that ask for different words of one bank wait for each other; the exponentials that this spares, one a
-  scale, are computed for a quarter of a warp or less at a time.
+  of a warp that ask for different words of one bank wait for each other; but of the exponentials that this spares, one
+  a scale, a multiprocessor computes only 16 a clock (CUDA C++ Programming Guide, throughput of native arithmetic).
 """
 
 import triton
 import triton.language as tl
 
-from .fast_asm import code_position, constraints
+from .fast_asm import code_position, constraints, declared, lift_of
 from .fast_grid import power_exponents, power_scale
 
 BRAIN = tl.constexpr(20)  # in bfloat16 scales are multiplied by 2**20, and differences by its inverse: both have room
@@ -32,26 +32,30 @@ def power(exponent):
 
 
 @triton.jit
-def _twice(value):
-    """A half in both halves of an int32."""
-    return value.to(tl.uint16, bitcast=True).to(tl.int32) * 0x10001
+def _halves(exponent, DTYPE: tl.constexpr, LIFT: tl.constexpr):
+    """``2**exponent`` and ``2**(exponent - LIFT)`` as ``DTYPE``, a pair."""
+    low = power(exponent).to(DTYPE).to(tl.uint16, bitcast=True).to(tl.int32)
+    high = power(exponent - LIFT).to(DTYPE).to(tl.uint16, bitcast=True).to(tl.int32)
+    return low | high << 16
 
 
 @triton.constexpr_function
 def _declare_asm():
-    return f".shared .align 16 .b8 {TABLE}[{TABLE_BYTES}]; mov.u32 $0, {TABLE};"
+    return declared(TABLE, TABLE_BYTES)
 
 
 @triton.jit
-def _table(scale_range, exponent, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
-    """Makes the table of log8 scales times ``2**exponent``, once in a kernel.
+def _table(scale_range, exponent, LAYOUT: tl.constexpr, DTYPE: tl.constexpr, LIFT: tl.constexpr):
+    """Makes the table of log8 scales times ``2**exponent``, once in a kernel: the upper half ``2**-LIFT`` of the lower.
 
     Returns nothing but the order of things: an int32 for the operands of what reads the table.
     """
     base = tl.inline_asm_elementwise(_declare_asm(), "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
     code = tl.arange(0, 256)[None, :]
-    scale = _twice(power_scale(code, power_exponents(scale_range, exponent, LAYOUT)).to(DTYPE))
-    asked = [base + code * 4, scale]
+    scale = power_scale(code, power_exponents(scale_range, exponent, LAYOUT))
+    low = scale.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.int32)
+    high = (scale * 2.0**-LIFT).to(DTYPE).to(tl.uint16, bitcast=True).to(tl.int32)
+    asked = [base + code * 4, low | high << 16]
     tl.inline_asm_elementwise(
         "st.shared.b32 [$1], $2; mov.b32 $0, $2;", "=r,r,r", asked, dtype=tl.int32, is_pure=False, pack=1
     )
@@ -62,24 +66,30 @@ def _table(scale_range, exponent, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def factors(scale_range, exponent, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
-    """What :func:`pairs_of` takes to multiply scales by ``2**exponent``, int32 (rows, 1): a tuple."""
+    """What :func:`pairs_of` takes to multiply scales by ``2**exponent``, int32 (rows, 1): a tuple.
+
+    Second ones of a pair by ``2**-lift`` of that (:func:`.fast_asm.lift_of`).
+    """
+    LIFT: tl.constexpr = lift_of(LAYOUT, tl.bfloat16 == DTYPE)
     if LAYOUT.scale == "log8":
-        found = (tl.zeros((1, 1, 1), tl.int32) + _table(scale_range, exponent, LAYOUT, DTYPE),)
+        found = (tl.zeros((1, 1, 1), tl.int32) + _table(scale_range, exponent, LAYOUT, DTYPE, LIFT),)
     elif LAYOUT.scale == "e8m0":
         if tl.float16 == DTYPE:  # the code that becomes 2**14
             found = ((141 - exponent)[:, :, None] * 0x01010101,)
         else:
             exponent = exponent[:, :, None]
-            found = (exponent * 0x800080, (255 - exponent) * 0x10001)
+            found = (exponent * 0x800080 - (LIFT << 23), (255 - exponent) * 0x10001 + (LIFT << 16))
     elif LAYOUT.scale == "float16" and tl.float16 == DTYPE:
-        found = _two(exponent, 15, DTYPE)  # its powers of two end there
+        found = _two(exponent, 15, DTYPE, LIFT)  # its powers of two end there
     elif LAYOUT.scale == "e4m3":
         if tl.float16 == DTYPE:
-            found = _two(exponent, 15, DTYPE)
+            found = _two(exponent, 15, DTYPE, LIFT)
         else:
-            found = _two(exponent + 112, 112, DTYPE)
+            found = _two(exponent + 112, 112, DTYPE, LIFT)
     elif LAYOUT.scale == "bfloat16":
-        found = (_twice(power(exponent).to(tl.bfloat16))[:, :, None],)
+        found = (_halves(exponent, tl.bfloat16, LIFT)[:, :, None],)
+    elif LIFT > 0:
+        found = (power(exponent)[:, :, None], power(exponent - LIFT)[:, :, None])
     else:
         found = (power(exponent)[:, :, None],)
     return found
@@ -94,11 +104,11 @@ def brain_exponent(layout):
 
 
 @triton.jit
-def _two(exponent, MOST: tl.constexpr, DTYPE: tl.constexpr):
-    """Two factors that make ``2**exponent``, the first no more than ``2**MOST``, as pairs of equal ones."""
+def _two(exponent, MOST: tl.constexpr, DTYPE: tl.constexpr, LIFT: tl.constexpr):
+    """Two pairs of factors that make ``2**exponent`` and ``2**(exponent - LIFT)``, the first at most ``2**MOST``."""
     some = tl.minimum(exponent, MOST)[:, :, None]
     rest = exponent[:, :, None] - some
-    return (_twice(power(some).to(DTYPE)), _twice(power(rest).to(DTYPE)))
+    return (_halves(some, DTYPE, LIFT), _halves(rest, DTYPE, 0))
 
 
 @triton.constexpr_function
@@ -114,27 +124,27 @@ def _registers(scale, apart):
 
 
 @triton.constexpr_function
-def _lookup_lines(scale, brain, first, second, by):
+def _lookup_lines(scale, brain, lift, first, second, by):
     lines = []
     for name, byte in (("x", first), ("y", second)):
         lines += [f"prmt.b32 {name}, s0, o, {0x4440 + byte};", f"shl.b32 {name}, {name}, 2;"]
         lines += [f"mov.u32 t, {TABLE};", f"add.u32 {name}, {name}, t;", f"ld.shared.b32 {name}, [{name}];"]
-    return [*lines, "prmt.b32 x, x, y, 0x5410;"]
+    return [*lines, "prmt.b32 x, x, y, 0x7610;"]
 
 
 @triton.constexpr_function
-def _exponent_lines(scale, brain, first, second, by):
+def _exponent_lines(scale, brain, lift, first, second, by):
     selector = 0x4040 + first + 0x100 * second
-    if brain:  # what is too large becomes infinite
+    if brain:  # what is too large becomes infinite; code 0, if no power of two is taken into it, 0
         lines = [f"prmt.b32 x, s0, o, {selector};", f"min.f16x2 x, x, {by[1]};"]
         return [*lines, f"mad.lo.u32 x, x, 128, {by[0]};"]
     lines = [f"sub.u32 x, {by[0]}, s0;", f"prmt.b32 x, x, o, {selector};"]
-    lines += [f"mov.b32 t, {29 * 0x10001};", "min.f16x2 x, x, t;"]
-    return [*lines, "mad.lo.u32 x, x, 0xFFFFFC00, 0x74007400;"]
+    least = 29 | 29 - lift << 16  # below what becomes 2**14
+    return [*lines, f"mov.b32 t, {least};", "min.f16x2 x, x, t;", f"mad.lo.u32 x, x, 0xFFFFFC00, {least << 10};"]
 
 
 @triton.constexpr_function
-def _moved_lines(scale, brain, first, second, by):
+def _moved_lines(scale, brain, lift, first, second, by):
     left, mask = (4, 0x87F087F0) if brain else (7, 0xBF80BF80)
     selector = 0x8080 + 0x11 * first + 0x1100 * second  # each byte, then its sign
     return [f"prmt.b32 x, s0, o, {selector};", f"shl.b32 x, x, {left};", f"and.b32 x, x, {mask};", *_times(brain, by)]
@@ -146,7 +156,7 @@ def _times(brain, by):
 
 
 @triton.constexpr_function
-def _brain_lines(scale, brain, first, second, by):
+def _brain_lines(scale, brain, lift, first, second, by):
     lines = []
     for name, register in (("x", f"s{first // 2}"), ("y", f"s{second // 2}")):
         lines.append(f"fma.rn.bf16x2 {name}, {register}, {by[0]}, m;")
@@ -158,12 +168,13 @@ def _brain_lines(scale, brain, first, second, by):
 
 
 @triton.constexpr_function
-def _half_lines(scale, brain, first, second, by):
+def _half_lines(scale, brain, lift, first, second, by):
     lines = [f"mov.b32 x, s{first // 2};", f"mov.b32 y, s{second // 2};", *_joined(first, second)]
     if not brain:
         return lines + _times(False, by)
     lines += ["mov.b32 {a, b}, x;", "cvt.f32.f16 x, a;", "cvt.f32.f16 y, b;"]
-    return [*lines, *(f"mul.f32 {name}, {name}, {by[0]};" for name in ("x", "y")), "cvt.rn.bf16x2.f32 x, y, x;"]
+    lines += [f"mul.f32 x, x, {by[0]};", f"mul.f32 y, y, {by[-1]};"]
+    return [*lines, "cvt.rn.bf16x2.f32 x, y, x;"]
 
 
 @triton.constexpr_function
@@ -174,13 +185,13 @@ def _joined(first, second):
 
 
 @triton.constexpr_function
-def _single_lines(scale, brain, first, second, by):
-    lines = [f"mul.f32 x, s{first}, {by[0]};", f"mul.f32 y, s{second}, {by[0]};"]
+def _single_lines(scale, brain, lift, first, second, by):
+    lines = [f"mul.f32 x, s{first}, {by[0]};", f"mul.f32 y, s{second}, {by[-1]};"]
     return [*lines, f"cvt.rn.{'bf16' if brain else 'f16'}x2.f32 x, y, x;"]
 
 
 @triton.constexpr_function
-def _pairs_asm(scale, brain, alone, apart, factors):
+def _pairs_asm(scale, brain, alone, apart, lift, factors):
     """Text for :func:`pairs_of` with so many factors; a result for each scale.
 
     Operands: registers of scales, then of each factor one for each scale. Lines of the scale's type leave two scales in
@@ -194,7 +205,7 @@ def _pairs_asm(scale, brain, alone, apart, factors):
     lines += [f"mov.b32 s{i}, ${count + i};" for i in range(registers)]
     for pair in range(count // 2):
         first, second = (pair, pair + 2) if apart else (2 * pair, 2 * pair + 1)
-        lines += lines_of[scale](scale, brain, first, second, by)
+        lines += lines_of[scale](scale, brain, lift, first, second, by)
         for result in (2 * pair, 2 * pair + 1):
             half = 0x1010 + 0x2222 * (result % 2)
             lines.append(f"prmt.b32 ${result}, x, o, {half};" if alone else f"mov.b32 ${result}, x;")
@@ -202,7 +213,7 @@ def _pairs_asm(scale, brain, alone, apart, factors):
 
 
 @triton.jit
-def pairs_of(stored, by, SCALE: tl.constexpr, DTYPE: tl.constexpr, APART: tl.constexpr):
+def pairs_of(stored, by, SCALE: tl.constexpr, DTYPE: tl.constexpr, APART: tl.constexpr, LIFT: tl.constexpr):
     """Scales (rows, blocks, groups) times :func:`factors`, as ``DTYPE``, by pairs: a tuple of tiles (rows, blocks).
 
     int32: the first of two groups in the low half; of the first two groups of a block, then of the others, or if
@@ -211,7 +222,7 @@ def pairs_of(stored, by, SCALE: tl.constexpr, DTYPE: tl.constexpr, APART: tl.con
     N: tl.constexpr = stored.shape[0]
     BLOCKS: tl.constexpr = stored.shape[1]
     GROUPS: tl.constexpr = stored.shape[2]
-    TEXT: tl.constexpr = _pairs_asm(SCALE, tl.bfloat16 == DTYPE, GROUPS == 1, APART, len(by))
+    TEXT: tl.constexpr = _pairs_asm(SCALE, tl.bfloat16 == DTYPE, GROUPS == 1, APART, LIFT, len(by))
     PACK: tl.constexpr = _count(SCALE, APART)
     COUNT: tl.constexpr = constraints(_registers(SCALE, APART) + PACK * len(by), PACK)
     asked = (stored,) + by  # noqa: RUF005 (Triton has no other way to join tuples)
