@@ -99,6 +99,13 @@ def _multiply_add_brains(a, b, c):
     return round_to_bfloat16((a * b + c).astype(np.float32)).view(np.uint32)
 
 
+def _sum_of_products(a, b, c):
+    """``dp4a.u32.u32``: products of bytes, added."""
+    shifts = [np.uint32(8 * i) for i in range(4)]
+    total = c.astype(np.uint64) + sum(((a >> s) & 255).astype(np.uint64) * ((b >> s) & 255) for s in shifts)
+    return total.astype(np.uint32)
+
+
 def _shift(function):
     return lambda a, n: np.where(n > 31, np.uint32(0), function(a, np.minimum(n, 31))).astype(np.uint32)
 
@@ -156,6 +163,7 @@ INSTRUCTIONS = {
     "add.u32": lambda a, b: (a.astype(np.uint64) + b).astype(np.uint32),
     "mul.lo.u32": lambda a, b: (a.astype(np.uint64) * b).astype(np.uint32),
     "mul.wide.u32": lambda a, b: a.astype(np.uint64) * b,
+    "dp4a.u32.u32": _sum_of_products,
     "and.b32": np.bitwise_and,
     "or.b32": np.bitwise_or,
     "shr.b32": _shift(np.right_shift),

@@ -186,7 +186,7 @@ def fast_tiles(M: int, layout: Layout, form: str) -> FastTiles:
 def _scaled_tiles(M: int, layout: Layout, form: str) -> FastTiles:
     """As :func:`fast_tiles`, with scales and zero points in weights."""
     wide = layout.zeros == "float" or (layout.bits == 4 and layout.scale in ("float16", "float32"))
-    full = M > 8 and layout.group <= 32 and wide  # registers of 128 rows
+    full = M > 8 and (layout.group == 16 or (layout.group == 32 and wide))  # registers of 128 rows
     many = layout.table == "none" and layout.bits in (1, 2, 4) and not full
     # Fewer bits take less by registers.
     pairs = int(has_pairs(layout, form) and (layout.bits == 4 or (layout.bits == 3 and M > 8)))

@@ -80,12 +80,16 @@ def step_offset(step, SIZE: tl.constexpr, NAME: tl.constexpr = ""):
 
 @triton.jit
 def as_loaded(value, pointer, K):
-    """``value``, a tensor, from a load that reads nothing and has it for ``other``.
+    """``value`` from a load that reads nothing and has it for ``other``; a number is int32.
 
-    The compiler brings operands of a product into place back to loads only.
+    The compiler brings operands of a product into place back to loads only, and knows nothing of what is loaded.
     """
-    place = tl.full(value.shape, 0, tl.int32)
-    return tl.load(pointer.to(tl.pointer_type(value.dtype)) + place, mask=place + K < 0, other=value)
+    if value.type.is_block():
+        place = tl.full(value.shape, 0, tl.int32)
+        found = tl.load(pointer.to(tl.pointer_type(value.dtype)) + place, mask=place + K < 0, other=value)
+    else:
+        found = tl.load(pointer.to(tl.pointer_type(tl.int32)), mask=K < 0, other=value)
+    return found
 
 
 @triton.jit

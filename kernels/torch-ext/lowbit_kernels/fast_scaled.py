@@ -31,7 +31,6 @@ import triton.language as tl
 from .fast_asm import constraints, lift_of, results, scaled_asm, sides
 from .fast_blocks import in_order, own_rows, row_exponent, scale_pairs, zero_pairs
 from .fast_fields import (
-    _inputs,
     _level,
     _paired,
     all_turns,
@@ -41,7 +40,7 @@ from .fast_fields import (
     operands,
     parts,
 )
-from .fast_grid import BLOCKS, is_apart, shared_scale, step_offset, unit
+from .fast_grid import BLOCKS, as_loaded, is_apart, shared_scale, step_offset, unit
 from .fast_pairs import pair_table
 from .fast_scales import BRAIN, ROOM, brain_exponent, factors, power
 from .layout import Layout
@@ -117,6 +116,29 @@ def _times(level, pair, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _inputs(x_row, offset, seen, first, K, LANES: tl.constexpr, EVEN: tl.constexpr):
+    """The inputs (M, 4 * LANES) that belong to each field of a step of four blocks: a tuple, by one load.
+
+    Fields are its first dimension, so that what a thread loads is of one row of x where that can be.
+    """
+    lane = tl.arange(0, 4 * LANES)[None, None, :]
+    k = tl.arange(0, 64 // LANES)[:, None, None] * LANES + lane // LANES * 64 + lane % LANES
+    if EVEN:
+        x = tl.load(x_row[None, :, :] + k + offset)
+    else:
+        x = tl.load(x_row[None, :, :] + k + offset, mask=seen[None, :, :] & (k + first < K), other=0)
+    x = x.permute(1, 2, 0)
+    if LANES == 32:
+        found = tl.split(x)
+    else:
+        even, odd = tl.split(x.reshape(x.shape[0], 64, 2, 2))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        found = (first, second, third, fourth)
+    return found
+
+
+@triton.jit
 def _for_lanes(tiles, LANES: tl.constexpr):
     """A value of each block, (rows, BLOCKS) of each tile, for its lanes."""
     found = ()
@@ -179,22 +201,22 @@ def scaled_kernel(
     else:
         exponent = row_exponent(scales, scale_range, levels, own, split, steps, K, LAYOUT, SPLIT, EVEN)
 
-    by = factors(scale_range, exponent, LAYOUT, DTYPE)
+    by = factors(scale_range, exponent, weight, K, LAYOUT, DTYPE)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for turn in tl.range(0, tl.cdiv(steps - split, SPLIT), num_stages=STAGES):
-        step = split + turn * SPLIT
+    begin = as_loaded(split, weight, K)  # a number that is known to be everyone's has to be moved to each address
+    for step in tl.range(begin, steps, SPLIT, num_stages=STAGES):
         words = operands(start, step, blocks, turns, LAYOUT, 4, 1, EVEN)[0]
         own_scales = scale_pairs(scales, by, own, step, K, LAYOUT, DTYPE, WARPS, EVEN)
         found = _for_lanes(own_scales, LANES // SIDES)
         offset = step_offset(step, 256)
+        inputs = _inputs(x_row, offset, seen, step * 256, K, LANES, EVEN)
         if LAYOUT.table != "none":
             for half in tl.static_range(2):
-                even = _inputs(x_row, offset, seen, step * 256, K, 2 * half, 16, 4, 1, EVEN)
-                odd = _inputs(x_row, offset, seen, step * 256, K, 2 * half + 1, 16, 4, 1, EVEN)
                 for lane in tl.static_range(2):
                     level = _level(words, tables, lane, half, LAYOUT, DTYPE)
                     value = _quartered(_times(level, found[half], DTYPE), 16)
-                    total = tl.dot(value, _quartered(_paired(even, odd, lane), 16).trans(), total)
+                    paired = _paired(inputs[2 * half], inputs[2 * half + 1], lane)
+                    total = tl.dot(value, _quartered(paired, 16).trans(), total)
         else:
             shifts = ()
             if LAYOUT.zeros != "fixed":
@@ -208,10 +230,10 @@ def scaled_kernel(
                 if len(shifts) > len(found):
                     grid = grid + (shifts[len(found) + _pair(LAYOUT, field)[0]],)  # noqa: RUF005
                 values = _values(words, grid, field, LAYOUT, DTYPE)
-                inputs = parts(_inputs(x_row, offset, seen, step * 256, K, field, LANES, 4, 1, EVEN), SIDES, LANES)
+                given = parts(inputs[field], SIDES, LANES)
                 for side in tl.static_range(SIDES):
                     value = _quartered(values[side], LANES // SIDES)
-                    total = tl.dot(value, _quartered(inputs[side], LANES // SIDES).trans(), total)
+                    total = tl.dot(value, _quartered(given[side], LANES // SIDES).trans(), total)
     if tl.float16 == DTYPE:
         if LAYOUT.scale != "log8":
             exponent = in_order(exponent, WARPS)

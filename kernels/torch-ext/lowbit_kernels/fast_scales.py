@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .fast_asm import code_position, constraints, declared, lift_of
-from .fast_grid import power_exponents, power_scale
+from .fast_grid import as_loaded, power_exponents, power_scale
 
 BRAIN = tl.constexpr(20)  # in bfloat16 scales are multiplied by 2**20, and differences by its inverse: both have room
 ROOM = tl.constexpr(40)  # with zero points as floats weights are of 2**-40 of their value: so scales can be up to 2**34
@@ -48,7 +48,7 @@ def _declare_asm():
 def _table(scale_range, exponent, LAYOUT: tl.constexpr, DTYPE: tl.constexpr, LIFT: tl.constexpr):
     """Makes the table of log8 scales times ``2**exponent``, once in a kernel: the upper half ``2**-LIFT`` of the lower.
 
-    Returns nothing but the order of things: an int32 for the operands of what reads the table.
+    Returns nothing but the order of things: 0, int32, for the operands of what reads the table.
     """
     base = tl.inline_asm_elementwise(_declare_asm(), "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
     code = tl.arange(0, 256)[None, :]
@@ -56,23 +56,24 @@ def _table(scale_range, exponent, LAYOUT: tl.constexpr, DTYPE: tl.constexpr, LIF
     low = scale.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.int32)
     high = (scale * 2.0**-LIFT).to(DTYPE).to(tl.uint16, bitcast=True).to(tl.int32)
     asked = [base + code * 4, low | high << 16]
-    tl.inline_asm_elementwise(
-        "st.shared.b32 [$1], $2; mov.b32 $0, $2;", "=r,r,r", asked, dtype=tl.int32, is_pure=False, pack=1
-    )
-    return tl.inline_asm_elementwise(
-        "bar.sync 0; mov.b32 $0, $1;", "=r,r", [base], dtype=tl.int32, is_pure=False, pack=1
-    )
+    FILL: tl.constexpr = "st.shared.b32 [$1], $2; mov.b32 $0, $2;"
+    tl.inline_asm_elementwise(FILL, "=r,r,r", asked, dtype=tl.int32, is_pure=False, pack=1)
+    WAIT: tl.constexpr = "bar.sync 0; mov.b32 $0, 0;"
+    return tl.inline_asm_elementwise(WAIT, "=r,r", [base], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def factors(scale_range, exponent, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
+def factors(scale_range, exponent, weight, K, LAYOUT: tl.constexpr, DTYPE: tl.constexpr):
     """What :func:`pairs_of` takes to multiply scales by ``2**exponent``, int32 (rows, 1): a tuple.
 
     Second ones of a pair by ``2**-lift`` of that (:func:`.fast_asm.lift_of`).
     """
     LIFT: tl.constexpr = lift_of(LAYOUT, tl.bfloat16 == DTYPE)
     if LAYOUT.scale == "log8":
-        found = (tl.zeros((1, 1, 1), tl.int32) + _table(scale_range, exponent, LAYOUT, DTYPE, LIFT),)
+        token = _table(scale_range, exponent, LAYOUT, DTYPE, LIFT)
+        found = ()
+        for byte in tl.static_range(4):  # four times a byte is a product with this: kept in registers, as if loaded
+            found = found + (as_loaded(tl.full((1, 1, 1), 4 << 8 * byte, tl.int32), weight, K) + token,)  # noqa: RUF005
     elif LAYOUT.scale == "e8m0":
         if tl.float16 == DTYPE:  # the code that becomes 2**14
             found = ((141 - exponent)[:, :, None] * 0x01010101,)
@@ -125,10 +126,10 @@ def _registers(scale, apart):
 
 @triton.constexpr_function
 def _lookup_lines(scale, brain, lift, first, second, by):
-    lines = []
-    for name, byte in (("x", first), ("y", second)):
-        lines += [f"prmt.b32 {name}, s0, o, {0x4440 + byte};", f"shl.b32 {name}, {name}, 2;"]
-        lines += [f"mov.u32 t, {TABLE};", f"add.u32 {name}, {name}, t;", f"ld.shared.b32 {name}, [{name}];"]
+    lines = [f"mov.u32 t, {TABLE};"]
+    for name, byte in (("x", first), ("y", second)):  # a sum of products of bytes is four times one of them
+        lines += [f"dp4a.u32.u32 {name}, s0, {by[byte]}, o;", f"add.u32 {name}, {name}, t;"]
+        lines.append(f"ld.shared.b32 {name}, [{name}];")
     return [*lines, "prmt.b32 x, x, y, 0x7610;"]
 
 
