@@ -12,7 +12,7 @@ from hf_lowbit.formats import parse_format
 FP16, BF16 = torch.float16, torch.bfloat16
 OTHERS = ("bfloat16", "float32", "e4m3", "e8m0")  # dtypes of scales
 TABLES = (("float16", 1, 512), ("log8", 12, 330), ("e4m3", 3, 72), ("bfloat16", 4, 256))  # scales and shapes
-FLOATS = ((16, 12, 330), (16, 3, 512), (32, 4, 512), (64, 16, 330))  # groups and shapes, for zero points as floats
+FLOATS = ((16, 12, 330), (16, 3, 512), (32, 5, 512), (64, 16, 330))  # groups and shapes, for zero points as floats
 CASES = [
     *((f"int:bits={b},group_size={g}", M, K, 1) for b in range(1, 9) for g, M, K in ((32, 3, 512), (64, 12, 330))),
     *((f"int:bits={b},group_size=32", 12, 330, 1) for b in range(1, 9)),
@@ -187,7 +187,9 @@ def test_it_is_taken_for_more_than_two_rows_and_small_groups():
         "nf:bits=4,group_size=32",
     )
     assert not any(taken(text) for text in others) and taken(f"{small},scale_dtype=e4m3")
-    assert taken(f"{small},zeros=float") and taken(f"{small},zeros=float", form="magic")
+    floats = f"{small},zeros=float"
+    assert taken(floats, 3) and taken(floats, 5, "magic") and not taken(floats, 4, "magic")
+    assert taken("int:bits=5,group_size=32,zeros=float", 3, "magic")
     tiles, x = fast_tiles(16, parse(small), "subnormal"), torch.zeros(16, 64, dtype=FP16)
     with pytest.raises(ValueError, match=r"scales of .* cannot go into weights in the form 'lop3'"):
         fast_linear(x, *packed(parse_format(small), 16, 64, "cpu"), None, small, 64, form="lop3", tiles=tiles)

@@ -14,7 +14,7 @@ What a weight costs in instructions decides at few bits (a load of 16 bytes brin
 - A tile of lanes can reach over several groups. Then a row of x takes a column for each of them, zero outside its
   group, and one product gives the sums of all. With few rows of x those columns would be empty anyway.
 - From three rows of x on, and in groups of 16 for any number, scales and zero points of small groups go into weights
-  after all: :mod:`.fast_scaled`.
+  after all: :mod:`.fast_scaled`. With zero points as floats, in bfloat16, codes of up to 4 bits take two rows more.
 
 Sums are float32; but for that nothing is rounded except, for tables, the level to the dtype of x. Not here: ternary,
 tables of more than 4 bits and float32 activations; those take the portable kernels.
@@ -178,15 +178,20 @@ def fast_tiles(M: int, layout: Layout, form: str) -> FastTiles:
 
     Two warps, so that Hopper's compiler keeps operands in registers too; as many rows of W as registers hold.
     """
-    if (M > 2 or layout.group == 16) and in_weights(layout, form):
+    least = 0 if layout.group == 16 else 2
+    if layout.zeros == "float" and form == "magic" and layout.bits <= 4:  # two numbers to be added to each weight
+        least += 2
+    if least < M and in_weights(layout, form):
         return _scaled_tiles(M, layout, form)
     return sum_tiles(M, layout, form)
 
 
 def _scaled_tiles(M: int, layout: Layout, form: str) -> FastTiles:
     """As :func:`fast_tiles`, with scales and zero points in weights."""
-    wide = layout.zeros == "float" or (layout.bits == 4 and layout.scale in ("float16", "float32"))
+    floats = layout.zeros == "float"
+    wide = floats or (layout.bits == 4 and layout.scale in ("float16", "float32"))
     full = M > 8 and (layout.group == 16 or (layout.group == 32 and wide))  # registers of 128 rows
+    full |= floats and (layout.bits, layout.group) == (4, 16)
     many = layout.table == "none" and layout.bits in (1, 2, 4) and not full
     # Fewer bits take less by registers.
     pairs = int(has_pairs(layout, form) and (layout.bits == 4 or (layout.bits == 3 and M > 8)))
