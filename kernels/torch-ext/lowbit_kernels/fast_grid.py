@@ -103,19 +103,6 @@ def computed_once(value):
 
 
 @triton.jit
-def _stored(scales, row, step, K, GROUPS: tl.constexpr, LAYOUT: tl.constexpr, EVEN: tl.constexpr, NAME: tl.constexpr):
-    """Scales of the GROUPS groups of a step, as they are stored, or float zero points: (BLOCK_N, GROUPS)."""
-    group = tl.arange(0, GROUPS)[None, :]
-    groups = (K + LAYOUT.group - 1) // LAYOUT.group
-    if EVEN:
-        scale = tl.load(scales + row * tl.multiple_of(groups, GROUPS) + group + step_offset(step, GROUPS, NAME))
-    else:
-        group += step * GROUPS
-        scale = tl.load(scales + row * groups + group, mask=group < groups, other=0)
-    return scale
-
-
-@triton.jit
 def relative_scale(stored, LAYOUT: tl.constexpr):
     """As :func:`.decode.decode_scale`, but those of e4m3 without their :func:`shared_scale`; not for log8."""
     if LAYOUT.scale == "e4m3":
@@ -284,6 +271,19 @@ def stored_zeros(zeros, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr, 
     TEXT: tl.constexpr = _zeros_asm(LAYOUT, EVEN, LIFT)
     COUNT: tl.constexpr = constraints(PARTS + 1, len(RESULTS))
     return tl.inline_asm_elementwise(TEXT, COUNT, loads, dtype=RESULTS, is_pure=True, pack=1)
+
+
+@triton.jit
+def _stored(scales, row, step, K, GROUPS: tl.constexpr, LAYOUT: tl.constexpr, EVEN: tl.constexpr, NAME: tl.constexpr):
+    """Scales of the GROUPS groups of a step, as they are stored, or float zero points: (BLOCK_N, GROUPS)."""
+    group = tl.arange(0, GROUPS)[None, :]
+    groups = (K + LAYOUT.group - 1) // LAYOUT.group
+    if EVEN:
+        scale = tl.load(scales + row * tl.multiple_of(groups, GROUPS) + group + step_offset(step, GROUPS, NAME))
+    else:
+        group += step * GROUPS
+        scale = tl.load(scales + row * groups + group, mask=group < groups, other=0)
+    return scale
 
 
 @triton.jit
