@@ -128,7 +128,7 @@ def _small_groups():
     found = [case for case in cases() if case.form != "portable" and case.format in (*SMALL, *DEFAULTS)]
     scales = ("log8", "e4m3", "e8m0")
     others = [f"codebook:bits={bits},group_size=32,scale_dtype={s}" for bits in (1, 3, 4) for s in scales]
-    others += [f"int:bits={bits},group_size={g},zeros=float" for bits in range(1, 9) for g in (16, 32)]
+    others += [f"int:bits={bits},group_size={g},zeros=float" for bits in range(1, 9) for g in (16, 32, 64)]
     others += [f"int:bits={bits},group_size=16,scale_dtype={s}" for bits in (2, 4, 7) for s in (*scales, "bfloat16")]
     found += [
         Case(t, k, f, d, form)

@@ -189,8 +189,8 @@ def fast_tiles(M: int, layout: Layout, form: str) -> FastTiles:
 def _scaled_tiles(M: int, layout: Layout, form: str) -> FastTiles:
     """As :func:`fast_tiles`, with scales and zero points in weights."""
     floats = layout.zeros == "float"
-    wide = floats or (layout.bits == 4 and layout.scale in ("float16", "float32"))
-    full = M > 8 and (layout.group == 16 or (layout.group == 32 and wide))  # registers of 128 rows
+    wide = layout.bits == 4 and layout.scale in ("float16", "float32")
+    full = M > 8 and (floats or layout.group == 16 or (layout.group == 32 and wide))  # registers of 128 rows
     full |= floats and (layout.bits, layout.group) == (4, 16)
     many = layout.table == "none" and layout.bits in (1, 2, 4) and not full
     # Fewer bits take less by registers.
