@@ -36,7 +36,7 @@ def in_order(tile, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _stored(scales, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr, NAME: tl.constexpr):
+def _stored(scales, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr, OTHER: tl.constexpr):
     """Scales of the blocks of a step, as they are stored, or float zero points: (rows, BLOCKS, groups of a block)."""
     GROUPS: tl.constexpr = groups_of(LAYOUT)
     group = tl.arange(0, BLOCKS)[None, :, None] * GROUPS + tl.arange(0, GROUPS)[None, None, :]
@@ -44,7 +44,7 @@ def _stored(scales, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr, NAME
     row = row[:, :, None]
     if EVEN:
         place = row * tl.multiple_of(groups, BLOCKS * GROUPS) + group
-        scale = tl.load(scales + place + step_offset(step, BLOCKS * GROUPS, NAME))
+        scale = tl.load(scales + place + step_offset(step, BLOCKS * GROUPS, OTHER))
     else:
         group += step * (BLOCKS * GROUPS)
         scale = tl.load(scales + row * groups + group, mask=group < groups, other=0)
@@ -79,7 +79,7 @@ def row_exponent(
     else:
         found = tl.zeros((row.shape[0], BLOCKS, groups_of(LAYOUT)), tl.float32)
         for step in tl.range(split, steps, SPLIT):
-            stored = _stored(scales, row, step, K, LAYOUT, EVEN, "scales")
+            stored = _stored(scales, row, step, K, LAYOUT, EVEN, 0)
             found = tl.maximum(found, tl.abs(relative_scale(stored, LAYOUT)))
         most = tl.max(tl.max(found, axis=2), axis=1, keep_dims=True)
     # Two factors of float16 make up to 2**30.
@@ -109,7 +109,7 @@ def scale_pairs(
     :func:`.fast_grid.is_apart`. A group alone is in both halves.
     """
     SCALE: tl.constexpr = LAYOUT.scale  # no text is passed by itself before Triton 3.7
-    stored = _stored(scales, row, step, K, LAYOUT, EVEN, "scales")
+    stored = _stored(scales, row, step, K, LAYOUT, EVEN, 0)
     return _own(pairs_of(stored, by, SCALE, DTYPE, is_apart(LAYOUT), lift_of(LAYOUT, tl.bfloat16 == DTYPE)), WARPS)
 
 
@@ -165,7 +165,7 @@ def _float_offsets(
         TEXT: tl.constexpr = _offsets_asm(PLACE, LIFT)
     RESULTS: tl.constexpr = _offset_results(DTYPE)
     COUNT: tl.constexpr = constraints(2, len(RESULTS))
-    pairs = pairs_of(_stored(zeros, row, step, K, LAYOUT, EVEN, "zeros"), by, SCALE, tl.float16, False, 0)
+    pairs = pairs_of(_stored(zeros, row, step, K, LAYOUT, EVEN, 1), by, SCALE, tl.float16, False, 0)
     found = ()
     others = ()
     for index in tl.static_range(len(pairs)):

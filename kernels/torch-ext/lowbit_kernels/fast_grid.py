@@ -61,19 +61,19 @@ def _shift(code, LAYOUT: tl.constexpr, FORM: tl.constexpr):
 
 
 @triton.constexpr_function
-def _wide_asm(size, name):
-    return f"mul.wide.u32 $0, $1, {size}; // {name}"
+def _wide_asm(size, other):
+    return f"mul.wide.u32 $0, $1, {size}; // {other}"
 
 
 @triton.jit
-def step_offset(step, SIZE: tl.constexpr, NAME: tl.constexpr = ""):
+def step_offset(step, SIZE: tl.constexpr, OTHER: tl.constexpr = 0):
     """``step * SIZE``, int64, for addresses.
 
     The compiler, which does not see what it is, adds it to an address that it makes before the loop, by one instruction
     a load; else it carries a pointer for every load from turn to turn, by two to four. Where two tensors have the same
-    places, it would add it to a place for both and make two addresses of that, by five: not if they differ in ``NAME``.
+    places, it would add it to a place for both and make two addresses of that, by five: not if ``OTHER`` differs.
     """
-    TEXT: tl.constexpr = _wide_asm(SIZE, NAME)
+    TEXT: tl.constexpr = _wide_asm(SIZE, OTHER)
     size = tl.inline_asm_elementwise(TEXT, "=l,r", [step], dtype=tl.int64, is_pure=True, pack=1)
     return tl.multiple_of(size, SIZE & -SIZE)
 
@@ -274,12 +274,12 @@ def stored_zeros(zeros, row, step, K, LAYOUT: tl.constexpr, EVEN: tl.constexpr, 
 
 
 @triton.jit
-def _stored(scales, row, step, K, GROUPS: tl.constexpr, LAYOUT: tl.constexpr, EVEN: tl.constexpr, NAME: tl.constexpr):
+def _stored(scales, row, step, K, GROUPS: tl.constexpr, LAYOUT: tl.constexpr, EVEN: tl.constexpr, OTHER: tl.constexpr):
     """Scales of the GROUPS groups of a step, as they are stored, or float zero points: (BLOCK_N, GROUPS)."""
     group = tl.arange(0, GROUPS)[None, :]
     groups = (K + LAYOUT.group - 1) // LAYOUT.group
     if EVEN:
-        scale = tl.load(scales + row * tl.multiple_of(groups, GROUPS) + group + step_offset(step, GROUPS, NAME))
+        scale = tl.load(scales + row * tl.multiple_of(groups, GROUPS) + group + step_offset(step, GROUPS, OTHER))
     else:
         group += step * GROUPS
         scale = tl.load(scales + row * groups + group, mask=group < groups, other=0)
@@ -308,7 +308,7 @@ def pair_grid(
     GROUPS: tl.constexpr = 2 * COLUMNS
     UNIT: tl.constexpr = unit(FORM, LAYOUT, WINDOW)
     OFFSET: tl.constexpr = 0.0 if FORM != "magic" else 256.0 if LAYOUT.bits == 8 else 128.0
-    scale = _stored(scales, row, step, K, GROUPS, LAYOUT, EVEN, "scales")
+    scale = _stored(scales, row, step, K, GROUPS, LAYOUT, EVEN, 0)
     if LAYOUT.scale == "log8":
         scale = power_scale(scale, exponents)
     else:
@@ -318,7 +318,7 @@ def pair_grid(
         shift = tl.full((1, 1), -LAYOUT.fixed_zero / UNIT - OFFSET, tl.float32)
         found = (first, second, shift, shift)
     elif LAYOUT.zeros == "float":
-        zero = _stored(zeros, row, step, K, GROUPS, LAYOUT, EVEN, "zeros").to(tl.float32)
+        zero = _stored(zeros, row, step, K, GROUPS, LAYOUT, EVEN, 1).to(tl.float32)
         third, fourth = tl.split((zero * (-1.0 / UNIT) - OFFSET).reshape(N, COLUMNS, 2))
         found = (first, second, third, fourth)
     else:
