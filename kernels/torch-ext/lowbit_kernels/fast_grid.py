@@ -83,6 +83,7 @@ def as_loaded(value, pointer, K):
     """``value`` from a load that reads nothing and has it for ``other``; a number is int32.
 
     The compiler brings operands of a product into place back to loads only, and knows nothing of what is loaded.
+    For what is made before a loop: the load is one instruction, which is never carried out.
     """
     if value.type.is_block():
         place = tl.full(value.shape, 0, tl.int32)
