@@ -152,9 +152,10 @@ now two of them are added to each code times its scale. Of 16 rows, bf16, on sm_
 
 Outside the matrix (`sass_report.py --format`), on sm_80 and sm_90, fp16 and bf16, with all loads of weights of 128
 bits and no spills: integers with zero points in groups of 16, stored as codes and as floats, with scales of all six
-types, and in groups of 32 and 64 as floats, with those of float16, hold the limits. So did, counted before these
-changes, symmetric integers in every group from 16 to a row, those with zero points in groups of 256 to a row, NF4 and
-tables of 2 and 3 bits, learned tables of 1 to 4 bits and FP4 in every group that they have.
+types, in groups of 32 and 64 as floats, with those of float16, and symmetric integers with 4 and 16 rows in groups of
+16, 32 and 64 hold the limits, and so do, in fp16, NF of 2 and 3 bits and learned tables of 1, 2 and 4 bits in groups
+of 16. So did, counted before these changes, integers in groups of 256 to a row, NF, learned tables of 1 to 4 bits and
+FP4 in every group that they have.
 
 Other versions of Triton were looked at on sm_80. In 3.7.1 and 3.8.0 what was tried is within 0.15 of 3.9.0: 16 rows
 of 4 bits and a vector of 7 bits in groups of 16 with scales of `log8`, a vector of 4 bits with those of `e8m0`, 16
