@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -27,10 +26,9 @@ from hf_lowbit.convert import quantize_folder
 from hf_lowbit.storage import reading
 from hf_lowbit.storage.content import Place
 from hf_lowbit.storage.entropy import is_coded
-from hf_lowbit.storage.layers import BLOCK_BYTES, Extent, Field, Layer, Stored, lay_out_layer
+from hf_lowbit.storage.layers import BLOCK_BYTES, Extent, Layer, Stored, lay_out_layer
 from hf_lowbit.storage.reading import HUGE_BYTES, Counts, Files, Speeds, allocate, decoders, read_extent
 from hf_lowbit.storage.shards import Layout
-from hf_lowbit.storage.stream import LayerStream
 from hf_lowbit.streaming import Streaming
 
 LAYERS = 8
@@ -186,23 +184,6 @@ def test_a_quick_disk_gets_a_buffer_more_where_it_fits(packed, monkeypatch):
         model = load(packed / "raw", max_memory_bytes=budget)
         assert len(model.hf_quantizer.streaming.stream.buffers) == slots and report(model).held_bytes <= budget
         assert torch.equal(generate(model), generate(load(packed / "raw")))
-
-
-def test_a_buffer_is_free_after_as_many_uses_as_the_last_time(tmp_path):
-    layers, _ = made_stream(tmp_path, 6, 2)
-
-    def walk(uses):
-        for index in range(6):
-            for _ in range(uses):
-                with layers.use(index):
-                    held = [slot.layer for slot in layers._state.slots]
-                    assert index in held
-        return sorted(slot.layer for slot in layers._state.slots)
-
-    assert walk(3) == [0, 5]  # nobody knows yet that the last layer is not used again
-    assert walk(3) == [0, 1]
-    assert walk(4) == [0, 5]  # whose last use found it gone, and waited for it
-    assert walk(4) == [0, 1]
 
 
 def test_parts_of_coded_layers_fill_what_is_left_of_a_budget(packed, tmp_path, monkeypatch):
@@ -451,57 +432,7 @@ def test_ctrl_c_ends_at_once(packed):
     assert process.returncode != 0 and errors.rstrip().endswith("KeyboardInterrupt"), errors
 
 
-# -- the stream alone --------------------------------------------------------------------------------------------------
-
-
-def made_stream(tmp_path, count: int, slots: int) -> tuple[LayerStream, list[torch.Tensor]]:
-    generator = torch.Generator().manual_seed(count)
-    contents = [torch.randint(0, 256, (1000 + 10 * i,), generator=generator).to(torch.uint8) for i in range(count)]
-    file, layers, begin = tmp_path / "bytes", [], 0
-    file.write_bytes(b"".join(bytes(c.tolist()) for c in contents))
-    for i, content in enumerate(contents):
-        field = Field(0, (content.numel(),), torch.uint8)
-        extent = Extent(str(file), begin, begin + content.numel(), 0)
-        layers.append(Layer(f"l.{i}", (extent,), {"x": field}, 2048))
-        begin += content.numel()
-    return LayerStream(layers, slots), contents
-
-
-@pytest.mark.parametrize("slots", [1, 2, 3])
-def test_any_order_by_any_thread_gives_the_right_layer(tmp_path, slots):
-    stream, contents = made_stream(tmp_path, 6, slots)
-    wrong = []
-
-    def walk(seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for index in torch.randint(0, 6, (300,), generator=generator).tolist():
-            with stream.use(index) as slot:
-                if not torch.equal(stream.buffers[slot][: contents[index].numel()], contents[index]):
-                    wrong.append(index)
-
-    threads = [threading.Thread(target=walk, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not wrong and not any(thread.is_alive() for thread in threads)
-    stream.close()
-    with pytest.raises(RuntimeError, match="threads that read layers have ended"):
-        [stream.use(index).__enter__() for index in (0, 3, 5)]
-
-
-@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 3, 2, 1], [3, 4]], ids=str)
-def test_a_cycle_is_learned(tmp_path, order):
-    """After it was seen, nothing is read for nothing."""
-    stream, _ = made_stream(tmp_path, 5, 2)
-    for number in range(4):
-        for index in order:
-            with stream.use(index):
-                pass
-        if number == 1:
-            time.sleep(0.05)  # what is being read for nothing
-            stream.reset()
-    assert stream.counts.wasted_bytes == 0
+# -- the files --------------------------------------------------------------------------------------------------------
 
 
 def test_whole_blocks_are_read_past_the_cache_and_else_through_it(packed, monkeypatch):

@@ -59,7 +59,7 @@ class _Slot:
         self.form: Layer | None = None  # what is read for it
         self.turn = 0  # counts the layers that were assigned to it
         self.left = 0  # extents that are not there yet
-        self.busy = 0  # decoders that are writing into it, and whether it is being written to a scratch file
+        self.busy = 0  # threads at work on what is in it: the reader, decoders, and the writer of the scratch file
         self.used = False
         self.failure: Exception | None = None
 
@@ -171,14 +171,19 @@ class _State:
                 if not self.wait_for(self.to_read, lambda: self.queue):
                     return
                 index, slot, turn = self.queue.pop(0)
-                layer, counts = slot.form or self.layers[index], self.counts
-                before = counts.bytes_read
                 if not self.wait_for(self.to_read, functools.partial(_is_free, slot)):
                     return
+                if slot.turn != turn:
+                    continue
+                slot.busy += 1  # so that no decoder fills it with another layer before what is read now is there
+                layer, counts = slot.form or self.layers[index], self.counts
+                before = counts.bytes_read
             for number in range(len(layer.extents)):
                 if not self.read(index, layer, number, slot, turn):
                     counts.wasted_bytes += counts.bytes_read - before
                     break
+            with self.lock:
+                slot.busy -= 1
 
     def read(self, index: int, layer: Layer, number: int, slot: _Slot, turn: int) -> bool:
         """Reads one extent and hands it to the decoders where it is coded; whether to go on."""
