@@ -1,11 +1,13 @@
 """Reads what a compiled kernel says: loops of machine code, registers, spills, and widths of loads.
 
 A main loop is the greatest set of pieces of code that all reach each other; the loop in it is what still does so
-without the piece that it is entered by. NVIDIA's code is read from a disassembly with line information, AMD's from the
-assembler text that the compiler leaves.
+without the piece that it is entered by. NVIDIA's code is read from a disassembly, AMD's from the assembler text that
+the compiler leaves.
 """
 
+import bisect
 import inspect
+import io
 import math
 import re
 import subprocess
@@ -15,11 +17,7 @@ from pathlib import Path
 
 
 def _lines_of(*functions) -> set[tuple[str, int]]:
-    """File name and number of every line of device functions; the compiler may give a load to a neighbouring line.
-
-    The disassembler does not say when only the file changes: loads of anything else on a line of the same number in
-    another file would be taken for these.
-    """
+    """File name and number of every line of device functions; the compiler may give a load to a neighbouring line."""
     found = set()
     for function in functions:
         code = function.fn.__code__
@@ -64,8 +62,11 @@ class Loops:
     inner: list[Instruction]
 
 
-def find_loops(text: str, label: str, line: str, instruction: str, branch: str, ends: str) -> Loops:
-    """The loops of an assembly text; the patterns say what its lines look like.
+_LINE = r"\.loc\s+(\S+)\s+(\d+)"
+
+
+def find_loops(text: str, label: str, instruction: str, branch: str, ends: str) -> Loops:
+    """The loops of an assembly text; the patterns say what its rows look like. ``.loc file line`` is a source line.
 
     ``branch`` finds the target of a branch, ``ends`` the instructions that never go on to the next one. A loop is a set
     of blocks that all reach each other, the main one that with most instructions; the one in it is what still does so
@@ -77,7 +78,7 @@ def find_loops(text: str, label: str, line: str, instruction: str, branch: str, 
     for row in text.splitlines():
         if match := re.search(label, row):
             labels[match[1]] = len(whole)
-        elif match := re.search(line, row):
+        elif match := re.search(_LINE, row):
             here = (match[1], int(match[2]))
         elif match := re.search(instruction, row):
             whole.append(Instruction(match[1].strip(), here))
@@ -128,15 +129,53 @@ _AMD_WIDTHS |= dict.fromkeys(
 _AMD_WIDTHS |= dict.fromkeys(("ubyte", "sbyte", "u8", "i8", "d16_u8", "d16_hi_u8", "ubyte_d16", "ubyte_d16_hi"), 8)
 
 
-def read_nvidia(code: bytes, looped: bool) -> tuple[Loops, int, int, int, int]:
+def _lines_by_address(code: bytes, ptx: str) -> tuple[list[int], list[tuple[str, int]]]:
+    """Where pieces of a cubin's code begin, and from which source line each is, by the line of PTX that it is from.
+
+    The assembler's table of source lines, which the disassembler prints, leaves out some changes of the file where the
+    number of the line stays: loads of weights seemed to be from another file there.
+    """
+    from elftools.common.utils import struct_parse
+    from elftools.dwarf.lineprogram import LineProgram
+    from elftools.dwarf.structs import DWARFStructs
+    from elftools.elf.elffile import ELFFile
+
+    sections = {section.name: section for section in ELFFile(io.BytesIO(code)).iter_sections()}
+    if sum(name.startswith(".text.") for name in sections) != 1:
+        raise ValueError("addresses are unique in cubins of one function alone")
+    stream = io.BytesIO(sections[".nv_debug_line_sass"].data())
+    structs = DWARFStructs(little_endian=True, dwarf_format=32, address_size=8)
+    header = struct_parse(structs.Dwarf_lineprog_header, stream, 0)
+    end = header["unit_length"] + structs.initial_length_field_size()
+    states = [entry.state for entry in LineProgram(header, stream, structs, stream.tell(), end).get_entries()]
+    files, origins, here = _files(ptx), [], ("", 0)
+    for row in ptx.splitlines():
+        if match := re.search(_LINE, row):
+            here = (files[match[1]], int(match[2]))
+        origins.append(here)
+    found = {state.address: origins[state.line - 1] for state in states if state is not None}
+    return sorted(found), [found[address] for address in sorted(found)]
+
+
+def _files(text: str) -> dict[str, str]:
+    """Names of source files by their number in PTX or AMD's assembly."""
+    return {number: Path(name).name for number, name in re.findall(r'\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]+)"', text)}
+
+
+def read_nvidia(code: bytes, ptx: str, looped: bool) -> tuple[Loops, int, int, int, int]:
     import triton
 
     usage = _tool(triton.knobs.nvidia.cuobjdump.path, code, "-res-usage")
-    text = _tool(triton.knobs.nvidia.nvdisasm.path, code, "-g", "-c")
+    addresses, lines = _lines_by_address(code, ptx)
+
+    def with_line(row: re.Match) -> str:
+        place = bisect.bisect_right(addresses, int(row[1], 16)) - 1
+        return f".loc {lines[place][0]} {lines[place][1]}\n{row[0]}" if place >= 0 else row[0]
+
+    text = _tool(triton.knobs.nvidia.nvdisasm.path, code, "-c")
     loops = find_loops(
-        text,
+        re.sub(r"^\s+/\*([0-9a-f]{4,})\*/", with_line, text, flags=re.MULTILINE),
         label=r"^\s*(\.L_x_\d+):",
-        line=r'//## File ".*?([^/"]+)", line (\d+)(?! inlined)',
         instruction=r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;",
         branch=r"\b(?:BRA|CALL\.REL\.NOINC)\b.*?`\((\.L_x_\d+)\)",  # such calls leave loops
         ends=r"^(?:EXIT|RET|BRA )",
@@ -154,12 +193,10 @@ def read_nvidia(code: bytes, looped: bool) -> tuple[Loops, int, int, int, int]:
 
 
 def read_amd(text: str, looped: bool) -> tuple[Loops, int, int, int, int]:
-    files = {number: Path(name).name for number, name in re.findall(r'\.file\s+(\d+)\s+"[^"]*"\s+"([^"]+)"', text)}
-    text = re.sub(r"\.loc\s+(\d+)", lambda m: f".loc {files.get(m[1], m[1])}", text)
+    files = _files(text)
     loops = find_loops(
-        text,
+        re.sub(r"\.loc\s+(\d+)", lambda m: f".loc {files.get(m[1], m[1])}", text),
         label=r"^(\.LBB\w+):",
-        line=r"\.loc (\S+)\s+(\d+)",
         instruction=r"^\s+([a-z]+_\w+(?:\s.*)?)$",
         branch=r"^s_c?branch\w*\s+(\.LBB\w+)",
         ends=r"^s_(?:branch|endpgm|setpc)",

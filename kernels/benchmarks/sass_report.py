@@ -111,7 +111,7 @@ def count(case: Case) -> Cost:
     if case.target in AMD:
         loops, *numbers = read_amd(compiled.asm["amdgcn"], looped)
     else:
-        loops, *numbers = read_nvidia(compiled.asm["cubin"], looped)
+        loops, *numbers = read_nvidia(compiled.asm["cubin"], compiled.asm["ptx"], looped)
     registers, spills, load_bits, tensor = numbers
     work = launch.weights * launch.constants.get("BLOCK_M", 0) // launch.warps
     ratio = per_weight(loops, looped, launch.warps * warp, launch.weights, launch.turns, work)
@@ -136,6 +136,7 @@ def key(case: Case) -> str:
     layout, code = layout_of(case), sass_code
     launch, indexed = launch_of(case, layout), case.kernel == "embedding"
     counting = (code.find_loops, code._cycles, code._narrowest, code._lines_of, code._weight_lines, code.products)
+    counting += (code._lines_by_address, code._files)
     counting += (read_nvidia, read_amd, per_weight, sass_cases.compiled, count)
     parts = [triton.__version__, repr((case.target, case.dtype, layout, indexed))]
     parts += [launch.kernel.cache_key, repr(dataclasses.replace(launch, kernel=None))]

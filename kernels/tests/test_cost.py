@@ -247,18 +247,18 @@ def test_occupancy_and_the_model_of_bandwidth():
 
 
 def _instructions(*lines: str) -> str:
-    return "\n".join(line if line.startswith((".", "\t//")) else f"\t/*0000*/ {line} ;" for line in lines)
+    return "\n".join(line if line.startswith(".") else f"\t/*0000*/ {line} ;" for line in lines)
 
 
 _PATTERNS = {
-    **{"label": r"^(\.L_x_\d+):", "line": r'File ".*?([^/"]+)", line (\d+)', "instruction": r"/\*\d+\*/\s+(.*?)\s*;"},
+    **{"label": r"^(\.L_x_\d+):", "instruction": r"/\*\d+\*/\s+(.*?)\s*;"},
     **{"branch": r"BRA.*?`\((\.L_x_\d+)\)", "ends": r"^(?:EXIT|BRA )"},
 }
 
 
 def test_the_main_loop_is_found_and_lines_are_kept():
     text = _instructions(
-        *(".L_x_0:", "MOV R1, R2", ".L_x_1:", '\t//## File "/a/b.py", line 7', "LDG.E.128 R4, [R2]", "IADD3 R1, R1, 1"),
+        *(".L_x_0:", "MOV R1, R2", ".L_x_1:", ".loc b.py 7", "LDG.E.128 R4, [R2]", "IADD3 R1, R1, 1"),
         *("@P0 BRA `(.L_x_1)", "@P1 BRA.DIV UR5, `(.L_x_3)", ".L_x_2:", "EXIT"),
         *(".L_x_3:", *["SHFL R1, R2"] * 9, "BRA `(.L_x_2)"),  # goes back, but not in a circle
     )
@@ -269,6 +269,39 @@ def test_the_main_loop_is_found_and_lines_are_kept():
     for found, turns in ((find_loops(_instructions("EXIT"), **_PATTERNS), 1), (loops, 4)):
         with pytest.raises(ValueError, match="has no loop, or none in it"):
             per_weight(found, True, 32, 96, turns)
+
+
+_KERNEL = """
+import sys
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+sys.path[:0] = sys.argv[1:]
+import first, second
+from sass_code import read_nvidia
+
+@triton.jit
+def kernel(x, out):
+    tl.store(out, first.load(x) + second.load(x + 1))
+
+compiled = triton.compile(ASTSource(kernel, {"x": "*fp32", "out": "*fp32"}), target=GPUTarget("cuda", 80, 32))
+loops, *_ = read_nvidia(compiled.asm["cubin"], compiled.asm["ptx"], False)
+print(*(f"{i.opcode[:3]} {i.line[0]} {i.line[1]}" for i in loops.whole if i.opcode[:3] == "LDG"), sep="\\n")
+"""
+
+
+def test_loads_on_lines_of_the_same_number_are_told_apart_by_file(tmp_path):
+    load = "import triton\nimport triton.language as tl\n\n@triton.jit\ndef load(x):\n    return tl.load(x)\n"
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.py").write_text(load)
+    (tmp_path / "kernel.py").write_text(_KERNEL)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = (tmp_path, BENCHMARKS, BENCHMARKS.parent / "torch-ext")
+    command = [sys.executable, str(tmp_path / "kernel.py"), *map(str, paths)]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.split()
+    assert found[::3] == ["LDG", "LDG"] and found[1::3] == ["first.py", "second.py"] and found[2] == found[5] != "0"
 
 
 def test_a_loop_that_the_compiler_wrote_out_is_known_by_what_it_multiplies():
