@@ -68,9 +68,9 @@ class _Slot:
         return self.layer is not None and not self.left
 
 
-def _is_free(slot: _Slot) -> bool:
-    """Whether nobody needs what is in it for a layer before."""
-    return not slot.busy
+def _is_due(slot: _Slot, turn: int) -> bool:
+    """Whether nobody is at work on the layer before in ``slot``, or the one of ``turn`` is not wanted any more."""
+    return not slot.busy or slot.turn != turn
 
 
 class _State:
@@ -171,7 +171,7 @@ class _State:
                 if not self.wait_for(self.to_read, lambda: self.queue):
                     return
                 index, slot, turn = self.queue.pop(0)
-                if not self.wait_for(self.to_read, functools.partial(_is_free, slot)):
+                if not self.wait_for(self.to_read, functools.partial(_is_due, slot, turn)):
                     return
                 if slot.turn != turn:
                     continue
