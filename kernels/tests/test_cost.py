@@ -130,6 +130,7 @@ def _small_groups():
     others = [f"codebook:bits={bits},group_size=32,scale_dtype={s}" for bits in (1, 3, 4) for s in scales]
     others += [f"int:bits={bits},group_size={g},zeros=float" for bits in range(1, 9) for g in (16, 32, 64)]
     others += [f"int:bits={bits},group_size=16,scale_dtype={s}" for bits in (2, 4, 7) for s in (*scales, "bfloat16")]
+    others += [f"int:bits={bits},group_size=32,scale_dtype={s},zeros=float" for bits in (6, 8) for s in scales]
     found += [
         Case(t, k, f, d, form)
         for f in others

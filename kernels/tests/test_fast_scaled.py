@@ -39,6 +39,11 @@ CASES = [
     ("int:bits=4,group_size=32", 5, 1, 1),
     ("int:bits=7,group_size=32", 9, 1536, 4),
 ]
+NARROW = [  # for bfloat16 alone: for float16, these stay in sums
+    ("int:bits=6,group_size=32,zeros=float", 2, 330, 1),
+    ("int:bits=8,group_size=32,zeros=float,scale_dtype=log8", 1, 512, 1),
+    ("int:bits=8,group_size=64,zeros=float", 1, 330, 2),
+]
 FORM = {FP16: "subnormal", BF16: "magic"}
 dtypes = pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
 
@@ -59,10 +64,10 @@ def product(x, weight, companions, bias, format, split: int = 1):
 
 
 def _asked():
-    for case in CASES:
+    for case in (*CASES, *NARROW):
         for dtype in (FP16, BF16):
             text, M, K, split = case
-            if dtype == (BF16 if text.startswith("fp4") else dtype):  # FP4 stays in sums for float16
+            if dtype == BF16 or not (case in NARROW or text.startswith("fp4")):  # and so does FP4
                 name = f"{str(dtype)[6:]}-{text.replace(',', '_')}_M{M}_K{K}_split{split}"
                 yield pytest.param(case, dtype, id=name)
 
@@ -190,6 +195,8 @@ def test_it_is_taken_for_more_than_two_rows_and_small_groups():
     floats = f"{small},zeros=float"
     assert taken(floats, 3) and taken(floats, 5, "magic") and not taken(floats, 4, "magic")
     assert taken("int:bits=5,group_size=32,zeros=float", 3, "magic")
+    few = [f"int:bits={b},group_size={g},zeros=float" for b in range(1, 9) for g in (32, 64)]
+    assert [text for text in few if taken(text, 1, "magic")] == [few[10], few[14], few[15]]  # 6 bits of 32, 8 of both
     tiles, x = fast_tiles(16, parse(small), "subnormal"), torch.zeros(16, 64, dtype=FP16)
     with pytest.raises(ValueError, match=r"scales of .* cannot go into weights in the form 'lop3'"):
         fast_linear(x, *packed(parse_format(small), 16, 64, "cpu"), None, small, 64, form="lop3", tiles=tiles)

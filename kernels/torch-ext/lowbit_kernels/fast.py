@@ -179,8 +179,11 @@ def fast_tiles(M: int, layout: Layout, form: str) -> FastTiles:
     Two warps, so that Hopper's compiler keeps operands in registers too; as many rows of W as registers hold.
     """
     least = 0 if layout.group == 16 else 2
-    if layout.zeros == "float" and form == "magic" and layout.bits <= 4:  # two numbers to be added to each weight
-        least += 2
+    if layout.zeros == "float" and form == "magic":  # two numbers to be added to each weight
+        if layout.bits <= 4:
+            least += 2
+        elif (layout.bits, layout.group) in ((6, 32), (8, 32), (8, 64)):  # of which sums take more still
+            least = 0
     if least < M and in_weights(layout, form):
         return _scaled_tiles(M, layout, form)
     return sum_tiles(M, layout, form)
@@ -206,7 +209,7 @@ def sum_tiles(M: int, layout: Layout, form: str) -> FastTiles:
         return _row_table_tiles(M, layout)
     if M <= 4:
         full = (layout.group == 32 and layout.bits == 8) or (layout.group in (32, 64) and layout.table != "none")
-        floats = layout.zeros == "float" and form == "magic" and 0 < layout.group <= 64 and layout.bits in (6, 8)
+        floats = layout.zeros == "float" and form == "magic" and (layout.bits, layout.group) == (6, 64)
         few = floats or (M > 2 and full) or (layout.group == 16 and layout.bits in (5, 7))
         blocks, spans = 2 if few else 4, 1
     else:
