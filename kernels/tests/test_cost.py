@@ -231,6 +231,13 @@ def test_tables_show_what_was_counted_and_leave_the_rest_empty():
     assert spilled.count(";") == 3 and "entropy" not in narrow and narrow.count(";") == 2
 
 
+def test_the_committed_report_says_what_its_script_writes():
+    report = sass_tables.RESULT.read_text()
+    texts = (sass_tables.GROUPS, sass_tables.TABLES_TEXT, sass_tables.PORTABLE, sass_tables.TERNARY_ROWS)
+    for text in (sass_tables.HEAD.format(version=triton.__version__), *texts, sass_tables.ENTROPY):
+        assert text in report
+
+
 def test_occupancy_and_the_model_of_bandwidth():
     """Two warps of 153 registers and 24.5 KiB, by hand; a program takes 1 KiB more on NVIDIA."""
     text = "int:bits=4,group_size=128,symmetric=False"
